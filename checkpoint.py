@@ -1,0 +1,305 @@
+"""
+Checkpoint folders: written whole or not at all, found, checked and loaded.
+
+`out_dir/step_000500/` is a Hugging Face GPT-2 (config.json, model.safetensors,
+generation_config.json, the tokenizer's files) plus optimizer.pt and state.json for resuming.
+It is written under another name, flushed and renamed, so a folder with its final name is whole.
+Nothing here unpickles code: weights are safetensors, the optimizer's tensors a `weights_only` load.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model import EPSILON, GPT, INIT_STD, GPTConfig
+from tokenizer import Tokenizer
+
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+PARTIAL = ".partial_"  # prefix of a folder still being written, or already being removed
+BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
+# GPT-2's Conv1D keeps these as (in, out), nn.Linear as (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+# --- saving
+
+
+def save(
+    out_dir: Path,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer,
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+) -> Path:
+    """Write `out_dir/step_<step>`, replacing one of that name; return its path.
+
+    `optimizer` holds tensors by parameter name, `state` whatever JSON can carry. On an error, a
+    full disk say, the half-written folder is removed and the error raised again.
+    """
+    remove_leftovers(out_dir)
+    folder = out_dir / f"step_{step:06d}"
+    partial = out_dir / f"{PARTIAL}{folder.name}"
+    try:
+        partial.mkdir(parents=True)
+        safetensors.torch.save_file(
+            to_hugging_face(model), partial / "model.safetensors", metadata={"format": "pt"}
+        )
+        tokenizer.save(partial)
+        ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+        write_json(partial / "config.json", {**config_to_hugging_face(model.config), **ids})
+        write_json(partial / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
+        torch.save(optimizer, partial / "optimizer.pt")
+        write_json(partial / "state.json", state)
+        for path in [*partial.iterdir(), partial]:
+            flush(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    remove(folder)
+    partial.rename(folder)
+    flush(out_dir)
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder (folders: POSIX only)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that no moment shows half of one under its final name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    for partial in out_dir.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial)
+
+
+def prune(out_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss."""
+    folders = steps(out_dir)
+    losses = {folder: read_state(folder).get("val_loss") for folder in folders}
+    evaluated = [(loss, folder) for folder, loss in losses.items() if loss is not None]
+    best = min(evaluated)[1] if evaluated else None
+    for folder in folders[:-keep]:
+        if folder != best:
+            remove(folder)
+
+
+# --- finding
+
+
+def steps(out_dir: Path | str) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    found = [path for path in Path(out_dir).glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find(where: Path | str) -> Path:
+    """The checkpoint folder that `where` means: a run folder (its newest), or one itself.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(where)
+    if steps(folder):
+        return steps(folder)[-1]
+    if (folder / "config.json").exists():
+        return folder
+    what = "holds no checkpoint" if folder.is_dir() else "does not exist"
+    raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
+
+
+# --- loading
+
+
+def load_model(where: Path | str, *, block_size: int | None = None, dropout: float = 0.0) -> GPT:
+    """Open a checkpoint of ours or a Hugging Face GPT-2 folder as a float32 GPT on the CPU.
+
+    `block_size` may be shorter than the checkpoint's; the later positions are not read.
+    Raises ValueError for a folder that is no GPT-2, or whose weights are damaged or do not match.
+    """
+    folder = find(where)
+    config = config_from_hugging_face(folder, block_size, dropout)
+    saved = read_weights(folder)
+    if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
+        config = replace(config, bias=True)  # trained elsewhere since, where biases always are
+    weights = from_hugging_face(saved, config, folder)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where a checkpoint's JSON file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "state.json")
+
+
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is damaged, or that a pickle with code was put into."""
+    path = folder / "optimizer.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no optimizer.pt: it can start a run, not resume one"
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or not tensors only: {reason}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / "model.safetensors"
+    if not path.exists():
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+            p.name for p in folder.glob("*.pt") if p.name != "optimizer.pt"
+        )
+        hint = f" ({pickles[0]} is a pickle, which can run code: not read)" if pickles else ""
+        raise ValueError(f"{folder} has no model.safetensors{hint}")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+# --- Hugging Face's layout
+
+
+def config_to_hugging_face(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": EPSILON,
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": config.tie_weights,
+        "bias": config.bias,  # ours alone: False means that the zero biases are no parameters
+    }
+
+
+def config_from_hugging_face(folder: Path, block_size: int | None, dropout: float) -> GPTConfig:
+    """Raises ValueError for a config.json that is not a plain GPT-2's."""
+    path = folder / "config.json"
+    found = read_json(path)
+    if found.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, not 'gpt2'")
+    # What else a GPT-2 config can say, and the one value of it that this GPT-2 has.
+    fixed = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (EPSILON,),
+        "n_inner": (None, 4 * found.get("n_embd", 768)),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    for name, values in fixed.items():
+        if found.get(name, values[0]) not in values:
+            raise ValueError(f"{path}: {name}={found[name]!r} is not GPT-2's {values[0]!r}")
+    positions = found.get("n_positions", 1024)
+    if block_size is not None and block_size > positions:
+        raise ValueError(f"block_size={block_size} is beyond the {positions} positions of {folder}")
+    return GPTConfig(
+        vocab_size=found.get("vocab_size", 50257),
+        block_size=block_size or positions,
+        n_layer=found.get("n_layer", 12),
+        n_head=found.get("n_head", 12),
+        n_embd=found.get("n_embd", 768),
+        dropout=dropout,
+        bias=found.get("bias", True),
+        tie_weights=found.get("tie_word_embeddings", True),
+    )
+
+
+def to_hugging_face(model: GPT) -> dict[str, Tensor]:
+    """The model's weights as a GPT-2 file has them: matrices transposed, no bias missing."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_weights:
+            continue
+        tensor = tensor.detach().float().cpu()
+        weights[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    if not model.config.bias:
+        for name in [name for name in weights if ".h." in name or ".ln_f." in name]:
+            bias = name.removesuffix("weight") + "bias"
+            weights[bias] = torch.zeros(weights[name].size(-1))
+    return weights
+
+
+def from_hugging_face(
+    saved: dict[str, Tensor], config: GPTConfig, folder: Path
+) -> dict[str, Tensor]:
+    """The state dict of a GPT of that config, float32, from the tensors of a GPT-2 file.
+
+    Raises ValueError that lists what is missing or of another shape.
+    """
+    with torch.device("meta"):
+        wanted = GPT(config).state_dict()
+    weights: dict[str, Tensor] = {}
+    problems = []
+    for name, like in wanted.items():
+        if name == "lm_head.weight" and config.tie_weights:
+            weights[name] = weights["transformer.wte.weight"]
+            continue
+        tensor = saved.get(name, saved.get(name.removeprefix("transformer.")))
+        if tensor is None:
+            problems.append(f"{name} is missing")
+            continue
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        if name == "transformer.wpe.weight":
+            tensor = tensor[: config.block_size]
+        if tensor.shape != like.shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)}"
+            problems.append(f"{name} has shape {shapes}")
+        weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems[:3])}{more}")
+    return weights

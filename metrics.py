@@ -1,0 +1,126 @@
+"""What a run tells: the console line, metrics.jsonl, and the loss plot."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# One step: step, loss, lr, grad_norm, tokens, tokens_per_s, dt_ms, mfu; and where it was evaluated
+# val_loss and val_bpb.
+Record = dict[str, Any]
+
+# Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A10G": 70,
+    "A40": 150,
+    "A6000": 155,
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "H20": 148,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 210,
+    "T4": 65,  # fp16
+    "V100": 125,  # fp16
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that a device's data sheet promises, or None where the table has none."""
+    if device.type != "cuda":
+        return None
+    for name, tflops in PEAK_TFLOPS.items():  # "H100 PCIe" stands before "H100"
+        if name in torch.cuda.get_device_name(device):
+            return tflops * 1e12
+    return None
+
+
+def console_line(record: Record, max_steps: int, eta_s: float) -> str:
+    """One line for a training step, in fixed fields and units."""
+    digits = len(str(max_steps))
+    mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+    return (
+        f"step {record['step']:0{digits}d}/{max_steps} | loss {record['loss']:.4f} | "
+        f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['dt_ms']:.0f} ms | "
+        f"{compact(record['tokens_per_s'])} tok/s | mfu {mfu} | eta {duration(eta_s)}"
+    )
+
+
+def compact(number: float) -> str:
+    """3 significant digits and a unit: 2.27M, 84.1k, 690."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1))))}f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """1h12m, 3m20s or 8s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one record a line, steps in order, none twice.
+
+    Opening it drops the records after `first_step`, which a resumed run is about to make again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        self.records = [r for r in read_records(path) if r["step"] <= first_step]
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}:{number + 1} is not JSON") from None
+    return records
+
+
+def plot_losses(records: list[Record], path: Path) -> None:
+    """Draw training and validation loss over the steps, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_name(path.name + ".partial")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(path)

@@ -1,0 +1,294 @@
+"""
+GPT-2, all of it: the network, the key/value cache, sampling and generation.
+
+A genuine GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm, tanh GELU, a tied head,
+and Hugging Face's parameter names, so that `transformers` opens what this file trains. What its
+format cannot carry stays out.
+
+Shapes: B sequences, T tokens each, S tokens seen so far, C channels (n_embd), H heads,
+D channels per head (C / H), V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+EPSILON = 1e-5  # of every LayerNorm
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2; `block_size` is Hugging Face's `n_positions`."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and LayerNorms; a checkpoint stores False as zeros
+    tie_weights: bool = True  # the head is the token embedding
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a shape that cannot be built."""
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = min(fits, key=lambda h: abs(h - self.n_head))
+            raise ValueError(
+                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads; "
+                f"the nearest that does is n_head={near}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token of a full window, forward and backward.
+
+        6 per parameter that multiplies (positions only add) and 12·L·C·T for attention: the
+        count of PaLM (arXiv 2204.02311, appendix B), causal masking not deducted.
+        """
+        layer = 12 * self.n_embd**2
+        matrices = self.n_layer * layer + self.vocab_size * self.n_embd
+        return 6 * matrices + 12 * self.n_layer * self.n_embd * self.block_size
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers that never change their shape."""
+
+    def __init__(self, model: "GPT", batch_size: int) -> None:
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size)
+        head_dim = config.n_embd // config.n_head
+        self.keys = torch.zeros(*shape, head_dim, device=weight.device, dtype=weight.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0  # S, the same for every sequence of the batch
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) behind the S tokens so far; return all S + T of the layer."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D).
+
+    Flash attention, but for short sequences on a CPU, where flash's backward pass is slow and
+    plain products are twice as fast (docs/benchmarks.md).
+    """
+    T, S, D = q.size(2), k.size(2), q.size(3)
+    if q.device.type == "cpu" and q.requires_grad and T == S <= 256:
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores = (q * D**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+        weights = F.softmax(scores.masked_fill(future, -torch.inf), dim=-1).to(v.dtype)
+        return F.dropout(weights, dropout) @ v
+    if T == 1 or T == S:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Everything below the head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
+        self.config = config
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of token ids `idx` (B, T); `cache` is read and extended.
+
+        Raises ValueError where the tokens, with those in the cache, pass block_size.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size={self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[start:end]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length = end
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """The network. Parameters are named as in `transformers.GPT2LMHeadModel`; its matrices are
+    stored transposed there (`Conv1D`), which checkpoint.py takes care of."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "GPT":
+        """Draw fresh weights, the same for a seed on every device: N(0, 0.02), residual
+        projections scaled down by sqrt(2·n_layer), biases 0, LayerNorm gains 1."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = INIT_STD
+            if name.endswith("c_proj.weight"):
+                std /= math.sqrt(2 * self.config.n_layer)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        return self
+
+    def num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """With `targets` (B, T), the loss: nats per target, a scalar, over the targets where
+        `mask` (B, T) is 1; 0 where the mask is all zeros. Without, logits (B, T, V).
+
+        Raises ValueError where the tokens, with those in the cache, pass block_size.
+        """
+        logits = self.lm_head(self.transformer(idx, cache))
+        if targets is None:
+            return logits
+        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+        if mask is None:
+            return F.cross_entropy(logits, targets)
+        losses = F.cross_entropy(logits, targets, reduction="none") * mask.flatten()
+        return losses.sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_id: int | None = None,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the next id of each sequence, (B,), again and again, continuing `idx` (B, T).
+
+        A sequence that drew `stop_id` yields it ever after, and when all have, generation ends.
+        Ids from `vocab_size` on (the padding of a vocabulary) are never drawn. Positions are
+        learned, so a full context cannot slide: once block_size tokens are in, the last
+        block_size // 2 (at least one) are read anew from position 0, and likewise a prompt
+        longer than block_size keeps its last block_size tokens.
+        """
+        block_size = self.config.block_size
+        cache = KVCache(self, idx.size(0))
+        tokens = idx[:, -block_size:]  # what the model sees, T <= block_size
+        unread = tokens
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache.length + unread.size(1) > block_size:
+                tokens = tokens[:, -max(block_size // 2, 1) :]
+                cache.length, unread = 0, tokens
+            logits = self.lm_head(self.transformer(unread, cache)[:, -1])[:, :vocab_size]  # (B, V)
+            drawn = sample(logits.float(), temperature, top_k, top_p, min_p, generator)
+            if stop_id is not None:
+                drawn = torch.where(done, stop_id, drawn)
+                done |= drawn == stop_id
+            yield drawn
+            if stop_id is not None and done.all():
+                return
+            unread = drawn[:, None]
+            tokens = torch.cat((tokens, unread), dim=1)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw an id (B,) from each row of `logits` (B, V); temperature 0 takes the likeliest.
+
+    The filters apply in the order of the arguments, each to what the one before left:
+    the k likeliest, the fewest whose probability reaches top_p (arXiv 1904.09751), those at
+    least min_p times as likely as the likeliest (arXiv 2407.01082).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = F.softmax(logits / temperature, dim=-1)
+    if top_k is not None:
+        kth = probs.topk(min(top_k, probs.size(-1))).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if top_p is not None:
+        ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # mass of the likelier ones
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), 0.0)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]

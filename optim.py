@@ -1,0 +1,168 @@
+"""AdamW, Muon, parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+Schedule = Literal["cosine", "wsd"]
+OptimizerName = Literal["muon", "adamw"]
+
+
+def learning_rate(
+    step: int,
+    *,
+    max_steps: int,
+    peak: float,
+    min_lr: float,
+    warmup_steps: int,
+    schedule: Schedule,
+    decay_fraction: float,
+) -> float:
+    """The learning rate of step 0, 1, …, max_steps - 1.
+
+    Linear warm-up to `peak`, then "cosine" down to `min_lr`, or "wsd" (warm-up, stable, decay;
+    arXiv 2404.06395): `peak` until the last `decay_fraction` of the steps, then linear.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    start = warmup_steps
+    if schedule == "wsd":
+        start = max(start, round(max_steps * (1 - decay_fraction)))
+    if step < start:
+        return peak
+    done = min((step - start + 1) / max(max_steps - start, 1), 1.0)  # in (0, 1]
+    left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    return min_lr + (peak - min_lr) * left
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalized (Jordan et al. 2024, kellerjordan.github.io
+    /posts/muon), for the weight matrices of the hidden layers.
+
+    The update is scaled by 0.2·sqrt(max(rows, columns)), so that its size matches AdamW's and one
+    learning rate serves both (Moonlight, arXiv 2502.16982). All matrices of one shape are
+    orthogonalized as one batch: for small models that is most of the optimizer's time.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                self._step_shape(parameters, group)
+
+    def _step_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
+        updates = orthogonalize(torch.stack(ahead)).to(parameters[0].dtype)
+        rows, columns = parameters[0].shape
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+        torch._foreach_add_(parameters, list(updates.unbind()), alpha=scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Roughly U·Vᵀ of each U·S·Vᵀ in a stack (n, rows, columns), in bf16.
+
+    A quintic Newton-Schulz iteration whose coefficients are steep at zero: singular values end
+    between about 0.7 and 1.2, which serves as well as 1 (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def build_optimizers(
+    model: nn.Module,
+    optimizer: OptimizerName,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that together train every parameter of a GPT.
+
+    "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
+    decay applies to matrices and embeddings, not to biases and LayerNorms.
+    """
+    hidden, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            plain.append(parameter)
+        elif optimizer == "muon" and ".h." in name:
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    groups.append({"params": plain, "weight_decay": 0.0})
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        optimizers.append(Muon(hidden, lr=lr, weight_decay=weight_decay))
+    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True))
+    return optimizers
+
+
+def optimizer_state(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """What the optimizers remember of each parameter, by the parameter's name."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(state) for each in optimizers for p, state in each.state.items()}
+
+
+def load_optimizer_state(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    saved: dict[str, dict[str, Tensor]],
+) -> None:
+    """Give `optimizers` back what `optimizer_state` took. Settings such as the learning rate are
+    not part of it: they are this run's own.
+
+    Raises ValueError where `saved` is of other parameters, shapes or of another optimizer.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for each in optimizers:
+        wanted = (
+            {"momentum_buffer"} if isinstance(each, Muon) else {"exp_avg", "exp_avg_sq", "step"}
+        )
+        for parameter in (p for group in each.param_groups for p in group["params"]):
+            name = names[parameter]
+            state = saved.get(name, {})
+            if set(state) != wanted:
+                raise ValueError(
+                    f"the saved optimizer state of {name} holds {sorted(state)}, this run's "
+                    f"{type(each).__name__} needs {sorted(wanted)}: keep the optimizer setting"
+                )
+            for key, value in state.items():
+                if key != "step" and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the saved {key} of {name} has shape {tuple(value.shape)}, "
+                        f"the parameter {tuple(parameter.shape)}"
+                    )
+            each.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter, copy=True)
+                for key, value in state.items()
+            }

@@ -1,0 +1,94 @@
+"""Where a run happens: rank, world size, device, dtype, autocast and seeding."""
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place in a run; `dtype` is that of matrix products (float32: no autocast)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Make the randomness of a step (dropout) a pure function of (seed, step, rank)."""
+        mixed = np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
+
+
+def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
+    """Choose the device and dtype of this process; "auto" takes the best that is here.
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        raise ValueError(f"WORLD_SIZE is {world_size}, but a run is one process for now")
+    chosen = torch.device(best_device() if device == "auto" else checked_device(device))
+    if dtype == "auto":
+        return Runtime(chosen, best_dtype(chosen))
+    return Runtime(chosen, getattr(torch, dtype))
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint remembers of the software that made it."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(name: str) -> str:
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    kind, _, index = name.partition(":")
+    if not available.get(kind) or (index and not index.isdigit()):
+        here = ", ".join(kind for kind, there in available.items() if there)
+        raise ValueError(f"device {name!r} is not on this machine, which has: {here}")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """AVX512-BF16 or AMX; without them a bf16 product is emulated and slower than fp32."""
+    # Private names, the same from torch 2.9 to 2.15; a torch without them trains in fp32.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

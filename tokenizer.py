@@ -1,0 +1,225 @@
+"""
+Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or plain bytes.
+
+Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
+`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids.
+Ids are 0–255 for single bytes, then the merges in the order they were learned, then
+`<|endoftext|>`, which separates documents. Text never encodes to that id: a document that
+contains the word `<|endoftext|>` gets the ids of its letters.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
+# GPT-2's: contractions, letters, numbers, other signs, each with one space before; white space.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer:
+    """A byte-level BPE with GPT-2's split pattern.
+
+    `ranks` maps the bytes of every token but `<|endoftext|>` to its id, which is also the
+    priority of its merge.
+    """
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        self.ranks = ranks
+        self.eot_id = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            "plaingpt",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot_id},
+        )
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """No merges: a token is a byte, 257 ids."""
+        return cls(train_ranks([], 256))
+
+    @classmethod
+    def gpt2(cls) -> "Tokenizer":
+        """OpenAI's vocabulary of 50,257 ids, which tiktoken downloads once and keeps.
+
+        Raises ValueError where it is neither cached nor to be had.
+        """
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except Exception as error:  # requests' errors, or whatever a proxy makes of them
+            raise ValueError(
+                "the gpt2 tokenizer needs OpenAI's vocabulary files, which are not cached and "
+                f"could not be downloaded ({type(error).__name__}). Run once with a network, or "
+                "point TIKTOKEN_CACHE_DIR at a folder that has them, or choose --tokenizer=bpe "
+                "or bytes"
+            ) from error
+        return cls(ranks)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn `vocab_size` - 257 merges from `texts`, or as many as they have to give.
+
+        Raises ValueError for a size outside 257 … 65,536.
+        """
+        if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be from 257 to {MAX_VOCAB_SIZE}, not {vocab_size}")
+        return cls(train_ranks(texts, vocab_size - 1))
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
+        return self._encoding.decode(list(ids), errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """`decode`, piece by piece: a character comes out once all its bytes are in."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            yield decoder.decode(self._encoding.decode_single_token_bytes(token))
+        yield decoder.decode(b"", final=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for two tokenizers exactly if they give the same ids for every text."""
+        digest = hashlib.sha256()
+        for token in self.ranks:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into an existing folder."""
+        vocab = {spell(token): rank for token, rank in self.ranks.items()}
+        vocab[END_OF_TEXT] = self.eot_id
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+        end_of_text = {
+            "id": self.eot_id,
+            "content": END_OF_TEXT,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [end_of_text],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": vocab,
+                "merges": [[spell(a), spell(b)] for a, b in merges_of(self.ranks)],
+            },
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # as here, text never encodes to <|endoftext|>
+        }
+        for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+            text = json.dumps(value, ensure_ascii=False, indent=1)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """Open the tokenizer.json in a folder: one of ours, or GPT-2's own.
+
+        Raises ValueError where there is none, or one that is not a byte-level BPE of GPT-2's kind.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            pairs = [
+                pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]
+            ]
+            merged = [unspell(a) + unspell(b) for a, b in pairs]
+            ranks = {
+                unspell(word): rank for word, rank in model["vocab"].items() if word != END_OF_TEXT
+            }
+        except FileNotFoundError:
+            raise ValueError(f"{folder} has no tokenizer.json") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a byte-level BPE ({error!r})") from None
+        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        in_order = list(ranks.values()) == list(range(len(ranks))) and list(ranks)[256:] == merged
+        if not in_order or model["vocab"].get(END_OF_TEXT) != len(ranks):
+            raise ValueError(
+                f"{path}: ids must be 256 bytes, then the merges in order, then {END_OF_TEXT}"
+            )
+        return cls(ranks)
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """The bytes, then the tokens that BPE training on `texts` merges, `size` in all at most."""
+    import tokenizers  # not at the top: only this function needs its 50 ms
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for a, b in json.loads(backend.to_str())["model"]["merges"]:
+        ranks.setdefault(unspell(a) + unspell(b), len(ranks))
+    return ranks
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token beyond the bytes was merged from, in order."""
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            parts = [token[at : at + 1] for at in range(len(token))]
+            while len(parts) > 2:  # BPE with the merges learned before this one
+                pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+                at = pairs.index(min(pairs))
+                assert pairs[at] < rank, f"token {rank} is no merge of earlier ones"
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            yield parts[0], parts[1]
+
+
+# --- how tokenizer.json spells bytes: each as a printable character (GPT-2, encoder.py)
+
+
+def byte_to_char() -> dict[int, str]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+BYTE_TO_CHAR = byte_to_char()
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def spell(token: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def unspell(word: str) -> bytes:
+    return bytes(CHAR_TO_BYTE[char] for char in word)

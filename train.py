@@ -1,0 +1,517 @@
+"""
+Train a GPT-2 on the shards that prepare.py made.
+
+    python train.py                                            # laptop: the defaults
+    python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
+    python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
+    python train.py --init_from=resume                         # go on from the newest checkpoint
+
+Ctrl-C and SIGTERM finish the step, save and end with exit status 0.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import configurator
+import data
+import metrics
+import optim
+import runtime
+from model import GPT, GPTConfig
+from tokenizer import END_OF_TEXT, Tokenizer
+
+SAMPLE_TOKENS = 100  # of the sample at an evaluation
+MAX_BAD_STEPS = 20  # steps in a row without a finite gradient that end a run
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # data and folders
+    data_dir: str = "data/stdlib"  # what prepare.py wrote
+    out_dir: str = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
+    overwrite: bool = False  # start over in an out_dir that already has checkpoints
+    init_from: str = "scratch"  # scratch, resume, or a folder with a checkpoint to start from
+    # the model; init_from=FOLDER takes its shape from there
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # attention heads in a block
+    n_embd: int = 384  # width, a multiple of n_head
+    block_size: int = 256  # context length in tokens
+    dropout: float = 0.0  # share of activations zeroed in training
+    bias: bool = True  # biases in linear layers and LayerNorms
+    tie_weights: bool = True  # one matrix for token embedding and head
+    vocab_multiple: int = 1  # round the vocabulary up to a multiple; 64 is faster on GPUs
+    # the optimizer
+    batch_size: int = 16  # sequences in a step, over all processes
+    micro_batch_size: int | None = None  # sequences a device takes at once; None: all
+    max_steps: int = 500  # optimizer steps
+    epochs: float | None = None  # passes over the data; sets max_steps
+    optimizer: optim.OptimizerName = "muon"  # muon (with AdamW on embeddings) or adamw
+    learning_rate: float = 5e-3  # peak
+    min_lr: float = 0.0  # at the last step
+    warmup_steps: int = 20  # steps up to the peak
+    schedule: optim.Schedule = "cosine"  # cosine, or wsd: constant, then down to min_lr
+    decay_fraction: float = 0.2  # share of the steps that wsd spends going down
+    weight_decay: float = 0.1  # of matrices and embeddings
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    stride: int | None = None  # tokens between the starts of windows; None: block_size
+    # watching
+    eval_interval: int = 100  # steps between evaluations
+    eval_tokens: int | None = None  # validation tokens in an evaluation; None: all
+    sample_interval: int | None = None  # steps between samples; None: at evaluations, 0: never
+    log_interval: int = 10  # steps between lines
+    save_interval: int | None = None  # steps between checkpoints; None: at evaluations
+    keep_checkpoints: int = 3  # newest to keep, and the best
+    plan: bool = False  # print what would be done, and stop
+    # the machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: runtime.DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, where it works
+    seed: int = 1337  # of the weights, the order of the data and the dropout
+
+
+def train(cfg: TrainConfig) -> metrics.Record:
+    """Run (or only --plan) a training; return the last metrics record, {} after --plan.
+
+    Raises ValueError for settings, data or checkpoints that do not fit, before the first step,
+    and when the gradient stays non-finite; OSError where a checkpoint could not be written.
+    """
+    check_settings(cfg)
+    rt = runtime.start(cfg.device, cfg.dtype)
+    if cfg.plan and not Path(cfg.data_dir).is_dir():
+        print(f"{cfg.data_dir} is not there yet; taking GPT-2's vocabulary of 50,257 ids.")
+        print("\n".join(plan(cfg, rt, model_config(cfg, 50257), None)))
+        return {}
+
+    # data, model, optimizer
+    out_dir = Path(cfg.out_dir)
+    tokenizer = Tokenizer.load(cfg.data_dir)
+    fingerprints = {"data": data.data_fingerprint(cfg.data_dir), "tokenizer": tokenizer.fingerprint}
+    model, start, saved = build_model(cfg, tokenizer, fingerprints)
+    block_size = model.config.block_size
+    split = data.Split(cfg.data_dir, "train", tokenizer.vocab_size)
+    batches = data.Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
+    val_split = data.Split(cfg.data_dir, "val", tokenizer.vocab_size)
+    data.check_length(val_split, block_size)
+    if cfg.epochs is not None:
+        max_steps = max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size))
+        cfg = replace(cfg, max_steps=max_steps)
+    print("\n".join(plan(cfg, rt, model.config, batches)))
+    if cfg.plan:
+        return {}
+    if start >= cfg.max_steps:
+        raise ValueError(f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done")
+    model.to(rt.device)
+    optimizers = optim.build_optimizers(
+        model,
+        cfg.optimizer,
+        lr=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        betas=(cfg.beta1, cfg.beta2),
+    )
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    if saved:
+        optim.load_optimizer_state(model, optimizers, saved["parameters"])
+        scaler.load_state_dict(saved["scaler"])
+    step_model = maybe_compiled(model, cfg, rt)
+
+    # the run folder
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if start == 0:
+        for folder in checkpoint.steps(out_dir):  # only with --overwrite
+            checkpoint.remove(folder)
+    checkpoint.write_json(out_dir / "settings.json", asdict(cfg))
+    log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
+    bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
+    tokens_per_step = cfg.batch_size * block_size
+    peak_flops = metrics.peak_flops(rt.device)
+    record: metrics.Record = {}
+    bad_steps = timed_steps = 0
+    seconds = 0.0
+
+    with stop_signals() as stop:
+        for step in range(start, cfg.max_steps):
+            began = time.perf_counter()
+            rt.seed_step(cfg.seed, step)
+            lr = learning_rate(step, cfg)
+            loss, norm = optimizer_step(step_model, batches(step), optimizers, scaler, lr, cfg, rt)
+            seconds += time.perf_counter() - began
+            timed_steps += 1
+
+            done, last = step + 1, bool(stop) or step + 1 == cfg.max_steps
+            bad_steps = 0 if math.isfinite(loss + norm) else bad_steps + 1
+            if bad_steps:
+                print(
+                    f"step {done}: skipped, as its loss ({loss}) or gradient ({norm}) is not finite"
+                )
+            if bad_steps == MAX_BAD_STEPS:
+                raise ValueError(
+                    f"{bad_steps} steps in a row were not finite: lower --learning_rate, raise "
+                    "--warmup_steps or try --dtype=float32, and go on with --init_from=resume"
+                )
+            evaluating = last or done % cfg.eval_interval == 0
+            if evaluating or done % cfg.log_interval == 0:
+                dt = seconds / timed_steps
+                record = {
+                    "step": done,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens": done * tokens_per_step,
+                    "tokens_per_s": tokens_per_step / dt,
+                    "dt_ms": 1000 * dt,
+                    "mfu": None,
+                }
+                if peak_flops:
+                    flops = model.config.flops_per_token() * tokens_per_step
+                    record["mfu"] = flops / dt / peak_flops
+                print(metrics.console_line(record, cfg.max_steps, (cfg.max_steps - done) * dt))
+                seconds, timed_steps = 0.0, 0
+            if evaluating:
+                record["val_loss"] = evaluate(model, val_split, cfg, rt)
+                text = f"step {done}: validation loss {record['val_loss']:.4f} nats per token"
+                if bytes_per_token:
+                    record["val_bpb"] = record["val_loss"] / math.log(2) / bytes_per_token
+                    text += f", {record['val_bpb']:.4f} bits per byte"
+                print(text)
+            if record.get("step") == done:
+                log.add(record)
+            if due(done, cfg.sample_interval, evaluating):
+                print_sample(model, tokenizer, cfg.seed)
+            if evaluating:
+                metrics.plot_losses(log.records, out_dir / "loss.png")
+            if last or due(done, cfg.save_interval, evaluating):
+                optimizer_file = {
+                    "parameters": optim.optimizer_state(model, optimizers),
+                    "scaler": scaler.state_dict(),
+                }
+                state = {
+                    "step": done,
+                    "seed": cfg.seed,
+                    "world_size": rt.world_size,
+                    "loss": loss,
+                    "val_loss": record.get("val_loss") if evaluating else None,
+                    "fingerprints": fingerprints,
+                    "versions": runtime.versions(),
+                    "settings": asdict(cfg),
+                }
+                folder = checkpoint.save(out_dir, done, model, tokenizer, optimizer_file, state)
+                checkpoint.prune(out_dir, cfg.keep_checkpoints)
+                print(f"step {done}: saved {folder}")
+            if stop:
+                print(f"stopped by {stop[0]}; --init_from=resume goes on from step {done}")
+                break
+    return record
+
+
+# --- before the first step
+
+
+def check_settings(cfg: TrainConfig) -> None:
+    """Raises ValueError that lists all settings out of range."""
+    problems = []
+    at_least_one = ["batch_size", "max_steps", "eval_interval", "log_interval", "keep_checkpoints"]
+    at_least_one += ["micro_batch_size", "stride", "save_interval", "eval_tokens", "vocab_multiple"]
+    for name in at_least_one:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            problems.append(f"{name} must be at least 1, not {value}")
+    not_negative = [
+        "min_lr",
+        "warmup_steps",
+        "weight_decay",
+        "grad_clip",
+        "seed",
+        "sample_interval",
+    ]
+    for name in not_negative:
+        value = getattr(cfg, name)
+        if value is not None and value < 0:
+            problems.append(f"{name} must not be negative, as {value} is")
+    for name in ("learning_rate", "epochs"):
+        value = getattr(cfg, name)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"{name} must be a number above 0, not {value}")
+    for name in ("beta1", "beta2", "decay_fraction"):
+        if not 0 <= getattr(cfg, name) < 1:
+            problems.append(f"{name} must be in [0, 1), not {getattr(cfg, name)}")
+    micro = cfg.micro_batch_size
+    if micro and not problems and cfg.batch_size % micro:
+        fits = [size for size in range(1, cfg.batch_size + 1) if cfg.batch_size % size == 0]
+        near = sorted(fits, key=lambda size: abs(size - micro))[:2]
+        problems.append(
+            f"batch_size={cfg.batch_size} is no multiple of micro_batch_size={micro}; "
+            f"the nearest that divide it are {' and '.join(map(str, sorted(near)))}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=math.ceil(vocab_size / cfg.vocab_multiple) * cfg.vocab_multiple,
+        block_size=cfg.block_size,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        n_embd=cfg.n_embd,
+        dropout=cfg.dropout,
+        bias=cfg.bias,
+        tie_weights=cfg.tie_weights,
+    )
+
+
+def build_model(
+    cfg: TrainConfig, tokenizer: Tokenizer, fingerprints: dict[str, str]
+) -> tuple[GPT, int, dict[str, Any]]:
+    """The model on the CPU, the step to start from, and the optimizer file of a resumed run.
+
+    Raises ValueError where a checkpoint is of another shape, tokenizer or data, or where a new
+    run would bury one.
+    """
+    if cfg.init_from != "resume":
+        buried = checkpoint.steps(cfg.out_dir)
+        if buried and not (cfg.overwrite or cfg.plan):
+            raise ValueError(
+                f"{buried[-1]} exists: --init_from=resume goes on from it, --overwrite starts "
+                "over, --out_dir=OTHER leaves it alone"
+            )
+    wanted = model_config(cfg, tokenizer.vocab_size)
+    if cfg.init_from == "scratch":
+        return GPT(wanted).init_weights(cfg.seed), 0, {}
+
+    folder = checkpoint.find(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
+    if cfg.init_from != "resume":
+        model = checkpoint.load_model(folder, block_size=cfg.block_size, dropout=cfg.dropout)
+        return model, 0, {}
+
+    model = checkpoint.load_model(folder, dropout=cfg.dropout)
+    here, there = asdict(wanted), asdict(model.config)
+    other = [
+        f"{name} is {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
+    ]
+    if other:
+        raise ValueError(f"cannot resume {folder} as another model: {'; '.join(other)}")
+    state = checkpoint.read_state(folder)
+    if state["fingerprints"] != fingerprints:
+        raise ValueError(f"cannot resume {folder} on other data than it was trained on")
+    return model, state["step"], checkpoint.read_optimizer(folder)
+
+
+def plan(
+    cfg: TrainConfig, rt: runtime.Runtime, config: GPTConfig, batches: data.Batches | None
+) -> list[str]:
+    """What the run is going to do, in sentences."""
+    with torch.device("meta"):
+        model = GPT(config)
+    params = model.num_params()
+    micro = cfg.micro_batch_size or cfg.batch_size
+    tokens_per_step = cfg.batch_size * config.block_size
+    tokens = cfg.max_steps * tokens_per_step
+    lines = [
+        f"Model: {params:,} parameters; {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} wide, context {config.block_size:,}, vocabulary {config.vocab_size:,}.",
+        f"Step: {cfg.batch_size:,} sequences × {config.block_size:,} = {tokens_per_step:,} tokens, "
+        f"in {cfg.batch_size // micro:,} micro-step(s) of {micro:,} sequences.",
+        f"Run: {cfg.max_steps:,} steps, {tokens:,} tokens, {tokens / params:.1f} per parameter"
+        + (f", {tokens / (batches.windows * batches.stride):.2f} epochs." if batches else "."),
+        f"Compute: {tokens * config.flops_per_token():.3g} floating-point operations, "
+        f"on {rt.device} in {str(rt.dtype).removeprefix('torch.')}, {cfg.optimizer}.",
+        f"Memory: about {memory_gib(model, micro, cfg, rt):.1f} GiB on the device.",
+    ]
+    return lines
+
+
+def memory_gib(model: GPT, micro_batch_size: int, cfg: TrainConfig, rt: runtime.Runtime) -> float:
+    """An estimate of a training step's memory: weights, gradients, optimizer, activations."""
+    config, half = model.config, rt.dtype != torch.float32
+    hidden = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name
+    )
+    moments = 2 * model.num_params() - (hidden if cfg.optimizer == "muon" else 0)
+    # Per token and layer, in units of n_embd bytes: what backward needs of two LayerNorms (in and
+    # out), qkv, attention, and the MLP around its GELU; per token, three copies of the logits.
+    activations = config.n_layer * config.n_embd * (36 if half else 64)
+    activations += config.vocab_size * (10 if half else 12)
+    tokens = micro_batch_size * config.block_size
+    return (4 * (2 * model.num_params() + moments) + tokens * activations) / 2**30
+
+
+def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callable[..., Tensor]:
+    """The model as the training step calls it: compiled on GPUs, or where --compile says so.
+
+    Evaluation and sampling keep the plain module, whose shapes may vary. Raises ValueError where
+    --compile=true does not work; "auto" says so and goes on without.
+    """
+    if cfg.compile is False or (cfg.compile == "auto" and rt.device.type != "cuda"):
+        return model
+    fast = torch.compile(model)
+    tokens = torch.zeros(
+        cfg.micro_batch_size or cfg.batch_size,
+        model.config.block_size,
+        dtype=torch.long,
+        device=rt.device,
+    )
+    try:
+        with rt.autocast():
+            fast(tokens, tokens).backward()
+        model.zero_grad(set_to_none=True)
+    except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if cfg.compile is True:
+            raise ValueError(f"--compile=true does not work here ({reason})") from error
+        print(f"torch.compile does not work here ({reason}); going on without it")
+        return model
+    return fast
+
+
+# --- the step, and what comes once in a while
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    return optim.learning_rate(
+        step,
+        max_steps=cfg.max_steps,
+        peak=cfg.learning_rate,
+        min_lr=cfg.min_lr,
+        warmup_steps=cfg.warmup_steps,
+        schedule=cfg.schedule,
+        decay_fraction=cfg.decay_fraction,
+    )
+
+
+def optimizer_step(
+    model: Callable[..., Tensor],
+    batch: tuple[Tensor, Tensor, Tensor | None],
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    lr: float,
+    cfg: TrainConfig,
+    rt: runtime.Runtime,
+) -> tuple[float, float]:
+    """Accumulate the gradient of a batch and update once; return the loss and the gradient's norm.
+
+    The loss is the mean over all targets whose mask is 1. A step whose loss or gradient is not
+    finite changes nothing.
+    """
+    x, y = batch[0].to(rt.device), batch[1].to(rt.device)
+    mask = None if batch[2] is None else batch[2].to(rt.device)
+    micro = cfg.micro_batch_size or cfg.batch_size
+    counted = x.numel() if mask is None else mask.sum().clamp(min=1)
+    loss = torch.zeros((), device=rt.device)
+    for rows in torch.arange(cfg.batch_size).split(micro):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        part_mask = None if mask is None else mask[part]
+        share = (x[part].numel() if part_mask is None else part_mask.sum()) / counted
+        with rt.autocast():
+            micro_loss = model(x[part], y[part], part_mask) * share
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    for each in optimizers:
+        scaler.unscale_(each)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+    finite = math.isfinite(loss.item() + norm.item())
+    for each in optimizers:
+        for group in each.param_groups:
+            group["lr"] = lr
+        if finite:
+            scaler.step(each)
+    scaler.update()
+    for each in optimizers:
+        each.zero_grad(set_to_none=True)
+    return loss.item(), norm.item()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, split: data.Split, cfg: TrainConfig, rt: runtime.Runtime) -> float:
+    """Mean loss in nats per token over the fixed windows of a split."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    counted = torch.zeros((), dtype=torch.float64)
+    micro = cfg.micro_batch_size or cfg.batch_size
+    windows = data.validation_batches(split, micro, model.config.block_size, cfg.eval_tokens)
+    for batch in windows:
+        x, y, mask = (part.to(rt.device) for part in batch)
+        with rt.autocast():
+            loss = model(x, y, mask)
+        total += (loss * mask.sum()).cpu()
+        counted += mask.sum().cpu()
+    model.train()
+    return (total / counted).item()
+
+
+def due(done: int, interval: int | None, evaluating: bool) -> bool:
+    """Whether something happens after `done` steps; None: at evaluations, 0: never."""
+    if interval is None:
+        return evaluating
+    return interval > 0 and done % interval == 0
+
+
+def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
+    """Print what the model makes up after `<|endoftext|>`; the same draws each time."""
+    model.eval()
+    device = model.transformer.wte.weight.device
+    tokens = model.generate(
+        torch.tensor([[tokenizer.eot_id]], device=device),
+        SAMPLE_TOKENS,
+        temperature=0.8,
+        top_p=0.95,
+        stop_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    ids = [int(token) for token in tokens]
+    model.train()
+    text = tokenizer.decode(ids).removesuffix(END_OF_TEXT)
+    print("\n".join(f"  | {line}" for line in text.splitlines()))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
+
+    The second signal does what it always did. Only a main thread can listen for signals.
+    """
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        for each in before:
+            signal.signal(each, before[each])
+        print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
+
+
+def main(argv: list[str] | None = None) -> int:
+    return configurator.command(TrainConfig, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
