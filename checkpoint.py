@@ -42,13 +42,14 @@ def save(
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
-    """Write `out_dir/step_<step>`, replacing one of that name; return its path.
+    """Write `out_dir/step_<step>`, a new folder; return its path.
 
-    `optimizer` holds tensors by parameter name, `state` whatever JSON can carry. On an error, a
-    full disk say, the half-written folder is removed and the error raised again.
+    `optimizer` holds tensors by parameter name, `state` whatever JSON can carry. Raises OSError
+    where the disk does not take it all, and leaves nothing of it.
     """
     remove_leftovers(out_dir)
     folder = out_dir / f"step_{step:06d}"
+    assert not folder.exists()  # two renames would leave a moment with neither
     partial = out_dir / f"{PARTIAL}{folder.name}"
     try:
         partial.mkdir(parents=True)
@@ -63,10 +64,11 @@ def save(
         write_json(partial / "state.json", state)
         for path in [*partial.iterdir(), partial]:
             flush(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (safetensors.SafetensorError, RuntimeError, OSError)):
+            raise OSError(f"could not write {folder}: {error}") from error
         raise
-    remove(folder)
     partial.rename(folder)
     flush(out_dir)
     return folder

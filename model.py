@@ -38,8 +38,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a shape that cannot be built."""
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = min(fits, key=lambda h: abs(h - self.n_head))

@@ -1,0 +1,278 @@
+"""Folders that `transformers` opens, that are whole or absent, and that refuse what is broken."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import checkpoint
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=4, n_embd=32)
+IDX = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def save(out_dir, step=1, config=SHAPE, val_loss=None, seed=1):
+    model = GPT(config).init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / 10)
+    state = {"step": step, "val_loss": val_loss}
+    optimizer = {"parameters": {"a": {"m": torch.ones(2)}}}
+    return model, checkpoint.save(out_dir, step, model, Tokenizer.bytes(), optimizer, state)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_transformers_opens_our_folders(tmp_path, bias, tie_weights):
+    model, folder = save(tmp_path, config=replace(SHAPE, bias=bias, tie_weights=tie_weights))
+    theirs, info = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(theirs.eval()(IDX).logits, model(IDX), atol=1e-4, rtol=0)
+    again = checkpoint.load_model(folder)
+    assert again.config == model.config
+    assert torch.equal(again(IDX), model(IDX))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Ünï\n   \t😀<|endoftext|>x"
+    assert tokenizer(text)["input_ids"] == Tokenizer.load(folder).encode(text)
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_we_open_the_folders_of_transformers(tmp_path, tie):
+    shape = {"vocab_size": 257, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=tie)).eval()
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        checkpoint.load_model(tmp_path)(IDX), theirs(IDX).logits, atol=1e-4, rtol=0
+    )
+
+
+def test_biases_trained_elsewhere_are_kept(tmp_path):
+    _, folder = save(tmp_path, config=replace(SHAPE, bias=False))
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        theirs.transformer.h[1].mlp.c_fc.bias.fill_(0.5)
+    theirs.save_pretrained(tmp_path / "elsewhere")
+    ours = checkpoint.load_model(tmp_path / "elsewhere")
+    torch.testing.assert_close(ours(IDX), theirs(IDX).logits, atol=1e-4, rtol=0)
+
+
+def test_a_shorter_context_is_an_argument_of_loading(tmp_path):
+    model, folder = save(tmp_path)
+    short = checkpoint.load_model(folder, block_size=8)
+    assert short.config.block_size == 8
+    assert torch.equal(short(IDX[:, :8]), model(IDX[:, :8]))
+    with pytest.raises(ValueError, match="block_size=32 is beyond the 16 positions"):
+        checkpoint.load_model(folder, block_size=32)
+
+
+def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
+    model, folder = save(tmp_path)
+    loaded = checkpoint.load_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert torch.equal(loaded(IDX), model(IDX))
+
+
+# --- finding and pruning
+
+
+def test_find_takes_the_newest_step_or_the_folder_itself(tmp_path):
+    for step in (5, 1_000_000, 20):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == [
+        "step_000005",
+        "step_000020",
+        "step_1000000",
+    ]
+    assert checkpoint.find(tmp_path).name == "step_1000000"
+    assert checkpoint.find(tmp_path / "step_000020").name == "step_000020"
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        checkpoint.find(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no checkpoint"):
+        checkpoint.find(tmp_path / "empty")
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, loss in enumerate([5.0, 2.0, None, 3.0, 4.0], start=1):
+        save(tmp_path, step, val_loss=loss)
+        checkpoint.prune(tmp_path, keep=2)
+    assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [2, 4, 5]
+
+
+# --- whole or absent
+
+
+def test_leftovers_of_a_killed_save_vanish(tmp_path):
+    (tmp_path / ".partial_step_000007").mkdir()
+    (tmp_path / ".partial_old_step_000003").mkdir()
+    save(tmp_path, 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000008"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
+@pytest.mark.parametrize("limit", [200, 40_000, 112_000])
+def test_a_full_disk_is_an_oserror_that_leaves_nothing(tmp_path, limit):
+    import resource
+
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="step_000002"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_system_call_of_a_save_leaves_whole_folders(tmp_path, monkeypatch):
+    """Kill -9 a process at each step of saving and pruning in turn, and open what is left."""
+    deadly_calls = [
+        (os, "fsync"),
+        (os, "rename"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (os, "mkdir"),
+        (torch, "save"),
+        (safetensors.torch, "save_file"),
+        (checkpoint, "write_json"),
+    ]
+
+    def save_and_die(out_dir, fatal):
+        calls = 0
+
+        def deadly(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        for owner, name in deadly_calls:
+            monkeypatch.setattr(owner, name, deadly(getattr(owner, name)))
+        save(out_dir, 2)
+        checkpoint.prune(out_dir, keep=1)
+        os._exit(0)
+
+    killed = 0
+    while True:
+        out_dir = tmp_path / str(killed)
+        save(out_dir, 1)
+        child = os.fork()
+        if child == 0:
+            save_and_die(out_dir, killed + 1)
+        status = os.waitpid(child, 0)[1]
+        folders = checkpoint.steps(out_dir)
+        assert folders
+        for folder in folders:
+            checkpoint.load_model(folder)
+            checkpoint.read_optimizer(folder)
+            checkpoint.read_state(folder)
+        save(out_dir, 3)
+        assert not list(out_dir.glob(".*"))
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        killed += 1
+    assert killed > 20
+
+
+# --- what is refused
+
+
+def damaged(tmp_path, what):
+    _, folder = save(tmp_path)
+    path = folder / "model.safetensors"
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif what == "garbage":
+        path.write_bytes(b"\xff" * 5000)
+    elif what == "empty":
+        path.write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("what", ["truncated", "garbage", "empty"])
+def test_damaged_weights_are_refused(tmp_path, what):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        checkpoint.load_model(damaged(tmp_path, what))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "optimizer.pt"])
+def test_a_pickle_is_never_executed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    _, folder = save(tmp_path / "out")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    read = checkpoint.read_optimizer if name == "optimizer.pt" else checkpoint.load_model
+    with pytest.raises(ValueError, match="damaged|pickle"):
+        read(folder)
+    assert not (tmp_path / "exploded").exists()
+    torch.save({"parameters": Bomb()}, folder / "optimizer.pt")
+    with pytest.raises(ValueError, match="not tensors only"):
+        checkpoint.read_optimizer(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"activation_function": "relu"}, "activation_function='relu'"),
+        ({"n_inner": 64}, "n_inner=64"),
+        ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing"),
+        ({"n_embd": 36}, "wte.weight has shape"),
+        ({"n_head": 5}, "does not divide"),
+        ({"n_layer": "2"}, "n_layer"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
+    _, folder = save(tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(folder)
+
+
+def test_a_missing_or_damaged_config_is_refused(tmp_path):
+    _, folder = save(tmp_path)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        checkpoint.load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"step_000001 is no checkpoint: it has no config.json"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_an_unprefixed_half_precision_file_opens(tmp_path):
+    model, folder = save(tmp_path)
+    weights = checkpoint.to_hugging_face(model)
+    bare = {name.removeprefix("transformer."): t.bfloat16() for name, t in weights.items()}
+    shutil.copytree(folder, tmp_path / "bare")
+    safetensors.torch.save_file(bare, tmp_path / "bare" / "model.safetensors")
+    opened = checkpoint.load_model(tmp_path / "bare")
+    assert opened.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(opened(IDX), model(IDX), atol=0.2, rtol=0.1)

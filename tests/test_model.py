@@ -1,0 +1,242 @@
+"""The network against `transformers`, the cache against no cache, and what sampling may draw."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import checkpoint
+from model import GPT, GPTConfig, KVCache, attention, sample
+
+TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
+
+
+def tiny(**changes) -> GPT:
+    model = GPT(replace(TINY, **changes)).init_weights(seed=1).eval()
+    with torch.no_grad():  # weights that differ enough for a mistake to show
+        for parameter in model.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) / 5
+            )
+    return model
+
+
+def tokens(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def huggingface(model: GPT) -> GPT2LMHeadModel:
+    config = GPT2Config(**checkpoint.config_to_hugging_face(model.config))
+    theirs = GPT2LMHeadModel(config).eval()
+    left = theirs.load_state_dict(checkpoint.to_hugging_face(model), strict=False)
+    assert not left.unexpected_keys
+    assert set(left.missing_keys) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_logits_and_loss_are_those_of_transformers(bias, tie_weights):
+    model, idx = tiny(bias=bias, tie_weights=tie_weights), tokens(3, 16)
+    theirs = huggingface(model)(idx, labels=idx)
+    torch.testing.assert_close(model(idx), theirs.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(idx[:, :-1], idx[:, 1:]), theirs.loss, atol=1e-5, rtol=0)
+
+
+def test_gradients_are_those_of_transformers():
+    model, idx = tiny().train(), tokens(3, 16)
+    theirs = huggingface(model)
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    theirs(idx, labels=idx).loss.backward()
+    for name, parameter in theirs.named_parameters():
+        ours = dict(model.named_parameters())[name].grad
+        if name.endswith(checkpoint.TRANSPOSED):
+            ours = ours.t()
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_for_training_is_flash_attention():
+    q, k, v = (torch.randn(2, 4, 16, 8, requires_grad=True) for _ in range(3))
+    ours = attention(q, k, v, dropout=0.0)
+    flash = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(ours, flash)
+    for mine, reference in zip(
+        torch.autograd.grad(ours.square().sum(), (q, k, v)),
+        torch.autograd.grad(flash.square().sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("prefill", [1, 7, 16])
+def test_cached_logits_are_the_uncached_ones(prefill):
+    model, idx = tiny(), tokens(2, 16)
+    cache = KVCache(model, batch_size=2)
+    parts = [model(idx[:, :prefill], cache=cache)]
+    parts += [model(idx[:, t : t + 1], cache=cache) for t in range(prefill, 16)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=1e-4)
+
+
+def test_cache_takes_several_tokens_after_a_prefix():
+    model, idx = tiny(), tokens(2, 16)
+    cache = KVCache(model, batch_size=2)
+    parts = [model(idx[:, a:b], cache=cache) for a, b in ((0, 5), (5, 9), (9, 16))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [1, 10, 16, 40])
+def test_generation_equals_the_documented_rule_without_a_cache(prompt):
+    model, idx = tiny(), tokens(2, prompt)
+    drawn = torch.stack(list(model.generate(idx, 40, temperature=0)), dim=1)
+
+    seen, expected = idx[:, -16:], []
+    for _ in range(40):
+        if seen.size(1) > 16:
+            seen = seen[:, -8:]
+        expected.append(model(seen)[:, -1].argmax(-1))
+        seen = torch.cat((seen, expected[-1][:, None]), dim=1)
+    assert torch.equal(drawn, torch.stack(expected, dim=1))
+
+
+def test_generation_works_with_a_context_of_one_token():
+    model = tiny(block_size=1)
+    assert len(list(model.generate(tokens(2, 3), 5))) == 5
+
+
+def test_a_full_context_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        model(tokens(1, 17))
+    cache = KVCache(model, batch_size=1)
+    model(tokens(1, 16), cache=cache)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model(tokens(1, 1), cache=cache)
+
+
+def test_generation_stops_where_every_sequence_has_stopped():
+    model = tiny()
+    free = torch.stack(list(model.generate(tokens(2, 4), 30, temperature=0)), dim=1)
+    stop_id = int(free[0, 3])
+    drawn = torch.stack(
+        list(model.generate(tokens(2, 4), 30, temperature=0, stop_id=stop_id)), dim=1
+    )
+    for row, unstopped in zip(drawn.tolist(), free.tolist()):
+        end = unstopped.index(stop_id) if stop_id in unstopped else len(unstopped)
+        assert row[:end] == unstopped[: min(end, len(row))]
+        assert set(row[end:]) <= {stop_id}
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    model = tiny()
+    with torch.no_grad():
+        model.transformer.wte.weight[50:] *= 50  # the padded ids would win almost always
+    free = torch.stack(list(model.generate(tokens(8, 4), 12)))
+    limited = torch.stack(list(model.generate(tokens(8, 4), 12, vocab_size=50)))
+    assert free.max() >= 50
+    assert limited.max() < 50
+
+
+def test_samples_of_a_batch_differ_and_a_seed_repeats_them():
+    model, idx = tiny(), tokens(1, 4).expand(4, 4)
+
+    def draw(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(list(model.generate(idx, 12, generator=generator)), dim=1).tolist()
+
+    assert draw(1) == draw(1) != draw(2)
+    assert len({tuple(row) for row in draw(1)}) == 4
+
+
+LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+
+
+@pytest.mark.parametrize(
+    "filters, allowed",
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"top_p": 0.1}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_p": 1.0}, {0, 1, 2, 3}),
+        ({"min_p": 0.4}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.6}, {0, 1}),
+        ({"temperature": 0}, {0}),
+    ],
+)
+def test_sampling_draws_what_the_filters_allow(filters, allowed):
+    generator = torch.Generator().manual_seed(0)
+    filters = {"temperature": 1.0, **filters}
+    drawn = sample(LOGITS.expand(2000, 4), **filters, generator=generator)
+    assert set(drawn.tolist()) == allowed
+
+
+def test_sampling_follows_the_probabilities():
+    drawn = sample(LOGITS.expand(20_000, 4), 1.0, generator=torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, LOGITS.exp(), atol=0.015, rtol=0)
+
+
+def test_the_mask_chooses_the_targets_that_count():
+    model, x, y = tiny(), tokens(2, 16), tokens(2, 16, seed=4)
+    mask = (torch.arange(32).view(2, 16) % 3 == 0).float()
+    losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
+    torch.testing.assert_close(model(x, y, mask), losses[mask.flatten() == 1].mean())
+    assert model(x, y, torch.zeros(2, 16)).item() == 0.0
+
+
+def test_dropout_acts_in_training_only():
+    model, idx = tiny(dropout=0.5), tokens(1, 16)
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+
+
+def test_fresh_weights_have_gpt2s_scale_and_depend_on_the_seed_alone():
+    config = GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=4, n_embd=64)
+    model = GPT(config).init_weights(seed=1)
+    std = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    for name, value in std.items():
+        wanted = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+        assert value == pytest.approx(wanted, rel=0.1), name
+    assert model.transformer.h[0].attn.c_attn.bias.eq(0).all()
+    assert model.transformer.ln_f.weight.eq(1).all()
+    again, other = GPT(config).init_weights(seed=1), GPT(config).init_weights(seed=2)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+
+
+def test_openai_sizes_have_their_parameter_counts():
+    sizes = {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168}
+    sizes |= {(36, 20, 1280): 774_030_080, (48, 25, 1600): 1_557_611_200}
+    for (n_layer, n_head, n_embd), count in sizes.items():
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        assert model.num_params() == count
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_head": 5}, "n_embd=32 does not divide into n_head=5 heads; .* n_head=4"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1"),
+        ({"dropout": 1.0}, "dropout must be in"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_what_the_cpu_does():
+    model, idx = tiny(), tokens(3, 16)
+    expected = model(idx)
+    torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+    drawn = torch.stack(list(model.generate(idx.cuda(), 40, temperature=0)))
+    assert torch.equal(drawn.cpu(), torch.stack(list(model.cpu().generate(idx, 40, temperature=0))))
