@@ -98,9 +98,10 @@ def train(cfg: TrainConfig) -> metrics.Record:
 
     # data, model, optimizer
     out_dir = Path(cfg.out_dir)
+    fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = Tokenizer.load(cfg.data_dir)
-    fingerprints = {"data": data.data_fingerprint(cfg.data_dir), "tokenizer": tokenizer.fingerprint}
-    model, start, saved = build_model(cfg, tokenizer, fingerprints)
+    model, state, saved = build_model(cfg, tokenizer, fingerprint)
+    start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
     split = data.Split(cfg.data_dir, "train", tokenizer.vocab_size)
     batches = data.Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
@@ -151,8 +152,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
             seconds += time.perf_counter() - began
             timed_steps += 1
 
-            done, last = step + 1, bool(stop) or step + 1 == cfg.max_steps
+            done = step + 1
+            stopping = bool(stop)  # asked once: a signal may come at any line
+            last = stopping or done == cfg.max_steps
             bad_steps = 0 if math.isfinite(loss + norm) else bad_steps + 1
+            skipped += bad_steps > 0
             if bad_steps:
                 print(
                     f"step {done}: skipped, as its loss ({loss}) or gradient ({norm}) is not finite"
@@ -170,6 +174,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "loss": loss,
                     "lr": lr,
                     "grad_norm": norm,
+                    "skipped": skipped,
                     "tokens": done * tokens_per_step,
                     "tokens_per_s": tokens_per_step / dt,
                     "dt_ms": 1000 * dt,
@@ -204,14 +209,15 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "world_size": rt.world_size,
                     "loss": loss,
                     "val_loss": record.get("val_loss") if evaluating else None,
-                    "fingerprints": fingerprints,
+                    "skipped": skipped,
+                    "data": fingerprint,
                     "versions": runtime.versions(),
                     "settings": asdict(cfg),
                 }
                 folder = checkpoint.save(out_dir, done, model, tokenizer, optimizer_file, state)
                 checkpoint.prune(out_dir, cfg.keep_checkpoints)
                 print(f"step {done}: saved {folder}")
-            if stop:
+            if stopping:
                 print(f"stopped by {stop[0]}; --init_from=resume goes on from step {done}")
                 break
     return record
@@ -274,9 +280,9 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
 
 
 def build_model(
-    cfg: TrainConfig, tokenizer: Tokenizer, fingerprints: dict[str, str]
-) -> tuple[GPT, int, dict[str, Any]]:
-    """The model on the CPU, the step to start from, and the optimizer file of a resumed run.
+    cfg: TrainConfig, tokenizer: Tokenizer, data_fingerprint: str
+) -> tuple[GPT, dict[str, Any], dict[str, Any]]:
+    """The model on the CPU, and state.json and the optimizer file of a resumed run ({} otherwise).
 
     Raises ValueError where a checkpoint is of another shape, tokenizer or data, or where a new
     run would bury one.
@@ -290,14 +296,14 @@ def build_model(
             )
     wanted = model_config(cfg, tokenizer.vocab_size)
     if cfg.init_from == "scratch":
-        return GPT(wanted).init_weights(cfg.seed), 0, {}
+        return GPT(wanted).init_weights(cfg.seed), {}, {}
 
     folder = checkpoint.find(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
     if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
     if cfg.init_from != "resume":
         model = checkpoint.load_model(folder, block_size=cfg.block_size, dropout=cfg.dropout)
-        return model, 0, {}
+        return model, {}, {}
 
     model = checkpoint.load_model(folder, dropout=cfg.dropout)
     here, there = asdict(wanted), asdict(model.config)
@@ -307,9 +313,9 @@ def build_model(
     if other:
         raise ValueError(f"cannot resume {folder} as another model: {'; '.join(other)}")
     state = checkpoint.read_state(folder)
-    if state["fingerprints"] != fingerprints:
+    if state["data"] != data_fingerprint:
         raise ValueError(f"cannot resume {folder} on other data than it was trained on")
-    return model, state["step"], checkpoint.read_optimizer(folder)
+    return model, state, checkpoint.read_optimizer(folder)
 
 
 def plan(
@@ -357,7 +363,7 @@ def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callabl
     Evaluation and sampling keep the plain module, whose shapes may vary. Raises ValueError where
     --compile=true does not work; "auto" says so and goes on without.
     """
-    if cfg.compile is False or (cfg.compile == "auto" and rt.device.type != "cuda"):
+    if cfg.compile is False or (cfg.compile == "auto" and not worth_compiling(rt)):
         return model
     fast = torch.compile(model)
     tokens = torch.zeros(
@@ -377,6 +383,11 @@ def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callabl
         print(f"torch.compile does not work here ({reason}); going on without it")
         return model
     return fast
+
+
+def worth_compiling(rt: runtime.Runtime) -> bool:
+    """On a CPU compiling takes longer than a small run lasts."""
+    return rt.device.type == "cuda"
 
 
 # --- the step, and what comes once in a while

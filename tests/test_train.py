@@ -1,0 +1,385 @@
+"""Exact resuming, the plan, what a run leaves behind, and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import metrics
+import optim
+import runtime
+import train
+from tokenizer import Tokenizer
+
+REPO = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory) -> train.TrainConfig:
+    """A run of a few milliseconds a step on bytes whose next one can be learned."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
+    for name, count in (("train", 900), ("val", 60)):
+        text = b"".join(words[i] for i in rng.integers(4, size=count))
+        data.write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
+    Tokenizer.bytes().save(folder)
+    return train.TrainConfig(
+        data_dir=str(folder),
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=16,
+        batch_size=4,
+        max_steps=20,
+        warmup_steps=2,
+        eval_interval=10,
+        save_interval=7,
+        log_interval=1,
+        sample_interval=0,
+        dropout=0.1,
+        device="cpu",
+    )
+
+
+def records(out_dir) -> list[dict]:
+    """metrics.jsonl without the clock's part."""
+    timing = {"tokens_per_s", "dt_ms", "mfu"}
+    found = metrics.read_records(Path(out_dir) / "metrics.jsonl")
+    return [{key: r[key] for key in r if key not in timing} for r in found]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    one_step, other_step = checkpoint.find(one), checkpoint.find(other)
+    assert one_step.name == other_step.name
+    assert same(checkpoint.read_weights(one_step), checkpoint.read_weights(other_step))
+    assert same(checkpoint.read_optimizer(one_step), checkpoint.read_optimizer(other_step))
+    assert records(one) == records(other)
+
+
+# --- exactness
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "micro_batch_size": 2}])
+def test_7_steps_and_13_more_are_20_steps(cfg, tmp_path, monkeypatch, changes):
+    cfg = replace(cfg, **changes)
+    train.train(replace(cfg, out_dir=str(tmp_path / "whole")))
+    parts = replace(cfg, out_dir=str(tmp_path / "parts"))
+
+    real, calls = train.optimizer_step, 0
+
+    def dies_in_the_10th_step(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", dies_in_the_10th_step)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(parts)
+    assert checkpoint.find(tmp_path / "parts").name == "step_000007"
+    assert len(records(tmp_path / "parts")) == 9
+    monkeypatch.undo()
+    train.train(replace(parts, init_from="resume"))
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert [r["step"] for r in records(tmp_path / "parts")] == list(range(1, 21))
+
+
+def test_evaluating_sampling_and_saving_more_often_change_no_loss(cfg, tmp_path):
+    rare = replace(cfg, out_dir=str(tmp_path / "rare"), eval_interval=100, save_interval=100)
+    often = replace(
+        cfg, out_dir=str(tmp_path / "often"), eval_interval=1, save_interval=1, sample_interval=3
+    )
+    train.train(rare)
+    train.train(often)
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("rare", "often")]
+    assert losses[0] == losses[1]
+
+
+def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
+    rt = runtime.start("cpu", "float32")
+    mask = (torch.arange(64).view(4, 16) % 5 < 2).float()
+    mask[1] = 0  # a micro-batch that is all masked
+    x, y = torch.randint(257, (4, 16)), torch.randint(257, (4, 16))
+    weights = []
+    for micro in (1, 2, 4):
+        changed = replace(cfg, micro_batch_size=micro, dropout=0.0, optimizer="adamw")
+        model = train.GPT(train.model_config(changed, 257)).init_weights(0)
+        sgd = [torch.optim.SGD(model.parameters(), lr=1.0)]
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss, _ = train.optimizer_step(model, (x, y, mask), sgd, scaler, 1.0, changed, rt)
+        weights.append((torch.tensor(loss), *model.parameters()))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_goes_down(cfg, tmp_path):
+    last = train.train(replace(cfg, out_dir=str(tmp_path), max_steps=60, dropout=0.0))
+    assert last["val_loss"] < 2.5 < math.log(257)
+
+
+def test_a_validation_loss_is_the_mean_over_all_targets(cfg, tmp_path):
+    last = train.train(replace(cfg, out_dir=str(tmp_path), dtype="float32"))
+    model = checkpoint.load_model(tmp_path).eval()
+    split = data.Split(cfg.data_dir, "val", 257)
+    losses = []
+    for end in range(1, len(split)):  # each target once, in windows that begin every 16 tokens
+        start = min((end - 1) // 16 * 16, len(split) - 17)
+        logits = model(torch.from_numpy(split[start:end])[None])[0, -1]
+        losses.append(-logits.log_softmax(-1)[split[end : end + 1][0]].item())
+    assert last["val_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+# --- steps that are not finite
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, tmp_path, monkeypatch, capsys):
+    real = train.GPT.forward
+    seen = []
+
+    def sometimes_nan(self, idx, targets=None, *rest):
+        loss = real(self, idx, targets, *rest)
+        if self.training and targets is not None:
+            seen.append({name: p.detach().clone() for name, p in self.named_parameters()})
+            return loss * (math.nan if len(seen) in (3, 4) else 1.0)
+        return loss
+
+    monkeypatch.setattr(train.GPT, "forward", sometimes_nan)
+    train.train(replace(cfg, out_dir=str(tmp_path), max_steps=6))
+    assert same(seen[2], seen[3]) and same(seen[3], seen[4]) and not same(seen[4], seen[5])
+    assert capsys.readouterr().out.count("skipped") == 2
+    assert records(tmp_path)[-1]["skipped"] == 2
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_with_a_hint(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: (math.nan, 1.0))
+    with pytest.raises(ValueError, match=r"20 steps in a row .* lower --learning_rate"):
+        train.train(replace(cfg, out_dir=str(tmp_path)))
+
+
+def test_fp16_scales_the_loss_and_resumes_exactly(cfg, tmp_path):
+    cfg = replace(cfg, dtype="float16", max_steps=8, save_interval=4, eval_interval=8)
+    train.train(replace(cfg, out_dir=str(tmp_path / "whole")))
+    train.train(replace(cfg, out_dir=str(tmp_path / "parts")))
+    shutil.rmtree(tmp_path / "parts" / "step_000008")
+    train.train(replace(cfg, out_dir=str(tmp_path / "parts"), init_from="resume"))
+    assert checkpoint.read_optimizer(checkpoint.find(tmp_path / "whole"))["scaler"]["scale"] > 1
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+# --- starting
+
+
+def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
+    train.train(replace(cfg, out_dir=str(tmp_path / "first"), dropout=0.0))
+    warm = replace(
+        cfg, out_dir=str(tmp_path / "second"), init_from=str(tmp_path / "first"), n_layer=9
+    )
+    first = train.train(replace(warm, learning_rate=1e-9, max_steps=1, dropout=0.0))
+    assert checkpoint.load_model(tmp_path / "second").config.n_layer == 2
+    assert first["val_loss"] == pytest.approx(records(tmp_path / "first")[-1]["val_loss"], abs=1e-3)
+
+
+def test_a_finished_run_is_not_buried(cfg, tmp_path):
+    done = replace(cfg, out_dir=str(tmp_path), max_steps=3)
+    train.train(done)
+    with pytest.raises(ValueError, match="--init_from=resume goes on from it, --overwrite"):
+        train.train(done)
+    with pytest.raises(ValueError, match="is at step 3, max_steps=3"):
+        train.train(replace(done, init_from="resume"))
+    train.train(replace(done, overwrite=True, max_steps=2))
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_000002"]
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+
+
+def test_resuming_as_something_else_is_refused(cfg, tmp_path):
+    out_dir, other = str(tmp_path / "out"), tmp_path / "other"
+    train.train(replace(cfg, out_dir=out_dir, max_steps=2))
+    resume = replace(cfg, out_dir=out_dir, init_from="resume")
+    with pytest.raises(
+        ValueError, match="another model: n_layer is 2, not 3; n_embd is 32, not 64"
+    ):
+        train.train(replace(resume, n_layer=3, n_embd=64))
+    with pytest.raises(ValueError, match="keep the optimizer setting"):
+        train.train(replace(resume, optimizer="adamw"))
+    shutil.copytree(cfg.data_dir, other)
+    data.write_shard(other / "train_000001.bin", np.zeros(50, "u2"))
+    with pytest.raises(ValueError, match="other data"):
+        train.train(replace(resume, data_dir=str(other)))
+    Tokenizer.train(["abc abc abc"], 258).save(other)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train.train(replace(resume, data_dir=str(other)))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        warm = replace(cfg, init_from=out_dir, out_dir=str(tmp_path / "warm"))
+        train.train(replace(warm, data_dir=str(other)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 12, "micro_batch_size": 5}, "nearest that divide it are 4 and 6"),
+        ({"max_steps": 0, "seed": -1}, "max_steps must be at least 1, not 0; seed must not"),
+        ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
+        ({"n_head": 3}, "does not divide into n_head=3"),
+        ({"block_size": 8000}, "one window takes block_size"),
+        ({"block_size": 1000}, "the val split has"),
+        ({"data_dir": "nowhere"}, "there is no data in nowhere"),
+        ({"init_from": "nowhere"}, "nowhere does not exist"),
+        ({"init_from": "resume"}, "does not exist"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
+        ({"dropout": 2.0}, "dropout"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(replace(cfg, out_dir=str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_shards_are_refused_before_the_first_step(cfg, tmp_path):
+    shutil.copytree(cfg.data_dir, tmp_path / "data")
+    shard = tmp_path / "data" / "train_000000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    broken = replace(cfg, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"train_000000.bin .* it was cut off"):
+        train.train(broken)
+    shard.write_bytes(whole[:-2] + b"\xff\xff")
+    with pytest.raises(ValueError, match="id 65535 at token .* beyond the vocabulary of 257"):
+        train.train(broken)
+    assert not (tmp_path / "out").exists()
+
+
+# --- what a run leaves
+
+
+def test_the_run_folder(cfg, tmp_path, capsys):
+    train.train(replace(cfg, out_dir=str(tmp_path), keep_checkpoints=1, sample_interval=None))
+    out = capsys.readouterr().out
+    assert "step 20/20 | loss " in out and "validation loss" in out and "\n  | " in out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "settings.json").read_text())["n_embd"] == 32
+    best = min(r.get("val_loss", math.inf) for r in records(tmp_path))
+    states = [checkpoint.read_state(folder) for folder in checkpoint.steps(tmp_path)]
+    assert states[-1]["step"] == 20
+    assert best in [state["val_loss"] for state in states]
+    assert set(records(tmp_path)[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped"}
+
+
+def test_bits_per_byte_follow_from_nats_per_token(cfg, tmp_path):
+    shutil.copytree(cfg.data_dir, tmp_path / "data")
+    counts = {"val": {"bytes": 2000, "tokens": 500, "shards": []}}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"splits": counts}))
+    changed = replace(cfg, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"))
+    last = train.train(changed)
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2) / 4)
+
+
+def test_epochs_set_the_steps(cfg, tmp_path):
+    windows = (len(data.Split(cfg.data_dir, "train", 257)) - 17) // 16 + 1
+    last = train.train(replace(cfg, out_dir=str(tmp_path), epochs=0.25))
+    assert last["step"] == math.ceil(0.25 * windows / 4)
+
+
+def test_the_plan_needs_no_data_and_writes_nothing(cfg, tmp_path, capsys):
+    plan = replace(cfg, data_dir=str(tmp_path / "none"), out_dir=str(tmp_path / "out"), plan=True)
+    assert train.train(plan) == {}
+    out = capsys.readouterr().out
+    assert "50,257" in out and "20 steps" in out and "GiB" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def call(*args):
+            raise RuntimeError("no compiler\nat all")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rt = replace(runtime.start("cpu"), device=torch.device("cpu"))
+    model = train.GPT(train.model_config(cfg, 257))
+    monkeypatch.setattr(train, "worth_compiling", lambda rt: True)
+    assert train.maybe_compiled(model, cfg, rt) is model
+    assert "(RuntimeError: no compiler)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--compile=true does not work here"):
+        train.maybe_compiled(model, replace(cfg, compile=True), rt)
+
+
+# --- as a process
+
+
+def command(cfg: train.TrainConfig, out_dir: Path, **changes) -> list[str]:
+    settings = vars(replace(cfg, out_dir=str(out_dir), **changes))
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, str(REPO / "train.py"), *arguments]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
+    run = subprocess.Popen(
+        command(cfg, tmp_path / "parts", max_steps=100_000, save_interval=100_000),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in run.stdout:
+        if line.startswith("step 000005"):
+            break
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "stopped by SIGTERM; --init_from=resume goes on" in out
+    assert len(checkpoint.steps(tmp_path / "parts")) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
+    """A run killed again and again ends with the weights of one that never was."""
+    cfg = replace(cfg, max_steps=60, save_interval=1, eval_interval=30)
+    train.train(replace(cfg, out_dir=str(tmp_path / "whole")))
+    parts, kills = tmp_path / "parts", 0
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        init_from = "resume" if checkpoint.steps(parts) else "scratch"
+        steps = len(checkpoint.steps(parts)) and int(checkpoint.find(parts).name[5:])
+        run = subprocess.Popen(command(cfg, parts, init_from=init_from), stdout=subprocess.DEVNULL)
+        if kills < 3:
+            while run.poll() is None and newest(parts) <= steps:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+            run.kill()
+        if run.wait(timeout=120) == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    assert_same_end(tmp_path / "whole", parts)
+
+
+def newest(out_dir: Path) -> int:
+    return max((int(path.name[5:]) for path in checkpoint.steps(out_dir)), default=0)
+
+
+def test_optimizers_cover_the_model(cfg):
+    model = train.GPT(train.model_config(cfg, 257))
+    optimizers = optim.build_optimizers(model, "muon", lr=1.0, weight_decay=0, betas=(0.9, 0.9))
+    owned = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    assert len(owned) == len(list(model.parameters()))
