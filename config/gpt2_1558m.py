@@ -1,0 +1,33 @@
+"""
+GPT-2 1558m from scratch, with the batch and learning rate of GPT-3's model of that size
+(arXiv 2005.14165, table 2.1) and 20 tokens per parameter (arXiv 2203.15556).
+
+    python train.py config/gpt2_1558m.py --plan
+    python train.py config/gpt2_1558m.py
+
+Hardware: one GPU of 80 GB; with less memory, halve micro_batch_size until it fits.
+Tokens: 29,800 steps of 1,048,576 = 31.2 billion, of FineWeb in data/fineweb.
+Expect: this file has not been run; OpenAI's own weights score 2.831 on FineWeb's validation split.
+"""
+
+data_dir = "data/fineweb"
+out_dir = "out/gpt2_1558m"
+
+n_layer = 48
+n_head = 25
+n_embd = 1600
+block_size = 1024
+vocab_multiple = 64
+
+batch_size = 1024
+micro_batch_size = 4
+max_steps = 29_800
+optimizer = "adamw"
+learning_rate = 2e-4
+warmup_steps = 700
+weight_decay = 0.1
+
+eval_interval = 250
+eval_tokens = 20 * 524_288
+save_interval = 1000
+log_interval = 1
