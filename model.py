@@ -12,6 +12,7 @@ D channels per head (C / H), V vocabulary.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -81,11 +82,21 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draw nothing: GPT.init_weights does, or a checkpoint has the weights."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Draw nothing, as Linear does."""
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
@@ -103,15 +114,16 @@ class SelfAttention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal attention of the last T of S tokens: q (B, H, T, D), k and v (B, H, S, D).
 
-    Flash attention, but for short sequences on a CPU, where flash's backward pass is slow and
-    plain products are twice as fast (docs/benchmarks.md).
+    Flash attention, but plain products for short sequences on a CPU, where they are twice as fast
+    (docs/benchmarks.md).
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
-    if q.device.type == "cpu" and q.requires_grad and T == S <= 256:
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = (q * D**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
-        weights = F.softmax(scores.masked_fill(future, -torch.inf), dim=-1).to(v.dtype)
-        return F.dropout(weights, dropout) @ v
+    if q.device.type == "cpu" and 1 < T == S <= 256:
+        future = q.new_full((T, T), -torch.inf).triu(1)
+        q, k = q.flatten(0, 1), k.flatten(0, 1)  # (B·H, T, D)
+        scores = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B·H, T, T)
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        return torch.bmm(weights, v.flatten(0, 1)).view_as(v)
     if T == 1 or T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -121,13 +133,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, the tanh approximation."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return CPUGelu.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+class CPUGelu(torch.autograd.Function):
+    """The same in bf16 as x·sigmoid(u), u = 2·sqrt(2/pi)·(x + 0.044715·x³), in element-wise passes
+    that PyTorch has vectorized for bf16 on CPUs; its own kernel takes twice as long."""
+
+    linear = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.bfloat16)
+    cubic = 0.044715 * 2 * math.sqrt(2 / math.pi)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate = torch.addcmul(CPUGelu.linear, x, x, value=CPUGelu.cubic).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        slope = torch.addcmul(CPUGelu.linear, x, x, value=3 * CPUGelu.cubic).mul_(x)  # x·du/dx
+        return (1 - gate).mul_(slope).add_(1).mul_(gate).mul_(grad)
 
 
 class Block(nn.Module):
@@ -148,8 +187,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
         self.config = config
@@ -173,14 +212,16 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The network. Parameters are named as in `transformers.GPT2LMHeadModel`; its matrices are
-    stored transposed there (`Conv1D`), which checkpoint.py takes care of."""
+    """The network. Its weights are undefined until init_weights draws them or a checkpoint is
+    loaded. They are named as in `transformers.GPT2LMHeadModel`, which stores the matrices of the
+    blocks transposed (`Conv1D`); checkpoint.py takes care of that.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 

@@ -43,15 +43,17 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized (Jordan et al. 2024, kellerjordan.github.io
     /posts/muon), for the weight matrices of the hidden layers.
 
-    The update is scaled by 0.2·sqrt(max(rows, columns)), so that its size matches AdamW's and one
-    learning rate serves both (Moonlight, arXiv 2502.16982). All matrices of one shape are
-    orthogonalized as one batch: for small models that is most of the optimizer's time.
+    The update is scaled by 0.2·sqrt(max(rows, columns)), so that its size is like AdamW's and the
+    same learning rates serve both (Moonlight, arXiv 2502.16982). A group's matrices are cut into
+    `parts` along their rows, each orthogonalized by itself: the q, k and v of a fused projection.
+    All matrices of one shape go through as one batch: for small models they are most of the cost.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -70,9 +72,9 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-        updates = orthogonalize(torch.stack(ahead)).to(parameters[0].dtype)
-        rows, columns = parameters[0].shape
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
+        rows, columns = parameters[0].size(0) // group["parts"], parameters[0].size(1)
+        updates = orthogonalize(ahead.view(-1, rows, columns)).to(ahead.dtype).view_as(ahead)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=scale)
@@ -87,42 +89,57 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = x @ factor if tall else factor @ x
+    return x
 
 
 def build_optimizers(
     model: nn.Module,
     optimizer: OptimizerName,
     *,
-    lr: float,
     weight_decay: float,
     betas: tuple[float, float],
+    momentum: float = 0.95,
+    embedding_lr_scale: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together train every parameter of a GPT.
 
     "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
-    decay applies to matrices and embeddings, not to biases and LayerNorms.
+    decay applies to matrices and embeddings, not to biases and LayerNorms. The learning
+    rates are 0 until set_learning_rate, to be called before each step.
     """
-    hidden, decayed, plain = [], [], []
+    qkv, matrices, decayed, plain = (list[nn.Parameter]() for _ in range(4))
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             plain.append(parameter)
-        elif optimizer == "muon" and ".h." in name:
-            hidden.append(parameter)
-        else:
+        elif optimizer == "adamw" or ".h." not in name:
             decayed.append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    groups.append({"params": plain, "weight_decay": 0.0})
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        optimizers.append(Muon(hidden, lr=lr, weight_decay=weight_decay))
-    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True))
+        else:
+            (qkv if name.endswith("c_attn.weight") else matrices).append(parameter)
+    lr_scale = embedding_lr_scale if optimizer == "muon" else 1.0
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    ]
+    if optimizer == "muon":
+        groups = [{"params": qkv, "parts": 3}, {"params": matrices, "parts": 1}]
+        muon = Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+        optimizers.append(muon)
     return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give every group `lr` times its own "lr_scale"."""
+    for group in (group for each in optimizers for group in each.param_groups):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def optimizer_state(

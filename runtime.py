@@ -1,6 +1,7 @@
 """Where a run happens: rank, world size, device, dtype, autocast and seeding."""
 
 import contextlib
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -44,10 +45,27 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         raise ValueError(f"WORLD_SIZE is {world_size}, but a run is one process for now")
+    keep_freed_memory()
     chosen = torch.device(best_device() if device == "auto" else checked_device(device))
     if dtype == "auto":
         return Runtime(chosen, best_dtype(chosen))
     return Runtime(chosen, getattr(torch, dtype))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory in place of giving it back to the system.
+
+    The tensors of a training step are freed and allocated again each step; mapping their pages
+    anew cost a fifth of a small model's step on a CPU. Nothing happens on other C libraries.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(top_pad, 64 << 20)
 
 
 def versions() -> dict[str, str]:

@@ -64,6 +64,8 @@ class TrainConfig:
     schedule: optim.Schedule = "cosine"  # cosine, or wsd: constant, then down to min_lr
     decay_fraction: float = 0.2  # share of the steps that wsd spends going down
     weight_decay: float = 0.1  # of matrices and embeddings
+    embedding_lr_scale: float = 1.0  # with muon: of learning_rate, for what AdamW trains
+    momentum: float = 0.95  # Muon's
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
@@ -93,7 +95,9 @@ def train(cfg: TrainConfig) -> metrics.Record:
     rt = runtime.start(cfg.device, cfg.dtype)
     if cfg.plan and not Path(cfg.data_dir).is_dir():
         print(f"{cfg.data_dir} is not there yet; taking GPT-2's vocabulary of 50,257 ids.")
-        print("\n".join(plan(cfg, rt, model_config(cfg, 50257), None)))
+        with torch.device("meta"):
+            model = GPT(model_config(cfg, 50257))
+        print("\n".join(plan(cfg, rt, model, None)))
         return {}
 
     # data, model, optimizer
@@ -110,7 +114,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if cfg.epochs is not None:
         max_steps = max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size))
         cfg = replace(cfg, max_steps=max_steps)
-    print("\n".join(plan(cfg, rt, model.config, batches)))
+    print("\n".join(plan(cfg, rt, model, batches)))
     if cfg.plan:
         return {}
     if start >= cfg.max_steps:
@@ -119,9 +123,10 @@ def train(cfg: TrainConfig) -> metrics.Record:
     optimizers = optim.build_optimizers(
         model,
         cfg.optimizer,
-        lr=cfg.learning_rate,
         weight_decay=cfg.weight_decay,
         betas=(cfg.beta1, cfg.beta2),
+        momentum=cfg.momentum,
+        embedding_lr_scale=cfg.embedding_lr_scale,
     )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
@@ -247,13 +252,15 @@ def check_settings(cfg: TrainConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 0:
             problems.append(f"{name} must not be negative, as {value} is")
-    for name in ("learning_rate", "epochs"):
+    for name in ("learning_rate", "embedding_lr_scale", "epochs"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             problems.append(f"{name} must be a number above 0, not {value}")
-    for name in ("beta1", "beta2", "decay_fraction"):
+    for name in ("momentum", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             problems.append(f"{name} must be in [0, 1), not {getattr(cfg, name)}")
+    if not 0 <= cfg.decay_fraction <= 1:
+        problems.append(f"decay_fraction must be in [0, 1], not {cfg.decay_fraction}")
     micro = cfg.micro_batch_size
     if micro and not problems and cfg.batch_size % micro:
         fits = [size for size in range(1, cfg.batch_size + 1) if cfg.batch_size % size == 0]
@@ -319,11 +326,10 @@ def build_model(
 
 
 def plan(
-    cfg: TrainConfig, rt: runtime.Runtime, config: GPTConfig, batches: data.Batches | None
+    cfg: TrainConfig, rt: runtime.Runtime, model: GPT, batches: data.Batches | None
 ) -> list[str]:
     """What the run is going to do, in sentences."""
-    with torch.device("meta"):
-        model = GPT(config)
+    config = model.config
     params = model.num_params()
     micro = cfg.micro_batch_size or cfg.batch_size
     tokens_per_step = cfg.batch_size * config.block_size
@@ -438,14 +444,12 @@ def optimizer_step(
         scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
     finite = math.isfinite(loss.item() + norm.item())
+    optim.set_learning_rate(optimizers, lr)
     for each in optimizers:
-        for group in each.param_groups:
-            group["lr"] = lr
         if finite:
             scaler.step(each)
-    scaler.update()
-    for each in optimizers:
         each.zero_grad(set_to_none=True)
+    scaler.update()
     return loss.item(), norm.item()
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
-from model import GPT, GPTConfig, KVCache, attention, sample
+from model import GPT, GPTConfig, KVCache, attention, gelu, sample
 
 TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
 
@@ -68,6 +68,17 @@ def test_attention_for_training_is_flash_attention():
         torch.autograd.grad(flash.square().sum(), (q, k, v)),
     ):
         torch.testing.assert_close(mine, reference)
+
+
+def test_the_gelu_of_bf16_on_cpus_is_gelu():
+    x = torch.linspace(-9, 9, 2001).bfloat16()
+    ours, reference = x.clone().requires_grad_(), x.float().requires_grad_()
+    y, expected = gelu(ours), F.gelu(reference, approximate="tanh")
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, atol=0.01, rtol=0.01)
+    y.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad.float(), reference.grad, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("prefill", [1, 7, 16])

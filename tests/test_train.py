@@ -380,6 +380,6 @@ def newest(out_dir: Path) -> int:
 
 def test_optimizers_cover_the_model(cfg):
     model = train.GPT(train.model_config(cfg, 257))
-    optimizers = optim.build_optimizers(model, "muon", lr=1.0, weight_decay=0, betas=(0.9, 0.9))
+    optimizers = optim.build_optimizers(model, "muon", weight_decay=0, betas=(0.9, 0.9))
     owned = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     assert len(owned) == len(list(model.parameters()))

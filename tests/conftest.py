@@ -1,0 +1,131 @@
+"""No network, and made-up text and shards for the tests that need some."""
+
+import json
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import tiktoken
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+
+import data
+from tokenizer import Tokenizer
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Sockets reach this machine only; Unix sockets and the loopback (gloo) stay open."""
+    really_connect = socket.socket.connect
+    really_resolve = socket.getaddrinfo
+
+    def connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            raise RuntimeError(f"a test tried to reach {address}")
+        return really_connect(self, address)
+
+    def getaddrinfo(host, *args, **kwargs):
+        if host not in LOOPBACK | {None, "", "0.0.0.0", "::", socket.gethostname()}:
+            raise RuntimeError(f"a test tried to find {host}")
+        return really_resolve(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        patch.setattr(socket.socket, "connect_ex", connect)
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        for name in ("http_proxy", "https_proxy", "all_proxy"):  # one may be on the loopback
+            patch.delenv(name, raising=False)
+            patch.delenv(name.upper(), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """About 40 kB of made-up prose and Python with some of everything that Unicode has."""
+    rng = random.Random(0)
+    sounds = ["ba", "ko", "lin", "mer", "su", "tra", "ven", "ish", "dor", "pel", "qua"]
+    words = ["".join(rng.choices(sounds, k=rng.randint(1, 3))) for _ in range(300)]
+    rare = [
+        "naïve",
+        "Straße",
+        "日本語",
+        "привет",
+        "😀",
+        "👩‍👩‍👧",
+        "it's",
+        "we'll",
+        "3.14",
+        "x²",
+        "—",
+    ]
+
+    def sentence() -> str:
+        chosen = rng.choices(words, k=rng.randint(4, 12))
+        if rng.random() < 0.3:
+            chosen.insert(rng.randrange(len(chosen)), rng.choice(rare))
+        return " ".join(chosen).capitalize() + rng.choice([".", "!", "?", "…"])
+
+    def function() -> str:
+        name, first, second = rng.sample(words, 3)
+        return (
+            f"def {name}({first}, {second}=None):\n"
+            f'    """{sentence()}"""\n'
+            f"    for i in range({rng.randint(2, 999)}):\n"
+            f"        {first}[i] += {second}  # {rng.choice(words)}\n"
+            f"    return {{'{name}': {first}}}\n\n"
+        )
+
+    parts = []
+    while sum(map(len, parts)) < 40_000:
+        if rng.random() < 0.3:
+            parts.append(function())
+        else:
+            parts.append(" ".join(sentence() for _ in range(rng.randint(1, 5))) + "\n\n")
+    return "".join(parts)
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory):
+    """`shard_folder(train=[tokens, …], val=[…])` writes a folder as prepare.py does: a shard for
+    each array, the bytes tokenizer, and a manifest."""
+
+    def write(train, val=(), manifest=True):
+        folder = tmp_path_factory.mktemp("shards")
+        tokenizer = Tokenizer.bytes()
+        tokenizer.save(folder)
+        splits = {}
+        for name, arrays in (("train", train), ("val", val)):
+            shards = [
+                data.write_shard(folder / f"{name}_{number:06d}.bin", np.array(array, np.uint16))
+                for number, array in enumerate(arrays)
+            ]
+            tokens = sum(shard["tokens"] for shard in shards)
+            counts = {"documents": len(shards), "bytes": tokens, "tokens": tokens}
+            if shards:
+                splits[name] = {**counts, "shards": shards}
+        content = {
+            "format": 1,
+            "settings": {},
+            "template": None,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint,
+            "splits": splits,
+        }
+        if manifest:
+            (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def no_gpt2_files(monkeypatch, tmp_path_factory):
+    """tiktoken with an empty cache folder, which this returns, and nothing read before."""
+    empty = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(empty))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    return empty

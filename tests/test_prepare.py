@@ -1,0 +1,540 @@
+"""From text to shards: what arrives, what is kept, what is refused, and what is left behind."""
+
+import errno
+import hashlib
+import json
+import os
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import prepare
+from prepare import PrepareConfig
+from tokenizer import Tokenizer
+
+EOT = 256  # of the bytes tokenizer
+FIRST = "First line.\nSecond — line.\r\nThird line 😀\n"
+SECOND = "naïve\n\n\ttext <|endoftext|> without a last newline"
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in (("a.txt", FIRST), ("b.txt", SECOND)):
+        (folder / name).write_bytes(text.encode())
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "prepared"
+
+
+@pytest.fixture
+def run(texts, target):
+    """`run(sources=…, …)` prepares with the bytes tokenizer, unless told otherwise."""
+
+    def prepare_with(**settings):
+        defaults = {
+            "sources": (str(texts),),
+            "data_dir": str(target),
+            "tokenizer": "bytes",
+            "workers": 1,
+        }
+        return prepare.prepare(PrepareConfig(**{**defaults, **settings}))
+
+    return prepare_with
+
+
+def command(texts, target, *arguments) -> int:
+    wanted = [f"--sources={texts}", f"--data_dir={target}", "--tokenizer=bytes", "--workers=1"]
+    return prepare.main([*wanted, *arguments])
+
+
+def tokens_of(folder, name) -> np.ndarray:
+    split = data.Split(folder, name, 65536)
+    return split[0 : len(split)]
+
+
+def documents_of(folder, name) -> list[bytes]:
+    """The documents of a split that the bytes tokenizer made."""
+    tokens = tokens_of(folder, name)
+    assert tokens[-1] == EOT
+    pieces = np.split(tokens, np.flatnonzero(tokens == EOT) + 1)[:-1]
+    return [piece[:-1].astype(np.uint8).tobytes() for piece in pieces]
+
+
+def snapshot(folder) -> dict:
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.is_file() and path.read_bytes(),
+        )
+        for path in folder.rglob("*")
+    }
+
+
+# --- what arrives
+
+
+def test_the_tokens_are_the_bytes_and_an_end_behind_each_document(run, target):
+    run(val_fraction=0.0)
+    wanted = [*FIRST.encode(), EOT, *SECOND.encode(), EOT]
+    assert tokens_of(target, "train").tolist() == wanted
+    assert sorted(path.name for path in target.iterdir()) == [
+        "dataset.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train_000000.bin",
+    ]
+
+
+def test_the_manifest_counts_what_is_there(run, texts, target):
+    (texts / "c.txt").write_text("val é\n", encoding="utf-8")
+    made = run(sources=(f"{texts}/[ab].txt",), val_sources=(f"{texts}/c.txt",), shard_tokens=64)
+    manifest = json.loads((target / "dataset.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(made)) == manifest
+    assert manifest["vocab_size"] == 257
+    assert manifest["tokenizer"] == Tokenizer.bytes().fingerprint
+    assert Tokenizer.load(target).fingerprint == manifest["tokenizer"]
+    size = len(FIRST.encode()) + len(SECOND.encode())
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    assert (train["documents"], train["bytes"], train["tokens"]) == (2, size, size + 2)
+    assert (val["documents"], val["bytes"], val["tokens"]) == (1, 7, 8)
+    assert [shard["tokens"] for shard in train["shards"]] == [64, size + 2 - 64]
+    for shard in train["shards"] + val["shards"]:
+        content = (target / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+        assert len(content) == 1024 + 2 * shard["tokens"]
+    assert data.bytes_per_token(target, "val") == 7 / 8
+
+
+def test_val_sources_are_the_validation(run, texts, target):
+    run(sources=(f"{texts}/a.txt",), val_sources=(f"{texts}/b.txt",))
+    assert documents_of(target, "train") == [FIRST.encode()]
+    assert documents_of(target, "val") == [SECOND.encode()]
+
+
+def test_a_single_file_is_cut_at_a_line_end(run, tmp_path, target):
+    lines = "".join(f"line {number}\n" for number in range(100))
+    (tmp_path / "one.txt").write_text(lines)
+    run(sources=(f"{tmp_path}/one.txt",), val_fraction=0.1)
+    (train,), (val,) = documents_of(target, "train"), documents_of(target, "val")
+    assert train + val == lines.encode()
+    assert train.endswith(b"\n") and val.startswith(b"line ")
+    assert 0.08 < len(val) / len(lines) < 0.12
+
+
+def test_a_single_line_is_cut_anyway(run, tmp_path, target):
+    (tmp_path / "one.txt").write_text("é" * 100)
+    run(sources=(f"{tmp_path}/one.txt",), val_fraction=0.2)
+    assert documents_of(target, "train") == ["é".encode() * 80]
+    assert documents_of(target, "val") == ["é".encode() * 20]
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02d}.txt").write_text(f"document {number}\n" * 10)
+    return folder
+
+
+def test_documents_are_drawn_for_validation_whole_and_by_the_seed(run, many, tmp_path):
+    drawn = []
+    for name, seed in (("x", 1), ("y", 1), ("z", 2)):
+        folder = tmp_path / name
+        run(sources=(str(many),), data_dir=str(folder), val_fraction=0.2, seed=seed)
+        train, val = documents_of(folder, "train"), documents_of(folder, "val")
+        assert sorted(train + val) == sorted(path.read_bytes() for path in many.iterdir())
+        assert not set(train) & set(val)
+        assert len(val) == pytest.approx(12, abs=1)
+        drawn.append(val)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_some_document_always_stays_to_train_on(run, target):
+    run(val_fraction=0.99)
+    assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
+
+
+def test_small_shards_join_to_the_tokens_of_one(run, many, tmp_path, monkeypatch):
+    folders = [tmp_path / "one", tmp_path / "several"]
+    run(sources=(str(many),), data_dir=str(folders[0]))
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
+    run(sources=(str(many),), data_dir=str(folders[1]), shard_tokens=100, workers=2)
+    for name in ("train", "val"):
+        one, several = (tokens_of(folder, name) for folder in folders)
+        assert np.array_equal(one, several)
+        assert len(data.shard_paths(folders[1], name)) == -(-len(one) // 100) > 1
+
+
+def test_a_last_shard_that_is_full_is_the_last(run, target):
+    tokens = len(FIRST.encode()) + len(SECOND.encode()) + 2
+    run(val_fraction=0.0, shard_tokens=tokens)
+    assert [path.name for path in data.shard_paths(target, "train")] == ["train_000000.bin"]
+
+
+def test_a_bpe_is_trained_on_the_training_text_only(run, tmp_path, target):
+    (tmp_path / "train.txt").write_text("abc " * 100)
+    (tmp_path / "val.txt").write_text("xyz " * 100)
+    sources = {"sources": (f"{tmp_path}/train.txt",), "val_sources": (f"{tmp_path}/val.txt",)}
+    run(**sources, tokenizer="bpe", vocab_size=300)
+    tokenizer = Tokenizer.load(target)
+    assert b" abc" in tokenizer.ranks
+    assert not any(len(token) > 1 and b"x" in token for token in tokenizer.ranks)
+    assert tokenizer.decode(tokens_of(target, "train")) == "abc " * 100 + "<|endoftext|>"
+    assert tokenizer.decode(tokens_of(target, "val")) == "xyz " * 100 + "<|endoftext|>"
+
+
+def test_two_runs_write_the_same_bytes(run, tiny_text, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_text, encoding="utf-8")
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder, workers in zip(folders, (1, 2)):
+        source = (f"{tmp_path}/text.txt",)
+        run(sources=source, data_dir=str(folder), tokenizer="bpe", vocab_size=400, workers=workers)
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+
+
+# --- sources
+
+
+def test_folders_and_patterns_are_searched_for_text(texts, run, target):
+    deep = texts / "deep" / "er"
+    deep.mkdir(parents=True)
+    (deep / "c.txt").write_text("third")
+    (texts / "notes.md").write_text("not text")
+    (texts / "empty.txt").touch()
+    every = [FIRST.encode(), SECOND.encode(), b"third"]
+    for source, wanted in (
+        (f"{texts}", every),
+        (f"{texts}/", every),
+        (f"{texts}/**/*.txt", every),
+        (f"{texts}/*", every[:2]),
+        (f"{texts}/?.txt", every[:2]),
+        (f"{deep}", every[2:]),
+        (f"{texts}/b.txt", every[1:2]),
+    ):
+        run(sources=(source,), val_fraction=0.0, overwrite=True)
+        assert documents_of(target, "train") == wanted, source
+
+
+def test_a_file_named_like_a_pattern_is_itself(texts, run, target):
+    (texts / "[a].txt").write_text("brackets")
+    run(sources=(f"{texts}/[a].txt",), val_fraction=0.0)
+    assert documents_of(target, "train") == [b"brackets"]
+
+
+def test_sources_are_read_in_their_order_and_files_once(texts, run, target):
+    run(sources=(f"{texts}/b.txt", f"{texts}", f"{texts}/*.txt"), val_fraction=0.0)
+    assert documents_of(target, "train") == [SECOND.encode(), FIRST.encode()]
+
+
+def test_a_file_that_is_written_in_two_ways_is_read_once(texts, run, target, monkeypatch):
+    monkeypatch.chdir(texts.parent)
+    ways = (f"{texts}", "texts/a.txt", "./texts/b.txt", f"{texts}/../texts/a.txt")
+    run(sources=ways, val_fraction=0.0)
+    assert len(documents_of(target, "train")) == 2
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Path:
+    """A made-up standard library."""
+    root = tmp_path / "library"
+    for name, content in {
+        "os.py": "import sys\r\n",
+        "json/decoder.py": "# é 😀\nx = 1\n",
+        "json/__init__.py": "",
+        "old.py": "# coding: latin-1\ny = 'é'\n".encode("latin-1"),
+        "test/test_os.py": "left out",
+        "json/tests/test_json.py": "left out",
+        "idlelib/idle_test/x.py": "left out",
+        "site-packages/numpy/core.py": "left out",
+        "__pycache__/os.py": "left out",
+        "LICENSE.txt": "left out",
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(root))
+    return root
+
+
+def test_the_standard_library_is_its_sources_as_python_reads_them(library, run, target):
+    run(sources=("stdlib",), val_fraction=0.0)
+    assert documents_of(target, "train") == [
+        "# é 😀\nx = 1\n".encode(),
+        "# coding: latin-1\ny = 'é'\n".encode(),
+        b"import sys\n",
+    ]
+
+
+def test_an_unknown_encoding_is_refused(library, run, target):
+    (library / "odd.py").write_text("# coding: nonsense\n")
+    with pytest.raises(ValueError, match=r"odd\.py.*unknown encoding.*nonsense"):
+        run(sources=("stdlib",))
+    assert not target.exists()
+
+
+def test_the_default_source_is_the_library_of_this_python(run, target, monkeypatch):
+    every = prepare.stdlib_paths()
+    assert {json.__file__, os.__file__, tokenize.__file__} <= set(every)
+    monkeypatch.setattr(prepare, "stdlib_paths", lambda: every[::10])
+    run(sources=PrepareConfig().sources)
+    train, val = documents_of(target, "train"), documents_of(target, "val")
+    files = []
+    for path in every[::10]:
+        with tokenize.open(path) as file:
+            files.append(file.read().encode())
+    assert sorted(train + val) == sorted(content for content in files if content)
+    assert sum(map(len, val)) >= 0.05 * sum(map(len, files)) > 0
+
+
+# --- running again
+
+
+def test_the_same_settings_again_touch_nothing(texts, target, capsys):
+    assert command(texts, target) == 0
+    before = snapshot(target)
+    capsys.readouterr()
+    assert command(texts, target, "--workers=2") == 0
+    assert f"{target} is already prepared with these settings" in capsys.readouterr().out
+    assert snapshot(target) == before
+
+
+@pytest.mark.parametrize(
+    "argument, said",
+    [
+        ("--seed=7", "seed was 1337, is now 7"),
+        ("--tokenizer=bpe", "tokenizer was 'bytes', is now 'bpe'"),
+        ("--val_fraction=0.5", "val_fraction was 0.05, is now 0.5"),
+    ],
+)
+def test_other_settings_are_refused_by_name(texts, target, capsys, argument, said):
+    assert command(texts, target) == 0
+    before = snapshot(target)
+    assert command(texts, target, argument) == 2
+    err = capsys.readouterr().err
+    assert f"error: {target} was prepared with other settings: {said}. Use --overwrite" in err
+    assert snapshot(target) == before
+
+
+def test_overwrite_replaces_all_shards(run, target):
+    run(shard_tokens=20)
+    (target / "notes.md").write_text("mine")
+    assert len(data.shard_paths(target, "train")) > 1
+    run(val_fraction=0.0, overwrite=True)
+    assert [path.name for path in data.shard_paths(target, "train")] == ["train_000000.bin"]
+    assert data.shard_paths(target, "val") == []
+    assert (target / "notes.md").read_text() == "mine"
+    assert len(documents_of(target, "train")) == 2
+
+
+def test_what_a_killed_run_left_is_cleared_away(run, target):
+    (target / data.PARTIAL).mkdir(parents=True)
+    (target / data.PARTIAL / "train_000000.bin").write_bytes(b"half")
+    run(val_fraction=0.0)
+    assert len(documents_of(target, "train")) == 2
+    assert not (target / data.PARTIAL).exists()
+
+
+def test_a_run_that_was_killed_while_moving_its_files_can_be_repeated(run, target):
+    run()
+    partial = target / data.PARTIAL
+    partial.mkdir()
+    for name in ("dataset.json", "val_000000.bin"):
+        (target / name).rename(partial / name)
+    with pytest.raises(ValueError, match=r"half prepared: run its prepare\.py command again"):
+        data.read_manifest(target)
+    run()
+    assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
+
+
+def test_a_failure_while_moving_the_files_can_be_repaired(run, target, monkeypatch):
+    run()
+    really_replace = Path.replace
+
+    def replace(self, other):
+        if self.name == "dataset.json":
+            raise OSError(errno.EACCES, "in use")
+        return really_replace(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(OSError, match="in use"):
+            run(seed=7, overwrite=True)
+    run(seed=7, overwrite=True)
+    assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
+
+
+# --- what others made
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train_000000.bin", "pytorch_model.bin"])
+def test_shards_of_others_are_not_touched(run, target, name):
+    target.mkdir()
+    (target / name).write_bytes(b"theirs")
+    before = snapshot(target)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=f"{name}, which prepare.py did not make"):
+            run(overwrite=overwrite)
+        assert snapshot(target) == before
+
+
+def test_the_tokenizer_of_others_is_not_touched(run, target):
+    target.mkdir()
+    (target / "tokenizer.json").write_text("theirs")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        run()
+    assert (target / "tokenizer.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "theirs"}', "{}"])
+def test_the_manifest_of_others_is_not_touched(texts, target, content):
+    target.mkdir()
+    (target / "dataset.json").write_text(content)
+    before = snapshot(target)
+    assert command(texts, target) == 2
+    assert snapshot(target) == before
+
+
+def test_an_existing_folder_without_data_is_used(run, target):
+    target.mkdir()
+    (target / "notes.md").write_text("mine")
+    run()
+    assert (target / "notes.md").read_text() == "mine"
+    assert (target / "dataset.json").exists()
+
+
+# --- what is refused, and leaves nothing
+
+
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+MISTAKES = {
+    "empty": (lambda folder: write(folder / "x.txt", b""), "there is no text in "),
+    "not utf-8": (
+        lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
+        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -t utf-8",
+    ),
+    "missing": (lambda folder: str(folder / "x.txt"), "no such .txt file, nor a folder or pattern"),
+    "no match": (lambda folder: f"{folder}/*.txt", "no such .txt file, nor a folder or pattern"),
+    "folder without text": (str, "no such .txt file, nor a folder or pattern"),
+    "extension": (lambda folder: write(folder / "x.pdf", b"%PDF"), "only .txt files are read"),
+}
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, target, capsys, mistake, existed):
+    make, said = MISTAKES[mistake]
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    if existed:
+        target.mkdir()
+        (target / "notes.md").write_text("mine")
+    before = snapshot(target)
+    assert command(make(folder), target) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: ") and said in err
+    assert "Traceback" not in err
+    assert target.exists() == existed and snapshot(target) == before
+
+
+def test_a_bad_file_among_good_ones_leaves_nothing(texts, target, capsys):
+    (texts / "c.txt").write_bytes(b"\xff\xfe")
+    assert command(texts, target) == 2
+    assert "c.txt is not UTF-8: byte 0xff at 0" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_a_data_dir_that_is_a_file_is_refused(texts, target, capsys):
+    target.write_text("mine")
+    assert command(texts, target) == 2
+    assert f"error: data_dir {target} is a file" in capsys.readouterr().err
+    assert command(texts, target / "below") == 2
+    assert target.read_text() == "mine"
+
+
+def test_all_settings_out_of_range_are_told_at_once(target, capsys):
+    wrong = {
+        "sources": "",
+        "vocab_size": 70000,
+        "val_fraction": 1.0,
+        "shard_tokens": 0,
+        "workers": -1,
+        "seed": -1,
+    }
+    arguments = [f"--{name}={value}" for name, value in wrong.items()]
+    assert prepare.main([f"--data_dir={target}", *arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and all(name in last for name in wrong)
+    assert not target.exists()
+
+
+def test_gpt2_without_its_files_leaves_nothing(texts, target, capsys, no_gpt2_files):
+    assert command(texts, target, "--tokenizer=gpt2") == 2
+    assert "TIKTOKEN_CACHE_DIR" in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.fixture
+def breaks(monkeypatch):
+    """`breaks(error)` makes the second shard of a run raise."""
+
+    def after_one_shard(error):
+        really_write, calls = data.write_shard, []
+
+        def write_shard(path, tokens):
+            calls.append(path)
+            if len(calls) == 2:
+                path.write_bytes(b"half")
+                raise error
+            return really_write(path, tokens)
+
+        monkeypatch.setattr(data, "write_shard", write_shard)
+
+    return after_one_shard
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing(texts, target, capsys, breaks):
+    breaks(FULL)
+    assert command(texts, target, "--shard_tokens=10") == 2
+    assert capsys.readouterr().err.endswith("error: [Errno 28] No space left on device\n")
+    assert not target.exists()
+
+
+def test_a_full_disk_leaves_what_was_there(texts, target, breaks):
+    assert command(texts, target) == 0
+    before = snapshot(target)
+    breaks(FULL)
+    assert command(texts, target, "--shard_tokens=10", "--overwrite") == 2
+    assert snapshot(target) == before
+
+
+def test_an_interrupt_leaves_nothing(texts, target, breaks):
+    breaks(KeyboardInterrupt())
+    assert command(texts, target, "--shard_tokens=10") == 130
+    assert not target.exists()
+
+
+def test_the_command_says_what_it_made(texts, target, capsys):
+    assert command(texts, target, "--val_fraction=0") == 0
+    size = len(FIRST.encode()) + len(SECOND.encode())
+    assert capsys.readouterr().out.splitlines() == [
+        f"train: 2 documents, {size} bytes, {size + 2} tokens ({size / (size + 2):.2f} bytes per "
+        "token)",
+        f"wrote {target}, with a vocabulary of 257 ids",
+    ]
