@@ -18,6 +18,7 @@ import io
 import os
 import sys
 import tokenize
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -125,10 +126,13 @@ def split_arguments(
                 rest.pop(0)
             continue
         if negated:
+            if equals:
+                problems.append(f"command line: --no-{name} takes no value")
             pairs.append((name, False))
             continue
         if not equals:
-            if accepts_bool(hints[name]) and (not rest or rest[0].lower() not in WORDS):
+            is_flag = bool in options_of(hints[name])
+            if is_flag and (not rest or parse(rest[0], hints[name]) is INVALID):
                 pairs.append((name, True))
                 continue
             if not rest or rest[0].startswith("--"):
@@ -150,8 +154,9 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
         where = path
         if isinstance(error, SyntaxError):
             where += f":{error.lineno}"
-        elif error.__traceback__ and error.__traceback__.tb_next:
-            where += f":{error.__traceback__.tb_next.tb_lineno}"
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                where = f"{path}:{frame.lineno}"
         reason = error.strerror if isinstance(error, OSError) else str(error)
         problems.append(f"{where}: {type(error).__name__}: {reason}")
         return {}
@@ -181,10 +186,6 @@ def options_of(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
-
-
-def accepts_bool(hint: Any) -> bool:
-    return bool in options_of(hint)
 
 
 def check(value: Any, hint: Any) -> Any:

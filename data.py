@@ -58,9 +58,13 @@ class Split:
         self.name, folder = name, Path(data_dir)
         manifest = read_manifest(folder)
         paths = shard_paths(folder, name)
-        for entry in manifest.get("splits", {}).get(name, {}).get("shards", []):
-            if folder / entry["file"] not in paths:
-                raise ValueError(f"{folder}/dataset.json lists {entry['file']}, which is missing")
+        if manifest:
+            entries = manifest.get("splits", {}).get(name, {}).get("shards", [])
+            for entry in entries:
+                if folder / entry["file"] not in paths:
+                    missing = f"{entry['file']}, which is missing"
+                    raise ValueError(f"{folder}/dataset.json lists {missing}")
+            paths = [folder / entry["file"] for entry in entries]
         if not paths:
             raise ValueError(f"{folder} has no {name} shards ({name}_000000.bin, …)")
         self.shards = [open_shard(path) for path in paths]
@@ -160,7 +164,7 @@ def open_shard(path: Path) -> np.ndarray:
 def open_mask(path: Path, tokens: int) -> np.ndarray:
     if path.stat().st_size != tokens:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes for {tokens:,} tokens")
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    return np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
 
 
 def read_manifest(data_dir: Path | str) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def read_manifest(data_dir: Path | str) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"there is no data in {folder}; prepare.py --data_dir={folder} makes it")
     try:
-        return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (folder / PARTIAL).exists():
             raise ValueError(
@@ -181,6 +185,9 @@ def read_manifest(data_dir: Path | str) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(f"{folder}/dataset.json is damaged: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder}/dataset.json is damaged: it holds no object")
+    return manifest
 
 
 # --- the order of batches

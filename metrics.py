@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
+    "GH200": 989,
     "H200": 989,
     "H20": 148,
     "L40S": 362,
@@ -39,7 +41,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     for name, tflops in PEAK_TFLOPS.items():  # "H100 PCIe" stands before "H100"
-        if name in torch.cuda.get_device_name(device):
+        if re.search(rf"\b{name}\b", torch.cuda.get_device_name(device)):
             return tflops * 1e12
     return None
 
@@ -59,8 +61,8 @@ def compact(number: float) -> str:
     """3 significant digits and a unit: 2.27M, 84.1k, 690."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
-            scaled = number / size
-            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1))))}f}{unit}"
+            scaled = float(f"{number / size:.2e}")
+            return f"{scaled:.{max(0, 2 - math.floor(math.log10(scaled)))}f}{unit}"
     return f"{number:.0f}"
 
 

@@ -161,6 +161,9 @@ def load_optimizer_state(
     Raises ValueError where `saved` is of other parameters, shapes or of another optimizer.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    foreign = sorted(set(saved) - set(names.values()))
+    if foreign:
+        raise ValueError(f"the saved optimizer state is of parameters not here, as {foreign[0]}")
     for each in optimizers:
         wanted = (
             {"momentum_buffer"} if isinstance(each, Muon) else {"exp_avg", "exp_avg_sq", "step"}

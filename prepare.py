@@ -13,6 +13,7 @@ of them, or a folder that is searched for them. Each file is a document; `<|endo
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -29,6 +30,8 @@ import configurator
 import data
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
+OUR_SHARD = re.compile(r"(train|val)_\d{6}(\.mask)?\.bin")
+FOREIGN = re.compile(r".*\.bin|tokenizer\.json")  # in a data_dir without our manifest
 BATCH_BYTES = 1 << 22  # text tokenized at once: bounds the memory
 SAMPLE_BYTES = 100_000_000  # text that a BPE is trained on, at most
 
@@ -111,15 +114,16 @@ def find_documents(sources: tuple[str, ...]) -> list[Document]:
 
     Raises ValueError for a source that is nothing, and when all is empty.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}  # by the real path, so that none is read twice
     for source in sources:
         found = paths_of(source)
         if not found:
             raise ValueError(
                 f"source {source!r}: no such .txt file, nor a folder or pattern of some"
             )
-        paths.update(dict.fromkeys(found))
-    documents = [Document(path, os.path.getsize(path)) for path in paths]
+        for path in found:
+            paths.setdefault(os.path.realpath(path), path)
+    documents = [Document(path, os.path.getsize(path)) for path in paths.values()]
     if not any(document.size for document in documents):
         raise ValueError(f"there is no text in {', '.join(map(repr, sources))}")
     return [document for document in documents if document.size]
@@ -269,12 +273,12 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
         }
         text = json.dumps(manifest, indent=1) + "\n"
         (partial / "dataset.json").write_text(text, encoding="utf-8")
-        install(partial, folder, old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    install(partial, folder)
     report(folder, manifest)
     return manifest
 
@@ -307,15 +311,17 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
             raise ValueError(f"data_dir {folder} is a file")
         return {}
     if not (folder / "dataset.json").exists():
-        foreign = sorted(path.name for path in folder.glob("*.bin"))
-        if foreign:
+        foreign = sorted(path.name for path in folder.glob("*") if FOREIGN.fullmatch(path.name))
+        if foreign and not (folder / data.PARTIAL).exists():
             raise ValueError(
                 f"{folder} holds {foreign[0]}, which prepare.py did not make: use another data_dir"
             )
         return {}
     old = data.read_manifest(folder)
+    if "settings" not in old:
+        raise ValueError(f"{folder}/dataset.json is not of prepare.py: use another data_dir")
     now = json.loads(json.dumps(settings))
-    changed = [name for name in now if old.get("settings", {}).get(name) != now[name]]
+    changed = [name for name in now if old["settings"].get(name) != now[name]]
     if changed and not overwrite:
         words = [
             f"{name} was {old['settings'].get(name)!r}, is now {now[name]!r}" for name in changed
@@ -327,12 +333,16 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
     return old
 
 
-def install(partial: Path, folder: Path, old: dict[str, Any]) -> None:
-    """Move the finished files from `partial` to `folder`, the manifest last."""
+def install(partial: Path, folder: Path) -> None:
+    """Move the finished files from `partial` to `folder`, the manifest last.
+
+    A kill in the middle leaves `partial` but no manifest: data.py refuses such a folder, and
+    prepare.py may do it again.
+    """
     (folder / "dataset.json").unlink(missing_ok=True)
-    for split in old.get("splits", {}).values():
-        for entry in split["shards"]:
-            (folder / entry["file"]).unlink(missing_ok=True)
+    for path in folder.glob("*.bin"):
+        if OUR_SHARD.fullmatch(path.name):
+            path.unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "dataset.json"):
         path.replace(folder / path.name)
     partial.rmdir()

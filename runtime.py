@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,7 +88,7 @@ def checked_device(name: str) -> str:
     available = {"cpu": True, "cuda": torch.cuda.is_available()}
     available["mps"] = torch.backends.mps.is_available()
     kind, _, index = name.partition(":")
-    if not available.get(kind) or (index and not index.isdigit()):
+    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
         here = ", ".join(kind for kind, there in available.items() if there)
         raise ValueError(f"device {name!r} is not on this machine, which has: {here}")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():

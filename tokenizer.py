@@ -75,10 +75,19 @@ class Tokenizer:
         return cls(train_ranks(texts, vocab_size - 1))
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        """Ids of a text. Raises ValueError for a run of a million blanks, which tiktoken cannot."""
+        return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        """`encode` of each text, on several threads."""
+        try:
+            return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # pyo3's is no Exception
+                raise
+            raise ValueError(
+                "a text has a million blanks in a row, too many for tiktoken"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
@@ -152,7 +161,10 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            model, split = whole["model"], whole["pre_tokenizer"]
+            plain = whole.get("normalizer") is None and split["type"] == "ByteLevel"
+            plain = plain and split.get("use_regex", True) and not split.get("add_prefix_space")
             pairs = [
                 pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]
             ]
@@ -165,8 +177,15 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE ({error!r})") from None
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        in_order = list(ranks.values()) == list(range(len(ranks))) and list(ranks)[256:] == merged
-        if not in_order or model["vocab"].get(END_OF_TEXT) != len(ranks):
+        if not plain:
+            raise ValueError(f"{path}: its texts are not split as GPT-2 splits them")
+        in_order = list(ranks.values()) == list(range(len(ranks)))
+        in_order = in_order and set(list(ranks)[:256]) == {bytes([b]) for b in range(256)}
+        if (
+            not in_order
+            or list(ranks)[256:] != merged
+            or model["vocab"].get(END_OF_TEXT) != len(ranks)
+        ):
             raise ValueError(
                 f"{path}: ids must be 256 bytes, then the merges in order, then {END_OF_TEXT}"
             )

@@ -25,6 +25,7 @@ class Settings:
     note: str | None = None  # what is said about it
     limit: int | None = 5  # how many at most
     fast: bool = False  # whether to hurry
+    frills: bool = True  # whether to decorate
     no_frills: bool = False  # a name that begins with no
     mode: Literal["slow", "quick"] = "slow"  # how to go
     build: bool | Literal["auto"] = "auto"  # whether to build
@@ -94,6 +95,7 @@ def test_the_last_of_two_on_the_command_line_counts():
         ("--fast --no-fast", "fast", False),
         ("--fast --no_fast", "fast", False),
         ("--no_frills", "no_frills", True),
+        ("--no_frills", "frills", True),
         ("--no_frills --no-no-frills", "no_frills", False),
         ("--limit=none", "limit", None),
         ("--limit None", "limit", None),

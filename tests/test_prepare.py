@@ -356,6 +356,15 @@ def test_a_run_that_was_killed_while_moving_its_files_can_be_repeated(run, targe
     assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
 
 
+def test_old_shards_that_a_killed_run_did_not_remove_are_not_mixed_in(run, target):
+    run(shard_tokens=20)
+    (target / "dataset.json").unlink()
+    (target / data.PARTIAL).mkdir()
+    run(val_fraction=0.0)
+    assert documents_of(target, "train") == [FIRST.encode(), SECOND.encode()]
+    assert data.shard_paths(target, "val") == []
+
+
 def test_a_failure_while_moving_the_files_can_be_repaired(run, target, monkeypatch):
     run()
     really_replace = Path.replace

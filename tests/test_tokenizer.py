@@ -138,6 +138,8 @@ def test_a_million_spaces_are_encoded_or_refused():
     text = " " * 1_000_100 + "x"
     with contextlib.suppress(ValueError):
         assert Tokenizer.bytes().encode(text) == list(text.encode())
+    with contextlib.suppress(ValueError):
+        assert Tokenizer.bytes().encode_batch([text], 1) == [list(text.encode())]
 
 
 @needs_gpt2

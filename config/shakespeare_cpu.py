@@ -1,0 +1,37 @@
+"""
+Tiny Shakespeare by the byte, in the size of nanoGPT's recipe for a CPU.
+
+    python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=bytes \
+        --data_dir=data/shakespeare
+    python train.py config/shakespeare_cpu.py
+    python sample.py --checkpoint=out/shakespeare --start "ROMEO:"
+
+Text: the first 90% of tiny Shakespeare in train.txt (1,003,854 bytes), the rest in val.txt
+(111,540 bytes), as nanoGPT splits it. Hardware: a laptop.
+Tokens: 225 steps of 1,536 = 0.35 million.
+Expect: a validation loss of about 1.87 nats per byte over all of val.txt; see docs/benchmarks.md.
+"""
+
+data_dir = "data/shakespeare"
+out_dir = "out/shakespeare"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+bias = False
+
+batch_size = 24
+max_steps = 225
+learning_rate = 0.02
+embedding_lr_scale = 0.3
+momentum = 0.8
+schedule = "wsd"
+decay_fraction = 0.5
+warmup_steps = 0
+weight_decay = 0.0
+grad_clip = 0.0
+
+eval_interval = 225
+log_interval = 25
+sample_interval = 0
