@@ -50,6 +50,8 @@ def command(cls: type[Config], run: Callable[[Config], Any], argv: list[str] | N
     Returns the exit status: 0, or 2 after a ValueError or OSError (bad settings, bad data, a full
     disk), 130 after Ctrl-C. Anything else is our own bug and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

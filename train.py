@@ -171,7 +171,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     f"{bad_steps} steps in a row were not finite: lower --learning_rate, raise "
                     "--warmup_steps or try --dtype=float32, and go on with --init_from=resume"
                 )
-            evaluating = last or done % cfg.eval_interval == 0
+            evaluating = done == cfg.max_steps or done % cfg.eval_interval == 0
             if evaluating or done % cfg.log_interval == 0:
                 dt = seconds / timed_steps
                 record = {

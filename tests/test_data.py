@@ -157,6 +157,12 @@ def test_a_shard_that_the_manifest_names_must_be_there(shard_folder):
     assert len(split_of(folder, "val")) == 9
 
 
+def test_a_shard_that_the_manifest_does_not_name_is_not_read(shard_folder):
+    folder = shard_folder(train=[positions(9)])
+    data.write_shard(folder / "train_000001.bin", positions(9))
+    assert len(split_of(folder)) == 9
+
+
 def test_a_folder_without_shards_or_none_at_all_is_refused(shard_folder, tmp_path):
     folder = shard_folder(train=[positions(9)])
     assert refusal(folder, "val").startswith(f"{folder} has no val shards")

@@ -533,6 +533,17 @@ def test_a_full_disk_leaves_what_was_there(texts, target, breaks):
     assert snapshot(target) == before
 
 
+def test_a_full_disk_while_repairing_can_be_repaired_too(run, target, breaks):
+    run()
+    (target / "dataset.json").unlink()
+    (target / data.PARTIAL).mkdir()  # as a kill while the files were moved leaves it
+    breaks(FULL)
+    with pytest.raises(OSError, match="No space"):
+        run(shard_tokens=10)
+    run()
+    assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
+
+
 def test_an_interrupt_leaves_nothing(texts, target, breaks):
     breaks(KeyboardInterrupt())
     assert command(texts, target, "--shard_tokens=10") == 130
