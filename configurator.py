@@ -152,7 +152,7 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), space)
-    except Exception as error:  # a config file is the user's own code: anything can come out of it
+    except (Exception, SystemExit) as error:  # the user's own code: anything can come out of it
         where = path
         if isinstance(error, SyntaxError):
             where += f":{error.lineno}"

@@ -89,6 +89,10 @@ class MetricsLog:
         partial.replace(path)
 
     def add(self, record: Record) -> None:
+        """Append a record; a number that is not finite becomes null, as JSON has none."""
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record = {**record, key: None}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -114,16 +114,15 @@ def find_documents(sources: tuple[str, ...]) -> list[Document]:
 
     Raises ValueError for a source that is nothing, and when all is empty.
     """
-    paths: dict[str, str] = {}  # by the real path, so that none is read twice
+    paths: dict[str, None] = {}  # real ones, so that none is read twice
     for source in sources:
         found = paths_of(source)
         if not found:
             raise ValueError(
                 f"source {source!r}: no such .txt file, nor a folder or pattern of some"
             )
-        for path in found:
-            paths.setdefault(os.path.realpath(path), path)
-    documents = [Document(path, os.path.getsize(path)) for path in paths.values()]
+        paths.update(dict.fromkeys(os.path.realpath(path) for path in found))
+    documents = [Document(path, os.path.getsize(path)) for path in paths]
     if not any(document.size for document in documents):
         raise ValueError(f"there is no text in {', '.join(map(repr, sources))}")
     return [document for document in documents if document.size]
@@ -250,11 +249,14 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     train, val = find_documents(cfg.sources), []
     if cfg.val_sources:
         val = find_documents(cfg.val_sources)
+        both = {document.path for document in train} & {document.path for document in val}
+        if both:
+            raise ValueError(f"{min(both)} is in sources and in val_sources")
     elif cfg.val_fraction:
         train, val = split_documents(train, cfg.val_fraction, cfg.seed)
 
-    existed = folder.exists()
     partial = folder / data.PARTIAL
+    existed, repairing = folder.exists(), partial.exists()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -277,6 +279,8 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
+        elif repairing:  # still the mark of a folder that is half ours
+            partial.mkdir()
         raise
     install(partial, folder)
     report(folder, manifest)

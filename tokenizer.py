@@ -12,6 +12,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -76,18 +77,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises ValueError for a run of a million blanks, which tiktoken cannot."""
-        return self.encode_batch([text], num_threads=1)[0]
+        with refuse_panic():
+            return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
         """`encode` of each text, on several threads."""
-        try:
+        with refuse_panic():
             return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # pyo3's is no Exception
-                raise
-            raise ValueError(
-                "a text has a million blanks in a row, too many for tiktoken"
-            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
@@ -190,6 +186,17 @@ class Tokenizer:
                 f"{path}: ids must be 256 bytes, then the merges in order, then {END_OF_TEXT}"
             )
         return cls(ranks)
+
+
+@contextmanager
+def refuse_panic() -> Iterator[None]:
+    """Make a ValueError of the panic of tiktoken's regular expressions, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("a text has a million blanks in a row, too many for tiktoken") from None
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:

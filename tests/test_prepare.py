@@ -558,3 +558,9 @@ def test_the_command_says_what_it_made(texts, target, capsys):
         "token)",
         f"wrote {target}, with a vocabulary of 257 ids",
     ]
+
+
+def test_a_document_is_not_both_trained_on_and_validated_on(texts, target, run):
+    with pytest.raises(ValueError, match=r"a\.txt is in sources and in val_sources"):
+        run(sources=(str(texts),), val_sources=(f"{texts}/a.txt",))
+    assert not target.exists()
