@@ -25,6 +25,8 @@ max_steps = 29_600
 optimizer = "adamw"
 learning_rate = 2.5e-4
 warmup_steps = 700
+schedule = "cosine"
+weight_decay = 0.1
 
 eval_interval = 250
 eval_tokens = 20 * 524_288

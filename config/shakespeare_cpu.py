@@ -26,12 +26,7 @@ max_steps = 225
 learning_rate = 0.02
 embedding_lr_scale = 0.3
 momentum = 0.8
-schedule = "wsd"
-decay_fraction = 0.5
-warmup_steps = 0
-weight_decay = 0.0
 grad_clip = 0.0
 
 eval_interval = 225
-log_interval = 25
 sample_interval = 0
