@@ -66,9 +66,11 @@ def paths_of(source: str) -> list[str]:
 
 
 def stdlib_paths() -> list[str]:
-    """The standard library's .py files, without tests (not every Python ships them)."""
+    """The standard library's .py files that people wrote, without tests (not every Python has
+    them) and without generated tables and texts (encodings, pydoc_data)."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    left_out |= {"encodings", "pydoc_data"}
     return sorted(
         str(path)
         for path in root.rglob("*.py")
