@@ -285,12 +285,12 @@ def test_the_run_folder(cfg, tmp_path, capsys):
     assert set(records(tmp_path)[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped"}
 
 
-def test_bits_per_byte_follow_from_nats_per_token(cfg, tmp_path):
-    shutil.copytree(cfg.data_dir, tmp_path / "data")
-    counts = {"val": {"bytes": 2000, "tokens": 500, "shards": []}}
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"splits": counts}))
-    changed = replace(cfg, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"))
-    last = train.train(changed)
+def test_bits_per_byte_follow_from_nats_per_token(cfg, shard_folder, tmp_path):
+    folder = shard_folder(train=[list(b"alpha beta ") * 50], val=[list(b"gamma ") * 20])
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["splits"]["val"]["bytes"] *= 4  # as a tokenizer of 4 bytes per token leaves it
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    last = train.train(replace(cfg, data_dir=str(folder), out_dir=str(tmp_path)))
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2) / 4)
 
 
