@@ -1,10 +1,14 @@
-"""Where a run happens: rank, world size, device, dtype, autocast and seeding."""
+"""Where a run happens: rank, world size, device, dtype, autocast, seeding and signals."""
 
 import contextlib
 import ctypes
 import os
 import platform
 import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +71,33 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
     mallopt(trim_threshold, 1 << 30)
     mallopt(top_pad, 64 << 20)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
+
+    The second signal does what it always did. Only a main thread can listen for signals.
+    """
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        for each in before:
+            signal.signal(each, before[each])
+        print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
 
 
 def versions() -> dict[str, str]:

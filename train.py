@@ -10,12 +10,9 @@ Ctrl-C and SIGTERM finish the step, save and end with exit status 0.
 """
 
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +145,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     bad_steps = timed_steps = 0
     seconds = 0.0
 
-    with stop_signals() as stop:
+    with runtime.stop_signals() as stop:
         for step in range(start, cfg.max_steps):
             began = time.perf_counter()
             rt.seed_step(cfg.seed, step)
@@ -495,33 +492,6 @@ def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
     model.train()
     text = tokenizer.decode(ids).removesuffix(END_OF_TEXT)
     print("\n".join(f"  | {line}" for line in text.splitlines()))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
-
-    The second signal does what it always did. Only a main thread can listen for signals.
-    """
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number: int, frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        for each in before:
-            signal.signal(each, before[each])
-        print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield received
-    finally:
-        for number in before:
-            signal.signal(number, before[number])
 
 
 def main(argv: list[str] | None = None) -> int:
