@@ -2,24 +2,26 @@
 Text → shards of tokens, in data_dir.
 
     python prepare.py                                           # Python's standard library
-    python prepare.py --sources=novel.txt --tokenizer=bytes --data_dir=data/novel
-    python prepare.py --sources="notes/,books/*.txt" --data_dir=data/mine --vocab_size=8192
-    python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=gpt2
+    python prepare.py --sources="novel.txt,notes/" --data_dir=data/mine --vocab_size=8192
+    python prepare.py --sources=talks.jsonl --template=chat --tokenizer=gpt2 --data_dir=data/talks
+    python prepare.py config/data_fineweb.py                    # a recipe for a dataset of the hub
+    python prepare.py --inspect=data/mine                       # say what is there, and check it
 
-A source is `stdlib` (the source files of the interpreter that runs this), a .txt file, a pattern
-of them, or a folder that is searched for them. Each file is a document; `<|endoftext|>` follows it.
+What a source can be is said in sources.py, what a template does in templates.py. Documents are
+separated by `<|endoftext|>`. Killed at any moment, the same command goes on where it was and ends
+with the same bytes.
 """
 
-import glob
 import json
 import os
-import re
 import shutil
+import struct
 import sys
-import sysconfig
-import tokenize
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,265 +30,111 @@ from tqdm import tqdm
 
 import configurator
 import data
+from documents import Encoded, Piece, Reading, Stream, encoded, open_streams, sample_texts
+from templates import TemplateName
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
-OUR_SHARD = re.compile(r"(train|val)_\d{6}(\.mask)?\.bin")
-FOREIGN = re.compile(r".*\.bin|tokenizer\.json")  # in a data_dir without our manifest
-BATCH_BYTES = 1 << 22  # text tokenized at once: bounds the memory
-SAMPLE_BYTES = 100_000_000  # text that a BPE is trained on, at most
+SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
+SAVE_SECONDS = 10.0  # between two notes of how far it is
+DOCUMENT = struct.Struct("<QQQ")  # digest, tokens, bytes of each document, beside the shards
+DOCUMENT_DTYPE = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
+KEPT = "kept"  # folder of validation shards without the documents that are trained on
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    sources: tuple[str, ...] = ("stdlib",)  # what to read: stdlib, files.txt, patterns, folders
+    # text
+    sources: tuple[str, ...] = ("stdlib",)  # stdlib, files, folders, patterns, hf:…; =0.3 mixes
     val_sources: tuple[str, ...] = ()  # what to validate on; none: a part of sources
-    data_dir: str = "data/stdlib"  # where the shards go
-    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # bpe is trained on the training text
+    template: TemplateName = "text"  # how a record becomes text: text, alpaca, chat, synth
+    text_field: str = "text"  # the record's field that template=text takes
+    bad_records: Literal["refuse", "skip"] = "refuse"  # malformed, empty or too long ones
+    max_record_tokens: int | None = None  # longer records are bad; None: no limit
+    # how much of it
+    val_fraction: float = 0.05  # share of the documents to validate on, without val_sources
+    val_tokens: int | None = None  # enough tokens to validate on: the rest is trained on
+    max_tokens: int | None = None  # tokens to take from sources; None: all
+    max_documents: int | None = None  # documents to take from sources; None: all
+    # tokens
+    tokenizer: str = "bpe"  # bpe (trained on the training text), bytes, gpt2, or a tokenizer.json
     vocab_size: int = 4096  # of a trained bpe, at most 65,536
-    val_fraction: float = 0.05  # share of the text to validate on, without val_sources
+    # output
+    data_dir: str = "data/stdlib"  # where the shards go
     shard_tokens: int = 100_000_000  # tokens in a shard
-    workers: int = 0  # threads that tokenize; 0: one per core
     seed: int = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
-
-
-# --- sources
-
-
-def paths_of(source: str) -> list[str]:
-    if source == "stdlib":
-        return stdlib_paths()
-    if os.path.isdir(source):
-        return sorted(str(path) for path in Path(source).rglob("*.txt") if path.is_file())
-    if os.path.isfile(source):
-        if not source.endswith(".txt"):
-            raise ValueError(f"source {source!r}: only .txt files are read")
-        return [source]
-    return sorted(path for path in glob.glob(source, recursive=True) if path.endswith(".txt"))
-
-
-def stdlib_paths() -> list[str]:
-    """The standard library's .py files that people wrote, without tests (not every Python has
-    them) and without generated tables and texts (encodings, pydoc_data)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    left_out |= {"encodings", "pydoc_data"}
-    return sorted(
-        str(path)
-        for path in root.rglob("*.py")
-        if not left_out.intersection(path.relative_to(root).parts)
-    )
-
-
-def read(path: str) -> str:
-    """A document's text: UTF-8, or for Python files the encoding that they declare.
-
-    Raises ValueError for bytes that are not that.
-    """
-    try:
-        if path.endswith(".py"):
-            with tokenize.open(path) as file:
-                return file.read()
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start:,}; "
-            "convert it, as with iconv -t utf-8"
-        ) from None
-    except SyntaxError as error:  # a Python file that declares no known encoding
-        raise ValueError(f"{path}: {error.msg}") from None
-
-
-@dataclass(frozen=True)
-class Document:
-    """A file, or the part of one from character `start` to `stop`, as slices count."""
-
-    path: str
-    size: int  # bytes of the file
-    start: int | None = None
-    stop: int | None = None
-
-    def text(self) -> str:
-        return read(self.path)[self.start : self.stop]
-
-
-def find_documents(sources: tuple[str, ...]) -> list[Document]:
-    """All documents of `sources` that hold something, none twice.
-
-    Raises ValueError for a source that is nothing, and when all is empty.
-    """
-    paths: dict[str, None] = {}  # real ones, so that none is read twice
-    for source in sources:
-        found = paths_of(source)
-        if not found:
-            raise ValueError(
-                f"source {source!r}: no such .txt file, nor a folder or pattern of some"
-            )
-        paths.update(dict.fromkeys(os.path.realpath(path) for path in found))
-    documents = [Document(path, os.path.getsize(path)) for path in paths]
-    if not any(document.size for document in documents):
-        raise ValueError(f"there is no text in {', '.join(map(repr, sources))}")
-    return [document for document in documents if document.size]
-
-
-def split_documents(
-    documents: list[Document], fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Part documents into training and validation: whole documents, drawn at random until they
-    hold that fraction of the bytes. A single document is cut instead, at the end of a line."""
-    if len(documents) == 1:
-        only = documents[0]
-        text = only.text()
-        target = round(len(text) * (1 - fraction))
-        cut = text.rfind("\n", 0, target) + 1 or target
-        return [replace(only, stop=cut)], [replace(only, start=cut)]
-    wanted = fraction * sum(document.size for document in documents)
-    val, drawn = set(), 0
-    for index in np.random.default_rng(seed).permutation(len(documents))[1:]:
-        if drawn >= wanted:
-            break
-        val.add(int(index))
-        drawn += documents[index].size
-    parts: tuple[list[Document], list[Document]] = ([], [])
-    for index, document in enumerate(documents):
-        parts[index in val].append(document)
-    return parts
-
-
-# --- tokens
-
-
-def write_split(
-    folder: Path, name: str, documents: list[Document], tokenizer: Tokenizer, cfg: PrepareConfig
-) -> dict[str, Any]:
-    """Tokenize `documents` into the shards of a split; return its part of the manifest."""
-    shards: list[dict[str, Any]] = []
-    buffer, filled = np.empty(cfg.shard_tokens, dtype=np.uint16), 0
-    tokens = text_bytes = 0
-    for texts, ids in tokenized(documents, tokenizer, cfg.workers or os.cpu_count() or 1, name):
-        tokens += len(ids)
-        text_bytes += sum(len(text.encode()) for text in texts)
-        while len(ids):
-            taken = ids[: len(buffer) - filled]
-            buffer[filled : filled + len(taken)] = taken
-            filled, ids = filled + len(taken), ids[len(taken) :]
-            if filled == len(buffer):
-                shards.append(data.write_shard(shard_path(folder, name, len(shards)), buffer))
-                filled = 0
-    if filled:
-        shards.append(data.write_shard(shard_path(folder, name, len(shards)), buffer[:filled]))
-    counts = {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}
-    return {**counts, "shards": shards}
-
-
-def shard_path(folder: Path, name: str, number: int) -> Path:
-    return folder / f"{name}_{number:06d}.bin"
-
-
-def tokenized(
-    documents: list[Document], tokenizer: Tokenizer, threads: int, name: str
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Batches of texts with their ids, uint16, `<|endoftext|>` behind each text."""
-    total = sum(document.size for document in documents)
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None) as bar:
-        for batch in batched(documents):
-            texts = [document.text() for document in batch]
-            ids: list[int] = []
-            for encoded in tokenizer.encode_batch(texts, threads):
-                ids += encoded
-                ids.append(tokenizer.eot_id)
-            yield texts, np.array(ids, dtype=np.uint16)
-            bar.update(sum(document.size for document in batch))
-
-
-def batched(documents: list[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def make_tokenizer(cfg: PrepareConfig, documents: list[Document]) -> Tokenizer:
-    if cfg.tokenizer == "gpt2":
-        return Tokenizer.gpt2()
-    if cfg.tokenizer == "bytes":
-        return Tokenizer.bytes()
-    return Tokenizer.train(sample_texts(documents, cfg.seed), cfg.vocab_size)
-
-
-def sample_texts(documents: list[Document], seed: int) -> Iterator[str]:
-    """Documents in a random order, up to SAMPLE_BYTES."""
-    taken = 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        if taken >= SAMPLE_BYTES:
-            break
-        taken += documents[index].size
-        yield documents[index].text()
-
-
-# --- the command
+    workers: int = 0  # threads that tokenize; 0: one per core
+    inspect: str | None = None  # a data_dir to describe and check; nothing is prepared
 
 
 def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     """Make `cfg.data_dir`, unless it is already there; return its manifest.
 
-    Raises ValueError for settings or sources that cannot be used, and OSError as the disk does;
-    either way nothing of this run is left behind.
+    Raises ValueError for settings or sources that cannot be used, OSError as the disk and the
+    network do. What was noted until then stays, and the same command goes on from there; before
+    the first note nothing is left behind.
     """
+    if cfg.inspect is not None:
+        return inspect(Path(cfg.inspect))
     check_settings(cfg)
     folder = Path(cfg.data_dir)
-    settings = {
-        k: v for k, v in asdict(cfg).items() if k not in ("data_dir", "workers", "overwrite")
-    }
+    partial = folder / data.PARTIAL
+    unsaved = ("data_dir", "workers", "overwrite", "inspect")
+    settings = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in unsaved}))
     old = check_target(folder, settings, cfg.overwrite)
     if old and not cfg.overwrite:
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
-    train, val = find_documents(cfg.sources), []
-    if cfg.val_sources:
-        val = find_documents(cfg.val_sources)
-        both = {document.path for document in train} & {document.path for document in val}
-        if both:
-            raise ValueError(f"{min(both)} is in sources and in val_sources")
-    elif cfg.val_fraction:
-        train, val = split_documents(train, cfg.val_fraction, cfg.seed)
+    if not (partial / "dataset.json").exists():  # else only the move to `folder` is left
+        make(cfg, folder, partial, settings)
+    manifest = install(partial, folder)
+    report(manifest)
+    print(f"wrote {folder}, with a vocabulary of {manifest['vocab_size']:,} ids")
+    return manifest
 
-    partial = folder / data.PARTIAL
+
+def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, Any]) -> None:
+    """Do all of the work in `partial`, from where its notes say that it is."""
+    fraction = 0.0 if cfg.val_sources else cfg.val_fraction
+    reading = Reading(cfg.template, cfg.text_field, fraction, cfg.seed)
+    streams = open_streams(cfg.sources, cfg.val_sources, reading)
+    inputs = [
+        [file.path, file.size, os.stat(file.path).st_mtime_ns]
+        for stream in streams
+        for file in stream.source.files
+    ]
+    notes = read_notes(partial, settings, inputs, cfg.overwrite)
     existed, repairing = folder.exists(), partial.exists()
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tokenizer = make_tokenizer(cfg, train)
-        tokenizer.save(partial)
-        splits = {"train": write_split(partial, "train", train, tokenizer, cfg)}
-        if val:
-            splits["val"] = write_split(partial, "val", val, tokenizer, cfg)
+        if notes:
+            print(f"going on with {folder}")
+            tokenizer = Tokenizer.load(partial)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            tokenizer = make_tokenizer(cfg, streams, reading)
+            tokenizer.save(partial)
+        announce(cfg, streams, folder)
+        work = Work(cfg, partial, streams, {"settings": settings, "inputs": inputs}, notes)
+        work.run(reading, tokenizer)
         manifest = {
             "format": 1,
             "settings": settings,
-            "template": None,
+            "template": cfg.template,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": tokenizer.fingerprint,
-            "splits": splits,
+            "splits": work.finish(),
+            "sources": [stream.summary() for stream in streams],
         }
-        text = json.dumps(manifest, indent=1) + "\n"
-        (partial / "dataset.json").write_text(text, encoding="utf-8")
+        write_json(partial / "dataset.json", manifest)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif repairing:  # still the mark of a folder that is half ours
-            partial.mkdir()
+        if not (partial / "progress.json").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif repairing:  # still the mark of a folder that is half ours
+                partial.mkdir()
         raise
-    install(partial, folder)
-    report(folder, manifest)
-    return manifest
 
 
 def check_settings(cfg: PrepareConfig) -> None:
@@ -303,6 +151,9 @@ def check_settings(cfg: PrepareConfig) -> None:
     for name in ("workers", "seed"):
         if getattr(cfg, name) < 0:
             problems.append(f"{name} must not be negative")
+    for name in ("max_tokens", "max_documents", "val_tokens", "max_record_tokens"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            problems.append(f"{name} must be at least 1, not {getattr(cfg, name)}")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -317,50 +168,419 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
             raise ValueError(f"data_dir {folder} is a file")
         return {}
     if not (folder / "dataset.json").exists():
-        foreign = sorted(path.name for path in folder.glob("*") if FOREIGN.fullmatch(path.name))
+        foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]
         if foreign and not (folder / data.PARTIAL).exists():
             raise ValueError(
-                f"{folder} holds {foreign[0]}, which prepare.py did not make: use another data_dir"
+                f"{folder} holds {min(foreign).name}, which prepare.py did not make: "
+                "use another data_dir"
             )
         return {}
     old = data.read_manifest(folder)
     if "settings" not in old:
         raise ValueError(f"{folder}/dataset.json is not of prepare.py: use another data_dir")
-    now = json.loads(json.dumps(settings))
-    changed = [name for name in now if old["settings"].get(name) != now[name]]
-    if changed and not overwrite:
-        words = [
-            f"{name} was {old['settings'].get(name)!r}, is now {now[name]!r}" for name in changed
-        ]
-        raise ValueError(
-            f"{folder} was prepared with other settings: {'; '.join(words)}. "
-            "Use --overwrite, or another --data_dir"
-        )
+    if not overwrite:
+        check_same(folder, "was prepared", old["settings"], settings)
     return old
 
 
-def install(partial: Path, folder: Path) -> None:
-    """Move the finished files from `partial` to `folder`, the manifest last.
+def check_same(folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError that names the settings that differ."""
+    changed = [
+        f"{name} was {old.get(name)!r}, is now {now[name]!r}"
+        for name in now
+        if old.get(name) != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} {what} with other settings: {'; '.join(changed)}. "
+            "Use --overwrite, or another --data_dir"
+        )
+
+
+def read_notes(
+    partial: Path, settings: dict[str, Any], inputs: list[Any], overwrite: bool
+) -> dict[str, Any]:
+    """How far an earlier run with the same settings and files came, or {} to begin anew.
+
+    Raises ValueError, unless told to overwrite, where they are not the same.
+    """
+    try:
+        notes = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    try:
+        # Until now no record was refused, so skipping them from here on changes nothing before.
+        either = {"bad_records": notes["settings"]["bad_records"]}
+        check_same(partial.parent, "was begun", notes["settings"], settings | either)
+        before = {path: [size, time_ns] for path, size, time_ns in notes["inputs"]}
+        for path, size, time_ns in inputs:
+            if before.pop(path, None) != [size, time_ns]:
+                raise ValueError(
+                    f"{path} is new or has changed since {partial.parent} was begun: "
+                    "--overwrite starts over"
+                )
+        if before:
+            raise ValueError(f"{min(before)} has gone: --overwrite starts over without it")
+    except ValueError:
+        if overwrite:
+            return {}
+        raise
+    return notes
+
+
+def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) -> Tokenizer:
+    if cfg.tokenizer == "gpt2":
+        return Tokenizer.gpt2()
+    if cfg.tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if cfg.tokenizer == "bpe":
+        return Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
+    if not Path(cfg.tokenizer).exists():
+        raise ValueError(
+            f"tokenizer {cfg.tokenizer!r} is none of bpe, bytes, gpt2, nor a folder or file"
+        )
+    return Tokenizer.load(cfg.tokenizer)
+
+
+# --- the splits
+
+
+class SplitWriter:
+    """A split as it is written: its shards, and digest, tokens and bytes of each document."""
+
+    def __init__(self, folder: Path, name: str, cfg: PrepareConfig, notes: dict[str, Any]) -> None:
+        self.documents = notes.get("documents", 0)
+        self.tokens = notes.get("tokens", 0)
+        self.bytes = notes.get("bytes", 0)
+        self.open = notes.get("open", [0, 0])  # tokens and bytes of a document not ended yet
+        masked = cfg.template != "text"
+        self.shards = data.ShardWriter(folder, name, cfg.shard_tokens, masked, notes.get("shards"))
+        self.path = folder / f"{name}.documents"
+        self.path.touch()
+        self._file = data.reopen(self.path, DOCUMENT.size * self.documents)
+
+    def write(self, ids: np.ndarray, mask: np.ndarray | None, size: int) -> None:
+        self.shards.write(ids, mask)
+        self.tokens += len(ids)
+        self.bytes += size
+        self.open = [self.open[0] + len(ids), self.open[1] + size]
+
+    def end_document(self, digest: int) -> None:
+        self._file.write(DOCUMENT.pack(digest, *self.open))
+        self.documents += 1
+        self.open = [0, 0]
+
+    def notes(self) -> dict[str, Any]:
+        """Flush all to the disk; return what the next writer of this split needs."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        names = ("documents", "tokens", "bytes", "open")
+        return {"shards": self.shards.sync()} | {name: getattr(self, name) for name in names}
+
+    def close(self) -> dict[str, Any]:
+        """The split's part of the manifest."""
+        self._file.close()
+        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
+        return counts | {"shards": self.shards.close()}
+
+
+class Work:
+    """The writing of both splits, with notes of how far it is."""
+
+    def __init__(
+        self,
+        cfg: PrepareConfig,
+        partial: Path,
+        streams: list[Stream],
+        header: dict[str, Any],
+        notes: dict[str, Any],
+    ) -> None:
+        self.cfg, self.partial, self.streams, self.header = cfg, partial, streams, header
+        splits = notes.get("splits", {})
+        self.train = SplitWriter(partial, "train", cfg, splits.get("train", {}))
+        self.val = SplitWriter(partial, "val", cfg, splits.get("val", {}))
+        for stream, known in zip(streams, notes.get("streams", [])):
+            stream.restore(known)
+        self.saved = time.monotonic()
+        self.began_bytes, self.began = self.train.bytes + self.val.bytes, self.saved
+        sizes = [stream.source.size for stream in streams]
+        self.bar = tqdm(
+            total=cfg.max_tokens or (sum(sizes) if all(sizes) else None),
+            initial=self.done,
+            unit="tok" if cfg.max_tokens else "B",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.train.tokens + self.val.tokens
+
+    @property
+    def done(self) -> int:
+        """What the progress bar counts: tokens towards max_tokens, else bytes of the sources."""
+        if self.cfg.max_tokens:
+            return self.tokens
+        return sum(stream.position.read for stream in self.streams)
+
+    def run(self, reading: Reading, tokenizer: Tokenizer) -> None:
+        """Read all streams to their end, or to the limits of the settings."""
+        threads = self.cfg.workers or os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool, self.bar:
+            for validation in (False, True):
+                streams = [stream for stream in self.streams if stream.all_val == validation]
+                readers = [
+                    encoded(stream, reading, tokenizer, pool, threads + 1) for stream in streams
+                ]
+                while not self.enough(validation) and (stream := self.next_stream(streams)):
+                    self.take_document(stream, readers[streams.index(stream)])
+            self.save()
+
+    def enough(self, validation: bool) -> bool:
+        if validation:
+            return self.val.tokens >= (self.cfg.val_tokens or float("inf"))
+        documents = self.train.documents + self.val.documents
+        enough_tokens = self.tokens >= (self.cfg.max_tokens or float("inf"))
+        return enough_tokens or documents >= (self.cfg.max_documents or float("inf"))
+
+    def next_stream(self, streams: list[Stream]) -> Stream | None:
+        """The first that has not ended; with weights the one most behind, until one has ended."""
+        for stream in streams:
+            if stream.position.characters:  # in the middle of a document
+                return stream
+        if streams and streams[0].source.weight and not streams[0].all_val:
+            if any(stream.ended for stream in streams):
+                return None
+            return min(streams, key=lambda stream: stream.tokens / (stream.source.weight or 1))
+        return next((stream for stream in streams if not stream.ended), None)
+
+    def take_document(self, stream: Stream, reader: Iterator[Encoded]) -> None:
+        """Write the next document of a stream, or count the next record that is none."""
+        held: list[Encoded] = []
+        for piece, ids, mask in reader:
+            held.append((piece, ids, mask))
+            if piece.whole and piece.digest is None:
+                continue
+            problem, tokens = piece.problem, sum(len(each[1]) for each in held)
+            limit = self.cfg.max_record_tokens
+            if piece.whole and limit and tokens > limit:
+                problem = f"more than {limit:,} tokens"
+            stream.position = piece.after
+            if problem:
+                self.drop(stream, problem, piece.where)
+                return
+            self.write(stream, held)
+            held = []
+            if piece.digest is not None or self.enough(stream.all_val):
+                split = self.val if self.val.open[0] else self.train
+                split.end_document(piece.digest or 0)  # 0: cut short, like no other
+                stream.documents += 1
+                return
+        stream.ended = True
+
+    def write(self, stream: Stream, pieces: list[Encoded]) -> None:
+        split = self.split_of(pieces[0][0])
+        for piece, ids, mask in pieces:
+            if self.cfg.max_tokens and not stream.all_val:
+                room = self.cfg.max_tokens - self.tokens
+                ids, mask = ids[:room], None if mask is None else mask[:room]
+            split.write(ids, mask, piece.bytes)
+            stream.tokens += len(ids)
+        self.bar.update(self.done - self.bar.n)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def split_of(self, piece: Piece) -> SplitWriter:
+        """Where a document goes: validation, if it fell to it and that has not enough yet."""
+        if self.train.open[0] or self.val.open[0]:  # it has begun
+            return self.val if self.val.open[0] else self.train
+        full = not piece.val or self.val.tokens >= (self.cfg.val_tokens or float("inf"))
+        return self.train if full else self.val
+
+    def drop(self, stream: Stream, reason: str, where: str) -> None:
+        if self.cfg.bad_records == "refuse":
+            raise ValueError(f"{where}: {reason} (--bad_records=skip leaves such records out)")
+        stream.drop(reason, where)
+        if stream.dropped[reason][0] <= 3:
+            self.bar.write(f"skipped {where}: {reason}", file=sys.stderr)
+
+    def save(self) -> None:
+        splits = {"train": self.train.notes(), "val": self.val.notes()}
+        streams = [stream.notes() for stream in self.streams]
+        write_json(
+            self.partial / "progress.json", self.header | {"splits": splits, "streams": streams}
+        )
+        self.saved = time.monotonic()
+        seconds, read = (
+            self.saved - self.began,
+            self.train.bytes + self.val.bytes - self.began_bytes,
+        )
+        speed = f"{read / seconds / 1e6:.1f} MB/s of text"
+        self.bar.set_postfix_str(f"{speed}, {self.tokens:,} tokens, {2 * self.tokens / 1e9:.2f} GB")
+
+    def finish(self) -> dict[str, Any]:
+        """Close the shards; take documents that are trained on out of the validation split."""
+        splits = {"train": self.train.close(), "val": self.val.close()}
+        both = in_both(self.train.path, self.val.path)
+        if both.any():
+            splits["val"] = without_documents(self.partial, self.val, splits["val"], both)
+        return {name: split for name, split in splits.items() if split["tokens"]}
+
+
+def in_both(train: Path, val: Path) -> np.ndarray:
+    """For each validation document whether it is a training document too."""
+    wanted = np.fromfile(val, DOCUMENT_DTYPE)["digest"]
+    found = np.zeros(len(wanted), dtype=bool)
+    with train.open("rb") as file:
+        while len(some := np.fromfile(file, DOCUMENT_DTYPE, count=1 << 20)):
+            found |= np.isin(wanted, some["digest"])
+    return found
+
+
+def without_documents(
+    partial: Path, split: SplitWriter, entry: dict[str, Any], left_out: np.ndarray
+) -> dict[str, Any]:
+    """Write a split again, in a folder KEPT, without some documents; return its new entry."""
+    known = np.fromfile(split.path, DOCUMENT_DTYPE)
+    shutil.rmtree(partial / KEPT, ignore_errors=True)
+    (partial / KEPT).mkdir()
+    writer = data.ShardWriter(partial / KEPT, "val", split.shards.shard_tokens, split.shards.masked)
+    whole = data.Split(partial, "val", MAX_VOCAB_SIZE)
+    stops = np.cumsum(known["tokens"]).tolist()
+    for stop, length, out in zip(stops, known["tokens"].tolist(), left_out):
+        for start in range(stop - length, stop, 1 << 20):
+            end = min(start + (1 << 20), stop)
+            mask = whole.mask(start, end) if split.shards.masked else None
+            if not out:
+                writer.write(
+                    whole[start:end].astype(np.uint16),
+                    None if mask is None else mask.astype(np.uint8),
+                )
+    kept = known[~left_out]
+    return {
+        "documents": len(kept),
+        "bytes": int(kept["bytes"].sum()),
+        "tokens": int(kept["tokens"].sum()),
+        "trained_on": int(left_out.sum()),  # documents that were left out for it
+        "shards": writer.close(),
+    }
+
+
+# --- the folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    new = path.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def install(partial: Path, folder: Path) -> dict[str, Any]:
+    """Move the finished files from `partial` to `folder`, the manifest last; return it.
 
     A kill in the middle leaves `partial` but no manifest: data.py refuses such a folder, and
-    prepare.py may do it again.
+    prepare.py goes on with the move.
     """
+    manifest = json.loads((partial / "dataset.json").read_text(encoding="utf-8"))
+    shards = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
+    masks = [data.mask_path(Path(name)).name for name in shards] * (manifest["template"] != "text")
+    names = [*shards, *masks, "tokenizer.json", "tokenizer_config.json"]
     (folder / "dataset.json").unlink(missing_ok=True)
-    for path in folder.glob("*.bin"):
-        if OUR_SHARD.fullmatch(path.name):
+    if (partial / KEPT).is_dir():
+        for path in partial.glob("val_*.bin"):
             path.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "dataset.json"):
-        path.replace(folder / path.name)
-    partial.rmdir()
+    for path in folder.glob("*.bin"):
+        if path.name not in names:
+            path.unlink()
+    for name in names:
+        for place in (partial / KEPT, partial):
+            if (place / name).exists():
+                (place / name).replace(folder / name)
+    (partial / "dataset.json").replace(folder / "dataset.json")
+    shutil.rmtree(partial)
+    return manifest
 
 
-def report(folder: Path, manifest: dict[str, Any]) -> None:
+def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
+    """Say how much there is to read, and how much room it will take."""
+    sizes = [stream.source.size for stream in streams]
+    free = shutil.disk_usage(folder).free
+    per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # of shards per byte of text, about
+    if cfg.max_tokens:
+        needed: float = 2 * cfg.max_tokens
+    elif all(sizes):
+        needed = per_byte * sum(sizes)
+    else:
+        return
+    print(
+        f"about {needed / 1e9:.2f} GB of shards to write, {free / 1e9:.0f} GB free in {folder}",
+        file=sys.stderr,
+    )
+
+
+def report(manifest: dict[str, Any]) -> None:
+    """The summary table."""
+    for source in manifest["sources"]:
+        print(f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens")
+        for reason, (count, where) in source["dropped"].items():
+            print(f"  {count:,} records skipped: {reason} (the first: {where})")
     for name, split in manifest["splits"].items():
         print(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
             f"{split['tokens']:,} tokens ({split['bytes'] / split['tokens']:.2f} bytes per token)"
         )
-    print(f"wrote {folder}, with a vocabulary of {manifest['vocab_size']:,} ids")
+        if split.get("trained_on"):
+            print(f"  {split['trained_on']:,} documents left out, as they are trained on")
+    if "val" not in manifest["splits"]:
+        print("val: nothing; train.py needs some: --val_fraction, or --val_sources")
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Print a folder's summary, check every hash and id, and show the beginnings of documents.
+
+    Raises ValueError for whatever is wrong.
+    """
+    manifest = data.read_manifest(folder)
+    tokenizer = Tokenizer.load(folder)
+    if manifest:
+        report(manifest)
+        for split in manifest["splits"].values():
+            for shard in split["shards"]:
+                path = folder / shard["file"]
+                hashes = {path: shard["sha256"]}
+                if "mask_sha256" in shard:
+                    hashes[data.mask_path(path)] = shard["mask_sha256"]
+                for each, wanted in hashes.items():
+                    if data.sha256_of(each) != wanted:
+                        raise ValueError(f"{each} is not what was written (sha256)")
+        if tokenizer.fingerprint != manifest["tokenizer"]:
+            raise ValueError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
+    for name in ("train", "val"):
+        if not data.shard_paths(folder, name):
+            continue
+        split = data.Split(folder, name, tokenizer.vocab_size)
+        print(f"\n{name}: {len(split):,} tokens, all hashes as written; it begins")
+        print(marked(split, tokenizer, 300))
+    return manifest
+
+
+def marked(split: data.Split, tokenizer: Tokenizer, length: int) -> str:
+    """The first tokens of a split as text; what counts in the loss is between ⟦ and ⟧."""
+    stop = min(length, len(split))
+    ids, mask = split[0:stop], split.mask(0, stop)
+    if mask is None:
+        return tokenizer.decode(ids.tolist())
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), stop]
+    parts = []
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(ids[start:end].tolist())
+        parts.append(f"⟦{text}⟧" if mask[start] else text)
+    return "".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,10 +81,21 @@ class Tokenizer:
         with refuse_panic():
             return self._encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text, on several threads."""
-        with refuse_panic():
-            return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+    def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts, uint16, `<|endoftext|>` behind each, and where each ends (with it).
+
+        One call of tiktoken for all, outside of Python's lock. Raises ValueError as `encode`.
+        """
+        joined = END_OF_TEXT.join([*texts, ""])
+        if joined.count(END_OF_TEXT) == len(texts):
+            with refuse_panic():
+                ids = self._encoding.encode_to_numpy(
+                    joined, allowed_special={END_OF_TEXT}, disallowed_special=()
+                ).astype(np.uint16)
+            return ids, np.flatnonzero(ids == self.eot_id) + 1
+        encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one holds the word itself
+        ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
+        return ids, np.cumsum([len(each) for each in encoded])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
@@ -151,11 +163,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """Open the tokenizer.json in a folder: one of ours, or GPT-2's own.
+        """Open a tokenizer.json, or the one in a folder: one of ours, or GPT-2's own.
 
         Raises ValueError where there is none, or one that is not a byte-level BPE of GPT-2's kind.
         """
-        path = Path(folder) / "tokenizer.json"
+        path = Path(folder)
+        path = path if path.is_file() else path / "tokenizer.json"
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             model, split = whole["model"], whole["pre_tokenizer"]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def tiny_text() -> str:
     return "".join(parts)
 
 
+def write_shard(path: Path, tokens: np.ndarray) -> dict:
+    """One shard; returns its entry for the manifest."""
+    content = tokens.astype("<u2").tobytes()
+    path.write_bytes(data.shard_header(len(tokens)).tobytes() + content)
+    return {"file": path.name, "tokens": len(tokens), "sha256": data.sha256_of(path)}
+
+
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory):
     """`shard_folder(train=[tokens, …], val=[…])` writes a folder as prepare.py does: a shard for
@@ -100,7 +108,7 @@ def shard_folder(tmp_path_factory):
         splits = {}
         for name, arrays in (("train", train), ("val", val)):
             shards = [
-                data.write_shard(folder / f"{name}_{number:06d}.bin", np.array(array, np.uint16))
+                write_shard(folder / f"{name}_{number:06d}.bin", np.array(array, np.uint16))
                 for number, array in enumerate(arrays)
             ]
             tokens = sum(shard["tokens"] for shard in shards)

@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from conftest import write_shard
 
 import data
 from data import Batches, Split
@@ -35,7 +36,9 @@ def refusal(folder, name="train", vocab_size=VOCAB) -> str:
 
 def test_a_shard_is_llm_cs_to_the_byte(tmp_path):
     tokens = np.array([0, 1, 258, 65535], dtype=np.uint16)
-    entry = data.write_shard(tmp_path / "train_000000.bin", tokens)
+    writer = data.ShardWriter(tmp_path, "train", shard_tokens=100)
+    writer.write(tokens)
+    [entry] = writer.close()
     content = (tmp_path / "train_000000.bin").read_bytes()
     header = struct.pack("<256i", 20240520, 1, 4, *[0] * 253)
     assert content == header + b"\x00\x00\x01\x00\x02\x01\xff\xff"
@@ -60,7 +63,7 @@ def test_nanogpts_tokens_without_header_read_too(tmp_path):
 def test_llm_cs_names_are_found_and_other_files_are_not(tmp_path):
     names = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "x_val_000000.bin"]
     for number, name in enumerate([*names, "train_000001.mask.bin", "trained.bin", "train.txt"]):
-        data.write_shard(tmp_path / name, positions(4, 10 * number))
+        write_shard(tmp_path / name, positions(4, 10 * number))
     assert [path.name for path in data.shard_paths(tmp_path, "train")] == names[:2]
     assert [path.name for path in data.shard_paths(tmp_path, "val")] == names[2:]
     assert split_of(tmp_path)[0:8].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
@@ -159,7 +162,7 @@ def test_a_shard_that_the_manifest_names_must_be_there(shard_folder):
 
 def test_a_shard_that_the_manifest_does_not_name_is_not_read(shard_folder):
     folder = shard_folder(train=[positions(9)])
-    data.write_shard(folder / "train_000001.bin", positions(9))
+    write_shard(folder / "train_000001.bin", positions(9))
     assert len(split_of(folder)) == 9
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import data
+import documents
 import prepare
+import sources
 from prepare import PrepareConfig
 from tokenizer import Tokenizer
 
@@ -166,7 +168,7 @@ def test_some_document_always_stays_to_train_on(run, target):
 def test_small_shards_join_to_the_tokens_of_one(run, many, tmp_path, monkeypatch):
     folders = [tmp_path / "one", tmp_path / "several"]
     run(sources=(str(many),), data_dir=str(folders[0]))
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
+    monkeypatch.setattr(documents, "CHUNK", 300)
     run(sources=(str(many),), data_dir=str(folders[1]), shard_tokens=100, workers=2)
     for name in ("train", "val"):
         one, several = (tokens_of(folder, name) for folder in folders)
@@ -262,7 +264,7 @@ def library(tmp_path, monkeypatch) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(root))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(root))
     return root
 
 
@@ -283,9 +285,9 @@ def test_an_unknown_encoding_is_refused(library, run, target):
 
 
 def test_the_default_source_is_the_library_of_this_python(run, target, monkeypatch):
-    every = prepare.stdlib_paths()
+    every = sources.stdlib_paths()
     assert {json.__file__, os.__file__, tokenize.__file__} <= set(every)
-    monkeypatch.setattr(prepare, "stdlib_paths", lambda: every[::10])
+    monkeypatch.setattr(sources, "stdlib_paths", lambda: every[::10])
     run(sources=PrepareConfig().sources)
     train, val = documents_of(target, "train"), documents_of(target, "val")
     files = []
@@ -435,10 +437,16 @@ MISTAKES = {
         lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
         "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -t utf-8",
     ),
-    "missing": (lambda folder: str(folder / "x.txt"), "no such .txt file, nor a folder or pattern"),
-    "no match": (lambda folder: f"{folder}/*.txt", "no such .txt file, nor a folder or pattern"),
-    "folder without text": (str, "no such .txt file, nor a folder or pattern"),
-    "extension": (lambda folder: write(folder / "x.pdf", b"%PDF"), "only .txt files are read"),
+    "missing": (
+        lambda folder: str(folder / "x.txt"),
+        "no such file, nor a folder or pattern of .csv",
+    ),
+    "no match": (lambda folder: f"{folder}/*.txt", "no such file, nor a folder or pattern of .csv"),
+    "folder without text": (str, "no such file, nor a folder or pattern of .csv"),
+    "extension": (
+        lambda folder: write(folder / "x.pdf", b"%PDF"),
+        ".txt files are read, or compressed ones",
+    ),
 }
 
 
@@ -501,16 +509,15 @@ def breaks(monkeypatch):
     """`breaks(error)` makes the second shard of a run raise."""
 
     def after_one_shard(error):
-        really_write, calls = data.write_shard, []
+        really_finish, calls = data.ShardWriter._finish, []
 
-        def write_shard(path, tokens):
-            calls.append(path)
+        def finish(writer):
+            calls.append(writer)
             if len(calls) == 2:
-                path.write_bytes(b"half")
                 raise error
-            return really_write(path, tokens)
+            really_finish(writer)
 
-        monkeypatch.setattr(data, "write_shard", write_shard)
+        monkeypatch.setattr(data.ShardWriter, "_finish", finish)
 
     return after_one_shard
 
@@ -554,8 +561,10 @@ def test_the_command_says_what_it_made(texts, target, capsys):
     assert command(texts, target, "--val_fraction=0") == 0
     size = len(FIRST.encode()) + len(SECOND.encode())
     assert capsys.readouterr().out.splitlines() == [
+        f"{texts}: 2 documents, {size + 2} tokens",
         f"train: 2 documents, {size} bytes, {size + 2} tokens ({size / (size + 2):.2f} bytes per "
         "token)",
+        "val: nothing; train.py needs some: --val_fraction, or --val_sources",
         f"wrote {target}, with a vocabulary of 257 ids",
     ]
 

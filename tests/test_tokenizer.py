@@ -8,6 +8,7 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -114,9 +115,12 @@ def test_bytes_that_are_no_text_become_replacement_characters():
     assert Tokenizer.bytes().decode([0xF0, 0x9F, 97, 0xFF]) == "\ufffda\ufffd"
 
 
-def test_a_batch_is_its_texts(tokenizer):
-    alone = [tokenizer.encode(text) for text in TEXTS]
-    assert tokenizer.encode_batch(TEXTS, num_threads=2) == alone
+@pytest.mark.parametrize("texts", [TEXTS, [text for text in TEXTS if "<|end" not in text], [""]])
+def test_many_texts_at_once_are_each_alone(tokenizer, texts):
+    alone = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
+    ids, ends = tokenizer.encode_joined(texts)
+    assert ids.dtype == np.uint16
+    assert [part.tolist() for part in np.split(ids, ends)] == [*alone, []]
 
 
 def test_transformers_gives_the_same_ids(tokenizer, folder):
@@ -139,7 +143,7 @@ def test_a_million_spaces_are_encoded_or_refused():
     with contextlib.suppress(ValueError):
         assert Tokenizer.bytes().encode(text) == list(text.encode())
     with contextlib.suppress(ValueError):
-        assert Tokenizer.bytes().encode_batch([text], 1) == [list(text.encode())]
+        assert Tokenizer.bytes().encode_joined([text])[0].tolist() == [*text.encode(), 256]
 
 
 @needs_gpt2

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_shard
 
 import checkpoint
 import data
@@ -34,7 +35,7 @@ def cfg(tmp_path_factory) -> train.TrainConfig:
     words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
     for name, count in (("train", 900), ("val", 60)):
         text = b"".join(words[i] for i in rng.integers(4, size=count))
-        data.write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
+        write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
     Tokenizer.bytes().save(folder)
     return train.TrainConfig(
         data_dir=str(folder),
@@ -222,7 +223,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
     with pytest.raises(ValueError, match="keep the optimizer setting"):
         train.train(replace(resume, optimizer="adamw"))
     shutil.copytree(cfg.data_dir, other)
-    data.write_shard(other / "train_000001.bin", np.zeros(50, "u2"))
+    write_shard(other / "train_000001.bin", np.zeros(50, "u2"))
     with pytest.raises(ValueError, match="other data"):
         train.train(replace(resume, data_dir=str(other)))
     Tokenizer.train(["abc abc abc"], 258).save(other)

@@ -1,0 +1,126 @@
+"""
+Records → text, and which of it counts in the loss.
+
+- `text`: one field, all of it counts.
+- `alpaca`: `instruction`, `input` (may be missing or empty), `output`, in Stanford Alpaca's words.
+- `chat`: `messages` (or `conversations`), a list or its JSON, of {role, content} or ShareGPT's
+  {from, value}.
+- `synth`: PleIAs/SYNTH's `query`, `synthetic_reasoning` and `synthetic_answer`, as a chat whose
+  answer begins with <think>…</think>.
+
+Only answers count, each with the `<|endoftext|>` that ends it. Everything is stripped of white
+space at its ends, so that a question encodes to the same ids whether its answer follows or not.
+"""
+
+import json
+from typing import Any, Literal, NamedTuple
+
+TemplateName = Literal["text", "alpaca", "chat", "synth"]
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
+)
+PAIRED = ", paired with an input that provides further context"
+HEADINGS = {"system": "### System:\n", "user": "### User:\n", "assistant": "### Assistant:\n"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
+ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+class Segment(NamedTuple):
+    """A part of a document."""
+
+    text: str
+    counted: bool = True  # in the loss
+    ended: bool = True  # by <|endoftext|>, which counts if the text does
+
+
+def segments(record: Any, template: TemplateName, text_field: str) -> list[Segment]:
+    """The document that a record is. Raises ValueError, in a few words, for one that is none."""
+    if template == "text":
+        text = record if isinstance(record, str) else field(record, text_field)
+        if not text:
+            raise ValueError("empty")
+        return [Segment(text)]
+    if template == "chat":
+        return chat(messages_of(record))
+    if template == "synth":
+        reasoning = field(record, "synthetic_reasoning").strip()
+        answer = filled(record, "synthetic_answer")
+        if reasoning:
+            answer = f"<think>\n{reasoning}\n</think>\n\n{answer}"
+        question = {"role": "user", "content": filled(record, "query")}
+        return chat([question, {"role": "assistant", "content": answer}])
+    return alpaca(record)
+
+
+def alpaca(record: Any) -> list[Segment]:
+    given = record.get("input") if isinstance(record, dict) else None
+    given = "" if given is None else field(record, "input").strip()
+    prompt = ALPACA.format(
+        paired=PAIRED if given else "", instruction=filled(record, "instruction")
+    )
+    if given:
+        prompt += f"\n\n### Input:\n{given}"
+    return [
+        Segment(prompt + "\n\n### Response:\n", counted=False, ended=False),
+        Segment(filled(record, "output")),
+    ]
+
+
+def chat(messages: list[dict[str, Any]]) -> list[Segment]:
+    """Messages as text: a heading a turn, `<|endoftext|>` behind each answer.
+
+    Raises ValueError for an unknown role, an empty message, and where no answer comes last.
+    """
+    parts, prompt = [], ""
+    for message in messages:
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"unknown role {role!r}")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError("empty message")
+        prompt += HEADINGS[ROLES[role]]
+        if ROLES[role] == "assistant":
+            parts += [Segment(prompt, counted=False, ended=False), Segment(content.strip())]
+            prompt = ""
+        else:
+            prompt += content.strip() + "\n\n"
+    if not parts or prompt:
+        raise ValueError("the last message is no answer")
+    return parts
+
+
+def messages_of(record: Any) -> list[dict[str, Any]]:
+    """The messages of a record: a list of objects, or that as JSON."""
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    messages = record.get("messages", record.get("conversations"))
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError:
+            raise ValueError("messages are not JSON") from None
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise ValueError("no list of messages")
+    return messages
+
+
+def filled(record: Any, name: str) -> str:
+    text = field(record, name).strip()
+    if not text:
+        raise ValueError(f"empty {name}")
+    return text
+
+
+def field(record: Any, name: str) -> str:
+    """Raises ValueError where a record has no such field of text."""
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    if name not in record:
+        raise ValueError(f"no field {name!r}")
+    if record[name] is None:
+        return ""
+    if not isinstance(record[name], str):
+        raise ValueError(f"{name} is no text")
+    return record[name]
