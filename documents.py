@@ -58,7 +58,7 @@ class Stream:
         self.position = Position(*notes["position"])
 
     def summary(self) -> dict[str, Any]:
-        names = ("documents", "tokens", "dropped")
+        names = ("documents", "tokens", "dropped", "ended")
         return {"source": self.source.name} | {name: getattr(self, name) for name in names}
 
 
@@ -107,7 +107,8 @@ def open_streams(
 
 def draw(source: Source, reading: Reading) -> tuple[Source, frozenset[TextFile]]:
     """Choose text files to validate on: whole ones, drawn at random until they hold that fraction
-    of the bytes. A single file is cut instead, at the end of a line."""
+    of the bytes. A single file is cut instead, at the end of a line. They come first, so that a
+    limit on tokens or documents leaves some."""
     texts = [file for file in source.files if is_text(file.path)]
     if not texts or not reading.val_fraction:
         return source, frozenset()
@@ -117,14 +118,16 @@ def draw(source: Source, reading: Reading) -> tuple[Source, frozenset[TextFile]]
         rest = round(only.size * reading.val_fraction)
         train = replace(only, stop=cut, size=only.size - rest)
         val = replace(only, start=cut, size=rest)
-        return replace(source, files=(train, val)), frozenset([val])
+        return replace(source, files=(val, train)), frozenset([val])
     wanted = reading.val_fraction * sum(file.size for file in texts)
     drawn: list[TextFile] = []
     for index in np.random.default_rng(reading.seed).permutation(len(texts))[1:]:
         if sum(file.size for file in drawn) >= wanted:
             break
         drawn.append(texts[index])
-    return source, frozenset(drawn)
+    val_files = frozenset(drawn)
+    ordered = sorted(source.files, key=lambda file: file not in val_files)
+    return replace(source, files=tuple(ordered)), val_files
 
 
 def place_to_cut(file: TextFile, fraction: float) -> int:

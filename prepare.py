@@ -13,6 +13,7 @@ with the same bytes.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -38,6 +39,7 @@ SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 SAVE_SECONDS = 10.0  # between two notes of how far it is
 DOCUMENT = struct.Struct("<QQQ")  # digest, tokens, bytes of each document, beside the shards
 DOCUMENT_DTYPE = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
+CUT = 0  # digest of a document that was cut short: like no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
 
 
@@ -98,11 +100,8 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
     fraction = 0.0 if cfg.val_sources else cfg.val_fraction
     reading = Reading(cfg.template, cfg.text_field, fraction, cfg.seed)
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
-    inputs = [
-        [file.path, file.size, os.stat(file.path).st_mtime_ns]
-        for stream in streams
-        for file in stream.source.files
-    ]
+    paths = [file.path for stream in streams for file in stream.source.files]
+    inputs = {path: [os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths}
     notes = read_notes(partial, settings, inputs, cfg.overwrite)
     existed, repairing = folder.exists(), partial.exists()
     try:
@@ -115,8 +114,9 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             tokenizer = make_tokenizer(cfg, streams, reading)
             tokenizer.save(partial)
         announce(cfg, streams, folder)
-        work = Work(cfg, partial, streams, {"settings": settings, "inputs": inputs}, notes)
-        work.run(reading, tokenizer)
+        header = {"settings": settings, "inputs": inputs}
+        work = Work(cfg, partial, tokenizer, streams, header, notes)
+        work.run(reading)
         manifest = {
             "format": 1,
             "settings": settings,
@@ -198,7 +198,7 @@ def check_same(folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]
 
 
 def read_notes(
-    partial: Path, settings: dict[str, Any], inputs: list[Any], overwrite: bool
+    partial: Path, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
 ) -> dict[str, Any]:
     """How far an earlier run with the same settings and files came, or {} to begin anew.
 
@@ -212,15 +212,12 @@ def read_notes(
         # Until now no record was refused, so skipping them from here on changes nothing before.
         either = {"bad_records": notes["settings"]["bad_records"]}
         check_same(partial.parent, "was begun", notes["settings"], settings | either)
-        before = {path: [size, time_ns] for path, size, time_ns in notes["inputs"]}
-        for path, size, time_ns in inputs:
-            if before.pop(path, None) != [size, time_ns]:
+        for path in sorted(inputs.keys() | notes["inputs"].keys()):
+            if inputs.get(path) != notes["inputs"].get(path):
                 raise ValueError(
-                    f"{path} is new or has changed since {partial.parent} was begun: "
+                    f"{path} is new, has changed or has gone since {partial.parent} was begun: "
                     "--overwrite starts over"
                 )
-        if before:
-            raise ValueError(f"{min(before)} has gone: --overwrite starts over without it")
     except ValueError:
         if overwrite:
             return {}
@@ -291,11 +288,20 @@ class Work:
         self,
         cfg: PrepareConfig,
         partial: Path,
+        tokenizer: Tokenizer,
         streams: list[Stream],
         header: dict[str, Any],
         notes: dict[str, Any],
     ) -> None:
-        self.cfg, self.partial, self.streams, self.header = cfg, partial, streams, header
+        self.cfg, self.partial, self.tokenizer = cfg, partial, tokenizer
+        self.streams, self.header = streams, header
+        self.val_tokens = cfg.val_tokens or math.inf
+        self.val_documents = math.inf
+        if not cfg.val_sources:
+            if cfg.max_tokens:
+                self.val_tokens = min(self.val_tokens, round(cfg.val_fraction * cfg.max_tokens))
+            if cfg.max_documents:
+                self.val_documents = math.ceil(cfg.val_fraction * cfg.max_documents)
         splits = notes.get("splits", {})
         self.train = SplitWriter(partial, "train", cfg, splits.get("train", {}))
         self.val = SplitWriter(partial, "val", cfg, splits.get("val", {}))
@@ -309,7 +315,8 @@ class Work:
             initial=self.done,
             unit="tok" if cfg.max_tokens else "B",
             unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 60,
+            delay=1,
+            mininterval=0.5 if sys.stderr.isatty() else 60,  # seconds; a log gets a line a minute
         )
 
     @property
@@ -323,14 +330,15 @@ class Work:
             return self.tokens
         return sum(stream.position.read for stream in self.streams)
 
-    def run(self, reading: Reading, tokenizer: Tokenizer) -> None:
+    def run(self, reading: Reading) -> None:
         """Read all streams to their end, or to the limits of the settings."""
         threads = self.cfg.workers or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool, self.bar:
             for validation in (False, True):
                 streams = [stream for stream in self.streams if stream.all_val == validation]
                 readers = [
-                    encoded(stream, reading, tokenizer, pool, threads + 1) for stream in streams
+                    encoded(stream, reading, self.tokenizer, pool, threads + 1)
+                    for stream in streams
                 ]
                 while not self.enough(validation) and (stream := self.next_stream(streams)):
                     self.take_document(stream, readers[streams.index(stream)])
@@ -338,10 +346,10 @@ class Work:
 
     def enough(self, validation: bool) -> bool:
         if validation:
-            return self.val.tokens >= (self.cfg.val_tokens or float("inf"))
+            return self.val.tokens >= self.val_tokens
         documents = self.train.documents + self.val.documents
-        enough_tokens = self.tokens >= (self.cfg.max_tokens or float("inf"))
-        return enough_tokens or documents >= (self.cfg.max_documents or float("inf"))
+        enough_tokens = self.tokens >= (self.cfg.max_tokens or math.inf)
+        return enough_tokens or documents >= (self.cfg.max_documents or math.inf)
 
     def next_stream(self, streams: list[Stream]) -> Stream | None:
         """The first that has not ended; with weights the one most behind, until one has ended."""
@@ -371,31 +379,48 @@ class Work:
                 return
             self.write(stream, held)
             held = []
-            if piece.digest is not None or self.enough(stream.all_val):
+            done = piece.digest is not None or self.enough(stream.all_val)
+            if done:
                 split = self.val if self.val.open[0] else self.train
-                split.end_document(piece.digest or 0)  # 0: cut short, like no other
+                split.end_document(piece.digest or CUT)
                 stream.documents += 1
+            self.bar.update(self.done - self.bar.n)
+            if time.monotonic() - self.saved > SAVE_SECONDS:
+                self.save()
+            if done:
                 return
         stream.ended = True
+        stream.position = stream.position._replace(read=stream.source.size)
 
     def write(self, stream: Stream, pieces: list[Encoded]) -> None:
-        split = self.split_of(pieces[0][0])
         for piece, ids, mask in pieces:
+            start, end = 0, len(ids)
             if self.cfg.max_tokens and not stream.all_val:
-                room = self.cfg.max_tokens - self.tokens
-                ids, mask = ids[:room], None if mask is None else mask[:room]
-            split.write(ids, mask, piece.bytes)
-            stream.tokens += len(ids)
-        self.bar.update(self.done - self.bar.n)
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.save()
+                end = min(end, self.cfg.max_tokens - self.tokens)
+            stream.tokens += end
+            while start < end:
+                split, stop = self.split_of(piece), end
+                if split is self.val and piece.bytes and not piece.whole:
+                    stop = int(min(end, start + self.val_tokens - self.val.tokens))
+                part = ids[start:stop]
+                cut = len(part) < len(ids)
+                size = self.tokenizer.count_bytes(part) if cut else piece.bytes
+                split.write(part, None if mask is None else mask[start:stop], size)
+                start = stop
 
     def split_of(self, piece: Piece) -> SplitWriter:
-        """Where a document goes: validation, if it fell to it and that has not enough yet."""
-        if self.train.open[0] or self.val.open[0]:  # it has begun
-            return self.val if self.val.open[0] else self.train
-        full = not piece.val or self.val.tokens >= (self.cfg.val_tokens or float("inf"))
-        return self.train if full else self.val
+        """Where a piece goes: to validation, if its document fell to it and until that has enough.
+        What is left of a text then is trained on."""
+        if self.train.open[0]:  # the document goes on
+            return self.train
+        if self.val.open[0] and (piece.whole or not piece.bytes):
+            return self.val
+        full = self.val.tokens >= self.val_tokens or self.val.documents >= self.val_documents
+        if piece.val and not full:
+            return self.val
+        if self.val.open[0]:
+            self.val.end_document(CUT)
+        return self.train
 
     def drop(self, stream: Stream, reason: str, where: str) -> None:
         if self.cfg.bad_records == "refuse":
@@ -416,7 +441,10 @@ class Work:
             self.train.bytes + self.val.bytes - self.began_bytes,
         )
         speed = f"{read / seconds / 1e6:.1f} MB/s of text"
-        self.bar.set_postfix_str(f"{speed}, {self.tokens:,} tokens, {2 * self.tokens / 1e9:.2f} GB")
+        written = tqdm.format_sizeof(2 * self.tokens, "B")
+        self.bar.set_postfix_str(
+            f"{speed}, {self.tokens:,} tokens, {written} written", refresh=False
+        )
 
     def finish(self) -> dict[str, Any]:
         """Close the shards; take documents that are trained on out of the validation split."""
@@ -434,7 +462,7 @@ def in_both(train: Path, val: Path) -> np.ndarray:
     with train.open("rb") as file:
         while len(some := np.fromfile(file, DOCUMENT_DTYPE, count=1 << 20)):
             found |= np.isin(wanted, some["digest"])
-    return found
+    return found & (wanted != CUT)
 
 
 def without_documents(
@@ -517,18 +545,18 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
         needed = per_byte * sum(sizes)
     else:
         return
-    print(
-        f"about {needed / 1e9:.2f} GB of shards to write, {free / 1e9:.0f} GB free in {folder}",
-        file=sys.stderr,
-    )
+    wanted, there = (tqdm.format_sizeof(size, "B") for size in (needed, free))
+    print(f"about {wanted} of shards to write, {there} free in {folder}", file=sys.stderr)
 
 
 def report(manifest: dict[str, Any]) -> None:
     """The summary table."""
     for source in manifest["sources"]:
-        print(f"{source['source']}: {source['documents']:,} documents, {source['tokens']:,} tokens")
+        rest = "" if source["ended"] else ", and there is more"
+        counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens"
+        print(f"{source['source']}: {counts}{rest}")
         for reason, (count, where) in source["dropped"].items():
-            print(f"  {count:,} records skipped: {reason} (the first: {where})")
+            print(f"  skipped {count:,}: {reason} (the first: {where})")
     for name, split in manifest["splits"].items():
         print(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "

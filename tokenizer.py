@@ -97,6 +97,11 @@ class Tokenizer:
         ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
         return ids, np.cumsum([len(each) for each in encoded])
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of text that `ids` stand for; none for `<|endoftext|>`."""
+        lengths = np.array([*map(len, self.ranks), 0])
+        return int(lengths[ids].sum())
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
         return self._encoding.decode(list(ids), errors="replace")

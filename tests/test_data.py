@@ -415,3 +415,44 @@ def test_memory_stays_flat_on_a_gigabyte(tmp_path):
     tracemalloc.stop()
     assert batches.windows == (tokens - 65) // 64 + 1
     assert peak < 2**20
+
+
+# --- writing in parts
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("noted", [0, 3, 10, 25, 30])
+def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
+    """What was written behind the note is cut off, whole shards and all."""
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    tokens = positions(30)
+    mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
+    state = None
+    for folder in folders:
+        folder.mkdir()
+        writer = data.ShardWriter(folder, "train", 10, masked, state)
+        for start in range(0, 30, 5):
+            if folder == folders[1] and start >= noted and state is None:
+                state = json.loads(json.dumps(writer.sync()))
+            part = slice(start, start + 5)
+            writer.write(tokens[part], None if mask is None else mask[part])
+        if folder == folders[0]:
+            entries = writer.close()
+        else:
+            state = state or json.loads(json.dumps(writer.sync()))
+    done = min(30, -(-noted // 5) * 5)
+    again = data.ShardWriter(folders[1], "train", 10, masked, state)
+    again.write(tokens[done:], None if mask is None else mask[done:])
+    assert again.close() == entries
+    for path in folders[0].iterdir():
+        assert (folders[1] / path.name).read_bytes() == path.read_bytes()
+    assert len(list(folders[1].iterdir())) == 3 * (1 + masked)
+
+
+def test_a_shard_that_lost_what_was_noted_is_refused(tmp_path):
+    writer = data.ShardWriter(tmp_path, "train", 100)
+    writer.write(positions(50))
+    state = writer.sync()
+    os.truncate(tmp_path / "train_000000.bin", 1024 + 98)
+    with pytest.raises(ValueError, match="has lost its end"):
+        data.ShardWriter(tmp_path, "train", 100, state=state)

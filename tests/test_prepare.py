@@ -4,6 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 import tokenize
 from pathlib import Path
 
@@ -573,3 +577,293 @@ def test_a_document_is_not_both_trained_on_and_validated_on(texts, target, run):
     with pytest.raises(ValueError, match=r"a\.txt is in sources and in val_sources"):
         run(sources=(str(texts),), val_sources=(f"{texts}/a.txt",))
     assert not target.exists()
+
+
+# --- records
+
+
+def jsonl(path: Path, records) -> str:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def talk(number):
+    question = {"role": "user", "content": f"What is {number} + 1?"}
+    return {"messages": [question, {"role": "assistant", "content": f"It is {number + 1}."}]}
+
+
+def test_only_answers_count_in_the_loss(run, tmp_path, target):
+    source = jsonl(tmp_path / "talks.jsonl", [talk(number) for number in range(40)])
+    run(sources=(source,), template="chat", shard_tokens=333)
+    for name in ("train", "val"):
+        split = data.Split(target, name, 257)
+        tokens, mask = split[0 : len(split)], split.mask(0, len(split))
+        answers = [text.split(b"### Assistant:\n")[1] for text in documents_of(target, name)]
+        wanted = [token for answer in answers for token in [*answer, EOT]]
+        assert tokens[mask == 1].tolist() == wanted != []
+
+
+def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
+    texts, target, tmp_path, capsys
+):
+    records = [{"text": f"text {number}"} for number in range(9)]
+    records[3:3] = ["{oops", {"text": ""}, {"body": "x"}, {"text": "long " * 50}]
+    source = jsonl(tmp_path / "a.jsonl", records)
+    wanted = [f"--sources={source}", "--max_record_tokens=100"]
+    assert command(texts, target, *wanted) == 2
+    assert "a.jsonl, line 4: not JSON (--bad_records=skip" in capsys.readouterr().err
+    assert not target.exists()
+    assert command(texts, target, *wanted, "--bad_records=skip") == 0
+    out, err = capsys.readouterr()
+    [known] = data.read_manifest(target)["sources"]
+    assert known["documents"] == 9
+    assert {reason: count for reason, (count, _) in known["dropped"].items()} == {
+        "not JSON": 1,
+        "empty": 1,
+        "no field 'text'": 1,
+        "more than 100 tokens": 1,
+    }
+    assert "a.jsonl, line 7: more than 100 tokens" in err and "skipped 1: empty" in out
+    assert prepare.main([f"--inspect={target}"]) == 0
+    assert "skipped 1: empty" in capsys.readouterr().out
+
+
+def test_halves_of_surrogate_pairs_become_replacement_characters(run, tmp_path, target):
+    source = jsonl(tmp_path / "a.jsonl", ['{"text": "a\\ud800b"}', '{"text": "\\ud83d\\ude00"}'])
+    run(sources=(source,), val_fraction=0.0)
+    assert documents_of(target, "train") == ["a\ufffdb".encode(), "😀".encode()]
+
+
+def test_even_a_small_source_has_validation_and_equal_records_stay_together(run, tmp_path, target):
+    source = jsonl(tmp_path / "a.jsonl", [{"text": f"no {number}"} for number in range(3)])
+    run(sources=(source,))
+    assert documents_of(target, "val") == [b"no 1"]
+    source = jsonl(tmp_path / "b.jsonl", [{"text": f"text {number % 50}"} for number in range(500)])
+    run(sources=(source,), val_fraction=0.2, data_dir=str(target / "b"))
+    train, val = (set(documents_of(target / "b", name)) for name in ("train", "val"))
+    assert not train & val and len(train | val) == 50 and 4 <= len(val) <= 20
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 1000])
+@pytest.mark.parametrize("template", ["text", "chat"])
+def test_what_is_trained_on_is_kept_out_of_validation(
+    run, tmp_path, target, template, shard_tokens
+):
+    def record(number):
+        return talk(number) if template == "chat" else {"text": f"text {number}"}
+
+    train = jsonl(tmp_path / "train.jsonl", map(record, range(10)))
+    val = jsonl(tmp_path / "val.jsonl", map(record, (3, 20, 9, 21)))
+    run(sources=(train,), val_sources=(val,), template=template, shard_tokens=shard_tokens)
+    kept = documents_of(target, "val")
+    assert len(kept) == 2 and b"20" in kept[0] and b"21" in kept[1]
+    entry = data.read_manifest(target)["splits"]["val"]
+    assert entry["documents"] == 2 and entry["trained_on"] == 2
+    tokens = tokens_of(target, "val")
+    assert entry["tokens"] == len(tokens)
+    assert prepare.inspect(target)
+    if template == "chat":
+        mask = data.Split(target, "val", 257).mask(0, len(tokens))
+        assert bytes((tokens[mask == 1] % 256).tolist()) == b"It is 21.\0It is 22.\0"
+
+
+# --- how much
+
+
+def test_mixing_follows_the_weights_in_tokens(run, tmp_path, target):
+    one = jsonl(tmp_path / "one.jsonl", [{"text": "1" * 99} for _ in range(300)])
+    two = jsonl(tmp_path / "two.jsonl", [{"text": "2" * 9} for _ in range(1000)])
+    run(sources=(f"{one}=3", f"{two}=1"), val_fraction=0.0)
+    tokens = tokens_of(target, "train")
+    for part in (tokens[:4000], tokens):
+        share = (part == ord("1")).sum() / ((part == ord("1")).sum() + (part == ord("2")).sum())
+        assert share == pytest.approx(0.75 * 1.1 / (0.75 * 1.1 + 0.25), abs=0.03)
+    assert (tokens == ord("1")).sum() == 99 * 300 or (tokens == ord("2")).sum() == 9 * 1000
+    ended = [known["ended"] for known in data.read_manifest(target)["sources"]]
+    assert sorted(ended) == [False, True]
+
+
+def test_weights_on_some_sources_are_refused(texts, target):
+    assert command(texts, target, f"--sources={texts}=2,stdlib") == 2
+    assert not target.exists()
+
+
+def test_limits(run, tmp_path, target, many):
+    run(sources=(str(many),), max_tokens=1000, val_fraction=0.1)
+    assert len(tokens_of(target, "train")) + len(tokens_of(target, "val")) == 1000
+    size = (target / "val_000000.bin").stat().st_size
+    assert 1024 + 2 * 100 <= size < 1024 + 2 * 250
+    run(sources=(str(many),), max_documents=7, val_fraction=0.0, overwrite=True)
+    assert len(documents_of(target, "train")) == 7
+    source = jsonl(tmp_path / "a.jsonl", [{"text": f"text {number:03}"} for number in range(400)])
+    run(sources=(source,), val_fraction=0.5, val_tokens=100, overwrite=True)
+    assert 100 <= len(tokens_of(target, "val")) < 110
+    assert len(documents_of(target, "train")) + len(documents_of(target, "val")) == 400
+    (tmp_path / "a.txt").write_text("0123456789" * 100)
+    for limits, train, val in (({"max_tokens": 600}, 300, 300), ({"val_tokens": 70}, 932, 70)):
+        run(sources=(f"{tmp_path}/a.txt",), val_fraction=0.5, overwrite=True, **limits)
+        assert (len(tokens_of(target, "train")), len(tokens_of(target, "val"))) == (train, val)
+
+
+def test_sources_in_order_without_weights(run, tmp_path, target):
+    one = jsonl(tmp_path / "one.jsonl", [{"text": "a"}, {"text": "b"}])
+    (tmp_path / "two.txt").write_text("c")
+    run(sources=(one, str(tmp_path / "two.txt")), val_fraction=0.0)
+    assert documents_of(target, "train") == [b"a", b"b", b"c"]
+
+
+# --- killed
+
+
+def corpus(folder: Path) -> dict:
+    """Settings with every way of reading: a cut text, text files, records, weights, masks, val."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(50)]
+    prose = " ".join(rng.choice(words, 30_000))
+    (folder / "long.txt").write_text(prose)
+    (folder / "texts").mkdir()
+    for number in range(5):
+        (folder / "texts" / f"{number}.txt").write_text(prose[number * 999 : number * 2000])
+    records = [{"text": prose[at : at + 50]} for at in rng.integers(0, len(prose), 3000)]
+    records[5] = records[7] = "oops"
+    one = jsonl(folder / "a.jsonl", records)
+    others = [{"text": f"other {prose[at : at + 40]}"} for at in range(0, 50_000, 50)]
+    two = jsonl(folder / "b.jsonl", [*others, *records[100:150]])
+    return {
+        "sources": (str(folder / "long.txt"), str(folder / "texts"), one, two),
+        "bad_records": "skip",
+        "shard_tokens": 20_011,
+        "tokenizer": "bpe",
+        "vocab_size": 300,
+        "workers": 2,
+        "val_tokens": 30_000,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("kind", ["one after another", "weighed", "val_sources"])
+def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kind):
+    """Stopped by an exception behind every so many notes, and once in the move of the files."""
+    settings = corpus(tmp_path / "corpus")
+    if kind == "weighed":
+        weighed = zip(settings["sources"], (5, 0.5, 1, 1))
+        settings["sources"] = tuple(f"{source}={weight}" for source, weight in weighed)
+    if kind == "val_sources":
+        settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(documents, "CHUNK", 5000)
+    monkeypatch.setattr(sources, "BLOCK", 3000)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    prepare.prepare(PrepareConfig(data_dir=str(whole), **settings))
+    wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert "val_000000.bin" in wanted and len(wanted) > 6
+
+    really_save, really_write = prepare.Work.save, prepare.SplitWriter.write
+    rng, lives = np.random.default_rng(1), [0]
+
+    def die():
+        lives[0] -= 1
+        if lives[0] == 0:
+            raise KeyboardInterrupt
+
+    def save(work):
+        die()
+        if rng.random() < 0.1:  # else what was written since is to be cut off
+            really_save(work)
+
+    def write(split, *arguments):
+        really_write(split, *arguments)
+        die()
+
+    monkeypatch.setattr(prepare.Work, "save", save)
+    monkeypatch.setattr(prepare.SplitWriter, "write", write)
+    deaths = 0
+    for _ in range(200):
+        lives[0] = int(rng.integers(1, 600))
+        try:
+            prepare.prepare(PrepareConfig(data_dir=str(parts), **settings))
+            break
+        except KeyboardInterrupt:
+            deaths += 1
+    assert deaths >= 3
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == wanted
+
+
+def test_a_run_that_was_begun_with_other_settings_or_texts_is_not_gone_on_with(
+    texts, target, capsys, monkeypatch
+):
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(data.ShardWriter, "close", lambda writer: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(texts, target)
+    monkeypatch.undo()
+    assert (target / data.PARTIAL / "progress.json").exists()
+    assert command(texts, target, "--seed=5") == 2
+    assert "was begun with other settings: seed was 1337, is now 5" in capsys.readouterr().err
+    (texts / "a.txt").write_text("changed")
+    assert command(texts, target) == 2
+    assert "a.txt is new, has changed or has gone since" in capsys.readouterr().err
+    (texts / "a.txt").unlink()
+    assert command(texts, target) == 2
+    assert "a.txt is new, has changed or has gone since" in capsys.readouterr().err
+    assert command(texts, target, "--overwrite", "--val_fraction=0") == 0
+    assert documents_of(target, "train") == [SECOND.encode()]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
+    settings = corpus(tmp_path / "corpus")
+    folders = {name: tmp_path / name for name in ("whole", "parts")}
+
+    def start(folder):
+        script = (
+            "import documents, prepare, sources, sys\n"
+            "prepare.SAVE_SECONDS, documents.CHUNK, sources.BLOCK = 0.05, 9000, 5000\n"
+            "sys.exit(prepare.main())"
+        )
+        given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
+        arguments = [f"--{name}={value}" for name, value in given.items()]
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            cwd=Path(prepare.__file__).parent,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    began = time.monotonic()
+    assert start(folders["whole"]).wait() == 0
+    whole_seconds = time.monotonic() - began
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 5:
+        run = start(folders["parts"])
+        time.sleep(rng.uniform(0.3, 1.0) * whole_seconds)
+        run.kill()
+        if run.wait() == 0:
+            shutil.rmtree(folders["parts"])  # done too soon: once more from the beginning
+        else:
+            kills += 1
+    assert start(folders["parts"]).wait() == 0
+    contents = [
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()
+    ]
+    assert contents[0] == contents[1]
+
+
+# --- inspecting
+
+
+def test_inspect_finds_every_kind_of_damage(texts, target, capsys):
+    assert command(texts, target, "--template=chat") == 0
+    assert prepare.main([f"--inspect={target}"]) == 0
+    out = capsys.readouterr().out
+    assert "⟦First line." in out or "⟦naïve" in out
+    for name in ("train_000000.bin", "train_000000.mask.bin", "val_000000.bin", "tokenizer.json"):
+        content = (target / name).read_bytes()
+        (target / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        assert prepare.main([f"--inspect={target}"]) == 2
+        assert name in capsys.readouterr().err
+        (target / name).write_bytes(content)
+    assert prepare.main([f"--inspect={target}"]) == 0
+    assert prepare.main([f"--inspect={target}/nothing"]) == 2
