@@ -9,7 +9,6 @@ Nothing here unpickles code: weights are safetensors, the optimizer's tensors a 
 
 import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -75,7 +74,11 @@ def save(
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    """Whole or not at all, and on the disk."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    flush(new)
+    new.replace(path)
 
 
 def flush(path: Path) -> None:
@@ -91,10 +94,9 @@ def flush(path: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that no moment shows half of one under its final name."""
-    if folder.exists():
-        doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_leftovers(out_dir: Path) -> None:
@@ -162,11 +164,14 @@ def load_model(where: Path | str, *, block_size: int | None = None, dropout: flo
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError where a checkpoint's JSON file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return content
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -182,8 +187,8 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no optimizer.pt: it can start a run, not resume one"
         ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what a damaged pickle raises is anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is damaged, or not tensors only: {reason}") from None
 
 
@@ -232,11 +237,15 @@ def config_from_hugging_face(folder: Path, block_size: int | None, dropout: floa
     found = read_json(path)
     if found.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, not 'gpt2'")
+    sizes = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    sizes |= {name: found[name] for name in sizes if name in found}
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise ValueError(f"{path}: {wrong[0]}={sizes[wrong[0]]!r} is no size")
     # What else a GPT-2 config can say, and the one value of it that this GPT-2 has.
     fixed = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (EPSILON,),
-        "n_inner": (None, 4 * found.get("n_embd", 768)),
+        "n_inner": (None, 4 * sizes["n_embd"]),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
@@ -244,15 +253,12 @@ def config_from_hugging_face(folder: Path, block_size: int | None, dropout: floa
     for name, values in fixed.items():
         if found.get(name, values[0]) not in values:
             raise ValueError(f"{path}: {name}={found[name]!r} is not GPT-2's {values[0]!r}")
-    positions = found.get("n_positions", 1024)
+    positions = sizes.pop("n_positions")
     if block_size is not None and block_size > positions:
         raise ValueError(f"block_size={block_size} is beyond the {positions} positions of {folder}")
     return GPTConfig(
-        vocab_size=found.get("vocab_size", 50257),
+        **sizes,
         block_size=block_size or positions,
-        n_layer=found.get("n_layer", 12),
-        n_head=found.get("n_head", 12),
-        n_embd=found.get("n_embd", 768),
         dropout=dropout,
         bias=found.get("bias", True),
         tie_weights=found.get("tie_word_embeddings", True),
@@ -287,7 +293,8 @@ def from_hugging_face(
     problems = []
     for name, like in wanted.items():
         if name == "lm_head.weight" and config.tie_weights:
-            weights[name] = weights["transformer.wte.weight"]
+            if "transformer.wte.weight" in weights:
+                weights[name] = weights["transformer.wte.weight"]
             continue
         tensor = saved.get(name, saved.get(name.removeprefix("transformer.")))
         if tensor is None:

@@ -51,7 +51,8 @@ def command(cls: type[Config], run: Callable[[Config], Any], argv: list[str] | N
     disk), 130 after Ctrl-C. Anything else is our own bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
+        # A log shows each line at once, and one that cannot spell a sample does not end the run.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

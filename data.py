@@ -161,6 +161,9 @@ class Split:
                 if folder / entry["file"] not in paths:
                     missing = f"{entry['file']}, which is missing"
                     raise ValueError(f"{folder}/dataset.json lists {missing}")
+                mask = mask_path(folder / entry["file"])
+                if "mask_sha256" in entry and not mask.exists():
+                    raise ValueError(f"{mask} is missing: without it all would count in the loss")
             paths = [folder / entry["file"] for entry in entries]
         if not paths:
             raise ValueError(f"{folder} has no {name} shards ({name}_000000.bin, …)")
@@ -214,7 +217,7 @@ def shard_paths(folder: Path, name: str) -> list[Path]:
 
 
 def data_fingerprint(data_dir: Path | str) -> str:
-    """The same for two folders exactly if they hold the same training tokens.
+    """The same for two folders exactly if they hold the same training tokens and masks.
 
     From the hashes in the manifest; from names and sizes for a folder that has none.
     """
@@ -223,7 +226,7 @@ def data_fingerprint(data_dir: Path | str) -> str:
         paths = shard_paths(Path(data_dir), "train")
         known = [f"{path.name} {path.stat().st_size}" for path in paths]
     else:
-        known = [entry["sha256"] for entry in entries]
+        known = [entry["sha256"] + entry.get("mask_sha256", "") for entry in entries]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-# One step: step, loss, lr, grad_norm, tokens, tokens_per_s, dt_ms, mfu; and where it was evaluated
-# val_loss and val_bpb.
+# One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu; and
+# where it was evaluated val_loss and val_bpb.
 Record = dict[str, Any]
 
 # Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
@@ -90,12 +90,15 @@ class MetricsLog:
 
     def add(self, record: Record) -> None:
         """Append a record; a number that is not finite becomes null, as JSON has none."""
-        for key, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record = {**record, key: None}
+        record = {key: finite(value) for key, value in record.items()}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON can carry it: None where it is not finite."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def read_records(path: Path) -> list[Record]:

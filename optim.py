@@ -104,8 +104,8 @@ def build_optimizers(
     *,
     weight_decay: float,
     betas: tuple[float, float],
-    momentum: float = 0.95,
-    embedding_lr_scale: float = 1.0,
+    momentum: float,
+    embedding_lr_scale: float,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together train every parameter of a GPT.
 
@@ -160,6 +160,8 @@ def load_optimizer_state(
 
     Raises ValueError where `saved` is of other parameters, shapes or of another optimizer.
     """
+    if not saved:  # from before the first finite step
+        return
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     foreign = sorted(set(saved) - set(names.values()))
     if foreign:
@@ -183,6 +185,5 @@ def load_optimizer_state(
                         f"the parameter {tuple(parameter.shape)}"
                     )
             each.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter, copy=True)
-                for key, value in state.items()
+                key: value.to(parameter, copy=True) for key, value in state.items()
             }

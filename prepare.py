@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+import checkpoint
 import configurator
 import data
 from documents import Encoded, Piece, Reading, Stream, encoded, open_streams, sample_texts
@@ -37,8 +37,8 @@ from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 SAVE_SECONDS = 10.0  # between two notes of how far it is
-DOCUMENT = struct.Struct("<QQQ")  # digest, tokens, bytes of each document, beside the shards
-DOCUMENT_DTYPE = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
+# Of each document, in a file beside the shards until they are finished.
+DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
 CUT = 0  # digest of a document that was cut short: like no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
 
@@ -87,12 +87,27 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     if old and not cfg.overwrite:
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
-    if not (partial / "dataset.json").exists():  # else only the move to `folder` is left
+    if not moving(partial, settings, cfg.overwrite):
         make(cfg, folder, partial, settings)
     manifest = install(partial, folder)
     report(manifest)
     print(f"wrote {folder}, with a vocabulary of {manifest['vocab_size']:,} ids")
     return manifest
+
+
+def moving(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether nothing is left of an earlier run with these settings but to move its files."""
+    if not (partial / "dataset.json").exists():
+        return False
+    try:
+        check_same(partial.parent, "was begun", data.read_manifest(partial)["settings"], settings)
+    except ValueError:
+        if not overwrite:
+            raise
+        shutil.rmtree(partial)
+        partial.mkdir()
+        return False
+    return True
 
 
 def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, Any]) -> None:
@@ -126,7 +141,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             "splits": work.finish(),
             "sources": [stream.summary() for stream in streams],
         }
-        write_json(partial / "dataset.json", manifest)
+        checkpoint.write_json(partial / "dataset.json", manifest)
     except BaseException:
         if not (partial / "progress.json").exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -204,14 +219,15 @@ def read_notes(
 
     Raises ValueError, unless told to overwrite, where they are not the same.
     """
-    try:
-        notes = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = partial / "progress.json"
+    if not path.exists():
         return {}
     try:
-        # Until now no record was refused, so skipping them from here on changes nothing before.
-        either = {"bad_records": notes["settings"]["bad_records"]}
-        check_same(partial.parent, "was begun", notes["settings"], settings | either)
+        notes = checkpoint.read_json(path)
+        before = notes["settings"]
+        if settings["bad_records"] == "skip":  # until now none was refused, so nothing changes
+            before = before | {"bad_records": "skip"}
+        check_same(partial.parent, "was begun", before, settings)
         for path in sorted(inputs.keys() | notes["inputs"].keys()):
             if inputs.get(path) != notes["inputs"].get(path):
                 raise ValueError(
@@ -254,7 +270,7 @@ class SplitWriter:
         self.shards = data.ShardWriter(folder, name, cfg.shard_tokens, masked, notes.get("shards"))
         self.path = folder / f"{name}.documents"
         self.path.touch()
-        self._file = data.reopen(self.path, DOCUMENT.size * self.documents)
+        self._file = data.reopen(self.path, DOCUMENT.itemsize * self.documents)
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None, size: int) -> None:
         self.shards.write(ids, mask)
@@ -263,7 +279,7 @@ class SplitWriter:
         self.open = [self.open[0] + len(ids), self.open[1] + size]
 
     def end_document(self, digest: int) -> None:
-        self._file.write(DOCUMENT.pack(digest, *self.open))
+        self._file.write(np.array((digest, *self.open), DOCUMENT).tobytes())
         self.documents += 1
         self.open = [0, 0]
 
@@ -397,6 +413,8 @@ class Work:
             start, end = 0, len(ids)
             if self.cfg.max_tokens and not stream.all_val:
                 end = min(end, self.cfg.max_tokens - self.tokens)
+            if self.cfg.val_tokens and stream.all_val:
+                end = min(end, self.cfg.val_tokens - self.val.tokens)
             stream.tokens += end
             while start < end:
                 split, stop = self.split_of(piece), end
@@ -432,7 +450,7 @@ class Work:
     def save(self) -> None:
         splits = {"train": self.train.notes(), "val": self.val.notes()}
         streams = [stream.notes() for stream in self.streams]
-        write_json(
+        checkpoint.write_json(
             self.partial / "progress.json", self.header | {"splits": splits, "streams": streams}
         )
         self.saved = time.monotonic()
@@ -457,10 +475,10 @@ class Work:
 
 def in_both(train: Path, val: Path) -> np.ndarray:
     """For each validation document whether it is a training document too."""
-    wanted = np.fromfile(val, DOCUMENT_DTYPE)["digest"]
+    wanted = np.fromfile(val, DOCUMENT)["digest"]
     found = np.zeros(len(wanted), dtype=bool)
     with train.open("rb") as file:
-        while len(some := np.fromfile(file, DOCUMENT_DTYPE, count=1 << 20)):
+        while len(some := np.fromfile(file, DOCUMENT, count=1 << 20)):
             found |= np.isin(wanted, some["digest"])
     return found & (wanted != CUT)
 
@@ -469,7 +487,7 @@ def without_documents(
     partial: Path, split: SplitWriter, entry: dict[str, Any], left_out: np.ndarray
 ) -> dict[str, Any]:
     """Write a split again, in a folder KEPT, without some documents; return its new entry."""
-    known = np.fromfile(split.path, DOCUMENT_DTYPE)
+    known = np.fromfile(split.path, DOCUMENT)
     shutil.rmtree(partial / KEPT, ignore_errors=True)
     (partial / KEPT).mkdir()
     writer = data.ShardWriter(partial / KEPT, "val", split.shards.shard_tokens, split.shards.masked)
@@ -495,17 +513,6 @@ def without_documents(
 
 
 # --- the folder
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def install(partial: Path, folder: Path) -> dict[str, Any]:
@@ -551,7 +558,7 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
 
 def report(manifest: dict[str, Any]) -> None:
     """The summary table."""
-    for source in manifest["sources"]:
+    for source in manifest.get("sources", []):
         rest = "" if source["ended"] else ", and there is more"
         counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens"
         print(f"{source['source']}: {counts}{rest}")
@@ -592,7 +599,8 @@ def inspect(folder: Path) -> dict[str, Any]:
         if not data.shard_paths(folder, name):
             continue
         split = data.Split(folder, name, tokenizer.vocab_size)
-        print(f"\n{name}: {len(split):,} tokens, all hashes as written; it begins")
+        checked = "all hashes as written" if manifest else "no manifest to check against"
+        print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
         print(marked(split, tokenizer, 300))
     return manifest
 

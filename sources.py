@@ -301,7 +301,7 @@ def json_rows(path: str) -> Iterator[Row]:
 def csv_rows(path: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(text_lines(path), strict=True)
-    names = next(lines, [])
+    names: list[str] = []
     while True:
         try:
             values = next(lines)
@@ -310,7 +310,9 @@ def csv_rows(path: str) -> Iterator[Row]:
         except csv.Error as error:
             yield Row(f"{path}, line {lines.line_num:,}", None, f"not CSV ({error})")
             continue
-        if values:
+        if not names:
+            names = values
+        elif values:
             same = len(values) == len(names)
             problem = None if same else "another number of fields than the header"
             yield Row(f"{path}, line {lines.line_num:,}", dict(zip(names, values)), problem)

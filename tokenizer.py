@@ -191,6 +191,10 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE ({error!r})") from None
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        if len(ranks) >= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"{path} has more than {MAX_VOCAB_SIZE:,} ids, which uint16 cannot hold"
+            )
         if not plain:
             raise ValueError(f"{path}: its texts are not split as GPT-2 splits them")
         in_order = list(ranks.values()) == list(range(len(ranks)))

@@ -44,7 +44,7 @@ class TrainConfig:
     n_layer: int = 3  # blocks
     n_head: int = 2  # attention heads in a block
     n_embd: int = 128  # width, a multiple of n_head
-    block_size: int = 256  # context length in tokens
+    block_size: int | None = None  # context length in tokens; None: the folder's, or 256
     dropout: float = 0.0  # share of activations zeroed in training
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # one matrix for token embedding and head
@@ -128,7 +128,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         optim.load_optimizer_state(model, optimizers, saved["parameters"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # {} of a run in another dtype
+            scaler.load_state_dict(saved["scaler"])
     step_model = maybe_compiled(model, cfg, rt)
 
     # the run folder
@@ -207,10 +208,9 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 }
                 state = {
                     "step": done,
-                    "seed": cfg.seed,
                     "world_size": rt.world_size,
-                    "loss": loss,
-                    "val_loss": record.get("val_loss") if evaluating else None,
+                    "loss": metrics.finite(loss),
+                    "val_loss": metrics.finite(record.get("val_loss")) if evaluating else None,
                     "skipped": skipped,
                     "data": fingerprint,
                     "versions": runtime.versions(),
@@ -232,7 +232,14 @@ def check_settings(cfg: TrainConfig) -> None:
     """Raises ValueError that lists all settings out of range."""
     problems = []
     at_least_one = ["batch_size", "max_steps", "eval_interval", "log_interval", "keep_checkpoints"]
-    at_least_one += ["micro_batch_size", "stride", "save_interval", "eval_tokens", "vocab_multiple"]
+    at_least_one += [
+        "block_size",
+        "micro_batch_size",
+        "stride",
+        "save_interval",
+        "eval_tokens",
+        "vocab_multiple",
+    ]
     for name in at_least_one:
         value = getattr(cfg, name)
         if value is not None and value < 1:
@@ -247,8 +254,8 @@ def check_settings(cfg: TrainConfig) -> None:
     ]
     for name in not_negative:
         value = getattr(cfg, name)
-        if value is not None and value < 0:
-            problems.append(f"{name} must not be negative, as {value} is")
+        if value is not None and not 0 <= value < math.inf:
+            problems.append(f"{name} must be a number from 0 on, not {value}")
     for name in ("learning_rate", "embedding_lr_scale", "epochs"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
@@ -273,7 +280,7 @@ def check_settings(cfg: TrainConfig) -> None:
 def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(
         vocab_size=math.ceil(vocab_size / cfg.vocab_multiple) * cfg.vocab_multiple,
-        block_size=cfg.block_size,
+        block_size=cfg.block_size or 256,
         n_layer=cfg.n_layer,
         n_head=cfg.n_head,
         n_embd=cfg.n_embd,
@@ -310,13 +317,17 @@ def build_model(
         return model, {}, {}
 
     model = checkpoint.load_model(folder, dropout=cfg.dropout)
+    state = checkpoint.read_state(folder)
     here, there = asdict(wanted), asdict(model.config)
+    if cfg.block_size is None:
+        here["block_size"] = there["block_size"]
+    for name in ("seed", "batch_size", "stride"):  # which window a sequence number means
+        here[name], there[name] = getattr(cfg, name), state["settings"][name]
     other = [
         f"{name} is {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
     if other:
-        raise ValueError(f"cannot resume {folder} as another model: {'; '.join(other)}")
-    state = checkpoint.read_state(folder)
+        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(other)}")
     if state["data"] != data_fingerprint:
         raise ValueError(f"cannot resume {folder} on other data than it was trained on")
     return model, state, checkpoint.read_optimizer(folder)
@@ -380,7 +391,7 @@ def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callabl
             fast(tokens, tokens).backward()
         model.zero_grad(set_to_none=True)
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if cfg.compile is True:
             raise ValueError(f"--compile=true does not work here ({reason})") from error
         print(f"torch.compile does not work here ({reason}); going on without it")
@@ -427,8 +438,8 @@ def optimizer_step(
     micro = cfg.micro_batch_size or cfg.batch_size
     counted = x.numel() if mask is None else mask.sum().clamp(min=1)
     loss = torch.zeros((), device=rt.device)
-    for rows in torch.arange(cfg.batch_size).split(micro):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for first in range(0, cfg.batch_size, micro):
+        part = slice(first, first + micro)
         part_mask = None if mask is None else mask[part]
         share = (x[part].numel() if part_mask is None else part_mask.sum()) / counted
         with rt.autocast():

@@ -1,5 +1,6 @@
 """Folders that `transformers` opens, that are whole or absent, and that refuse what is broken."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -276,3 +278,30 @@ def test_an_unprefixed_half_precision_file_opens(tmp_path):
     opened = checkpoint.load_model(tmp_path / "bare")
     assert opened.lm_head.weight.dtype == torch.float32
     torch.testing.assert_close(opened(IDX), model(IDX), atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"[]", "holds no object"),
+        ("config.json", b'{"model_type": "gpt2", "n_positions": null}', "n_positions=None is no"),
+        ("config.json", b'{"model_type": "gpt2", "n_embd": -8}', "n_embd=-8 is no size"),
+    ],
+)
+def test_a_config_of_another_kind_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load_model(tmp_path)
+
+
+def test_any_damage_of_the_optimizer_file_is_one_error(tmp_path):
+    torch.save({"parameters": {"a": {"step": torch.ones(3)}}}, tmp_path / "optimizer.pt")
+    content = (tmp_path / "optimizer.pt").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 3):
+            damaged[place] ^= int(rng.integers(1, 256))
+        (tmp_path / "optimizer.pt").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            checkpoint.read_optimizer(tmp_path)

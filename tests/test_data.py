@@ -417,6 +417,23 @@ def test_memory_stays_flat_on_a_gigabyte(tmp_path):
     assert peak < 2**20
 
 
+def test_a_mask_that_is_missing_is_no_mask_of_ones(tmp_path):
+    writer = data.ShardWriter(tmp_path, "train", 100, masked=True)
+    writer.write(positions(50), np.zeros(50, np.uint8))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"splits": {"train": {"shards": writer.close()}}})
+    )
+    before = data.data_fingerprint(tmp_path)
+    (tmp_path / "train_000000.mask.bin").unlink()
+    assert "train_000000.mask.bin is missing" in refusal(tmp_path)
+    writer = data.ShardWriter(tmp_path, "train", 100, masked=True)
+    writer.write(positions(50), np.ones(50, np.uint8))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"splits": {"train": {"shards": writer.close()}}})
+    )
+    assert data.data_fingerprint(tmp_path) != before
+
+
 # --- writing in parts
 
 

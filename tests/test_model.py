@@ -129,7 +129,7 @@ def test_a_full_context_is_refused():
 def test_generation_stops_where_every_sequence_has_stopped():
     model = tiny()
     free = torch.stack(list(model.generate(tokens(2, 4), 30, temperature=0)), dim=1)
-    stop_id = int(free[0, 3])
+    stop_id = next(int(token) for token in free[0] if token in free[1])
     drawn = torch.stack(
         list(model.generate(tokens(2, 4), 30, temperature=0, stop_id=stop_id)), dim=1
     )
@@ -137,6 +137,8 @@ def test_generation_stops_where_every_sequence_has_stopped():
         end = unstopped.index(stop_id) if stop_id in unstopped else len(unstopped)
         assert row[:end] == unstopped[: min(end, len(row))]
         assert set(row[end:]) <= {stop_id}
+    ends = [row.index(stop_id) for row in free.tolist()]
+    assert drawn.shape[1] == max(ends) + 1 < 30
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():

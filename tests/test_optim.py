@@ -164,7 +164,8 @@ def test_a_parameter_without_gradient_is_left_alone():
 
 
 def build(model, optimizer, lr=0.01, **settings):
-    defaults = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+    defaults = {"weight_decay": 0.1, "betas": (0.9, 0.95), "momentum": 0.95}
+    defaults["embedding_lr_scale"] = 1.0
     optimizers = optim.build_optimizers(model, optimizer, **{**defaults, **settings})
     optim.set_learning_rate(optimizers, lr)
     return optimizers

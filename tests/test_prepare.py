@@ -851,6 +851,26 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
     assert contents[0] == contents[1]
 
 
+def test_a_move_that_was_broken_off_is_not_taken_for_another_run(run, texts, target, monkeypatch):
+    monkeypatch.setattr(prepare, "install", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"was begun with other settings: val_fraction was 0\.05"):
+        run(val_fraction=0.0)
+    run(val_fraction=0.0, overwrite=True)
+    assert len(documents_of(target, "train")) == 2
+
+
+def test_what_is_validated_on_is_not_trained_on_behind_its_limit(run, tmp_path, target):
+    (tmp_path / "t.txt").write_text("t" * 1000)
+    (tmp_path / "v.txt").write_text("v" * 1000)
+    sources = {"sources": (f"{tmp_path}/t.txt",), "val_sources": (f"{tmp_path}/v.txt",)}
+    run(**sources, val_tokens=200, max_tokens=500)
+    assert set(tokens_of(target, "train")) == {ord("t")} and len(tokens_of(target, "train")) == 500
+    assert set(tokens_of(target, "val")) == {ord("v")} and len(tokens_of(target, "val")) == 200
+
+
 # --- inspecting
 
 

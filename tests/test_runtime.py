@@ -98,11 +98,6 @@ def test_float32_runs_without_autocast():
         assert (a @ a).dtype == torch.bfloat16
 
 
-def test_the_first_process_is_main():
-    assert Runtime(CPU, torch.float32).is_main
-    assert not Runtime(CPU, torch.float32, rank=1, world_size=2).is_main
-
-
 def test_importing_any_file_prints_nothing_and_sets_nothing():
     names = ", ".join(sorted(path.stem for path in REPO.glob("*.py")))
     code = (

@@ -86,6 +86,11 @@ def test_a_json_file_may_hold_a_record_a_line(tmp_path):
     assert [row.value["text"] for row in items(str(path))] == ["x", "y"]
 
 
+def test_a_malformed_header_of_csv_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text('"te"xt,n\nx,1\n')
+    assert items(f"{tmp_path}/a.csv")[0].problem.startswith("not CSV")
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     bom = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(bom + b"text")

@@ -212,14 +212,53 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
+def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
+    first = replace(cfg, out_dir=str(tmp_path / "first"), max_steps=2, block_size=24)
+    train.train(first)
+    train.train(replace(first, init_from="resume", block_size=None, max_steps=3))
+    warm = replace(first, init_from=first.out_dir, block_size=None, out_dir=str(tmp_path / "warm"))
+    for folder in (first.out_dir, train.train(warm) and warm.out_dir):
+        model = checkpoint.load_model(checkpoint.find(folder))
+        assert model.config.block_size == 24
+
+
+def test_a_run_goes_on_in_another_dtype(cfg, tmp_path):
+    for dtype in ("float32", "float16", "bfloat16"):
+        steps = len(checkpoint.steps(tmp_path)) + 1
+        init_from = "scratch" if steps == 1 else "resume"
+        last = train.train(
+            replace(cfg, out_dir=str(tmp_path), dtype=dtype, init_from=init_from, max_steps=steps)
+        )
+        assert last["step"] == steps
+
+
+def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeypatch):
+    """state.json holds no NaN, no such loss is the best, and no optimizer state is no error."""
+    run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
+    really = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+    monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
+    train.train(replace(run, max_steps=1))
+    state = json.loads(
+        (tmp_path / "step_000001" / "state.json").read_text(), parse_constant=lambda word: 1 / 0
+    )
+    assert state["loss"] is state["val_loss"] is None
+    monkeypatch.undo()
+    assert math.isfinite(train.train(replace(run, init_from="resume", max_steps=5))["loss"])
+
+
 def test_resuming_as_something_else_is_refused(cfg, tmp_path):
     out_dir, other = str(tmp_path / "out"), tmp_path / "other"
     train.train(replace(cfg, out_dir=out_dir, max_steps=2))
     resume = replace(cfg, out_dir=out_dir, init_from="resume")
     with pytest.raises(
-        ValueError, match="another model: n_layer is 2, not 3; n_embd is 32, not 64"
+        ValueError, match="with other settings: n_layer is 2, not 3; n_embd is 32, not 64"
     ):
         train.train(replace(resume, n_layer=3, n_embd=64))
+    for name, value in {"seed": 5, "batch_size": 2, "stride": 7, "block_size": 8}.items():
+        with pytest.raises(ValueError, match=f"with other settings: {name} is "):
+            train.train(replace(resume, **{name: value}))
     with pytest.raises(ValueError, match="keep the optimizer setting"):
         train.train(replace(resume, optimizer="adamw"))
     shutil.copytree(cfg.data_dir, other)
@@ -238,8 +277,11 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
     "changes, message",
     [
         ({"batch_size": 12, "micro_batch_size": 5}, "nearest that divide it are 4 and 6"),
-        ({"max_steps": 0, "seed": -1}, "max_steps must be at least 1, not 0; seed must not"),
+        ({"max_steps": 0, "seed": -1}, "max_steps must be at least 1, not 0; seed must be"),
         ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
+        ({"grad_clip": math.nan}, "grad_clip must be a number from 0 on"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number from 0 on"),
+        ({"block_size": 0}, "block_size must be at least 1"),
         ({"n_head": 3}, "does not divide into n_head=3"),
         ({"block_size": 8000}, "one window takes block_size"),
         ({"block_size": 1000}, "the val split has"),
@@ -317,7 +359,7 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    rt = replace(runtime.start("cpu"), device=torch.device("cpu"))
+    rt = runtime.start("cpu")
     model = train.GPT(train.model_config(cfg, 257))
     monkeypatch.setattr(train, "worth_compiling", lambda rt: True)
     assert train.maybe_compiled(model, cfg, rt) is model
@@ -381,6 +423,8 @@ def newest(out_dir: Path) -> int:
 
 def test_optimizers_cover_the_model(cfg):
     model = train.GPT(train.model_config(cfg, 257))
-    optimizers = optim.build_optimizers(model, "muon", weight_decay=0, betas=(0.9, 0.9))
+    optimizers = optim.build_optimizers(
+        model, "muon", weight_decay=0, betas=(0.9, 0.9), momentum=0.9, embedding_lr_scale=1
+    )
     owned = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     assert len(owned) == len(list(model.parameters()))
