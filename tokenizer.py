@@ -24,24 +24,36 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 # GPT-2's: contractions, letters, numbers, other signs, each with one space before; white space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same behind a split at each digit, as StarCoder and SmolLM have it.
+DIGITS_PATTERN = (
+    r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
+)
 
 
 class Tokenizer:
     """A byte-level BPE with GPT-2's split pattern.
 
-    `ranks` maps the bytes of every token but `<|endoftext|>` to its id, which is also the
-    priority of its merge.
+    `ranks` maps the bytes of every token to its id, whose order is that of the merges. `special`
+    has the ids that no text encodes to, by name, with `eot`, which ends a document, among them.
+    With `digits` every digit is a token of its own.
     """
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        self.ranks = ranks
-        self.eot_id = len(ranks)
-        self.vocab_size = len(ranks) + 1
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special: dict[str, int] | None = None,
+        eot: str = END_OF_TEXT,
+        digits: bool = False,
+    ) -> None:
+        self.ranks, self.eot, self.digits = ranks, eot, digits
+        self.special = special or {END_OF_TEXT: len(ranks)}
+        self.eot_id = self.special[eot]
+        self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self._encoding = tiktoken.Encoding(
             "plaingpt",
-            pat_str=SPLIT_PATTERN,
+            pat_str=DIGITS_PATTERN if digits else SPLIT_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.eot_id},
+            special_tokens=self.special,
         )
 
     @classmethod
@@ -82,15 +94,15 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
 
     def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts, uint16, `<|endoftext|>` behind each, and where each ends (with it).
+        """Ids of many texts, uint16, `eot_id` behind each, and where each ends (with it).
 
         One call of tiktoken for all, outside of Python's lock. Raises ValueError as `encode`.
         """
-        joined = END_OF_TEXT.join([*texts, ""])
-        if joined.count(END_OF_TEXT) == len(texts):
+        joined = self.eot.join([*texts, ""])
+        if joined.count(self.eot) == len(texts):
             with refuse_panic():
                 ids = self._encoding.encode_to_numpy(
-                    joined, allowed_special={END_OF_TEXT}, disallowed_special=()
+                    joined, allowed_special={self.eot}, disallowed_special=()
                 ).astype(np.uint16)
             return ids, np.flatnonzero(ids == self.eot_id) + 1
         encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one holds the word itself
@@ -98,8 +110,9 @@ class Tokenizer:
         return ids, np.cumsum([len(each) for each in encoded])
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """Bytes of text that `ids` stand for; none for `<|endoftext|>`."""
-        lengths = np.array([*map(len, self.ranks), 0])
+        """Bytes of text that `ids` stand for; none for special ones."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return int(lengths[ids].sum())
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -116,37 +129,34 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """The same for two tokenizers exactly if they give the same ids for every text."""
-        digest = hashlib.sha256()
-        for token in self.ranks:
-            digest.update(len(token).to_bytes(4, "little") + token)
+        digest = hashlib.sha256(f"{self.eot_id} {self.digits}".encode())
+        for token, rank in self.ranks.items():
+            digest.update(f" {rank} {len(token)} ".encode() + token)
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into an existing folder."""
         vocab = {spell(token): rank for token, rank in self.ranks.items()}
-        vocab[END_OF_TEXT] = self.eot_id
+        vocab |= {name: number for name, number in self.special.items() if name not in vocab}
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
             "trim_offsets": True,
             "use_regex": True,
         }
-        end_of_text = {
-            "id": self.eot_id,
-            "content": END_OF_TEXT,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        one_digit = {"type": "Digits", "individual_digits": True}
+        both = {"type": "Sequence", "pretokenizers": [one_digit, byte_level]}
+        no_flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         tokenizer = {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [end_of_text],
+            "added_tokens": [
+                {"id": number, "content": name, **no_flags, "special": True}
+                for name, number in sorted(self.special.items(), key=lambda item: item[1])
+            ],
             "normalizer": None,
-            "pre_tokenizer": byte_level,
+            "pre_tokenizer": both if self.digits else byte_level,
             "post_processor": None,
             "decoder": byte_level,
             "model": {
@@ -157,10 +167,10 @@ class Tokenizer:
         }
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
+            "bos_token": self.eot,
+            "eos_token": self.eot,
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # as here, text never encodes to <|endoftext|>
+            "split_special_tokens": True,  # as here, text never encodes to one
         }
         for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
             text = json.dumps(value, ensure_ascii=False, indent=1)
@@ -168,46 +178,69 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """Open a tokenizer.json, or the one in a folder: one of ours, or GPT-2's own.
+        """Open a tokenizer.json, or the one in a folder: any byte-level BPE that splits texts as
+        GPT-2 does (StarCoder's and SmolLM's single digits too), whatever its special tokens.
 
-        Raises ValueError where there is none, or one that is not a byte-level BPE of GPT-2's kind.
+        Raises ValueError where there is none, or one that would not give the same ids here.
         """
         path = Path(folder)
         path = path if path.is_file() else path / "tokenizer.json"
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             model, split = whole["model"], whole["pre_tokenizer"]
-            plain = whole.get("normalizer") is None and split["type"] == "ByteLevel"
-            plain = plain and split.get("use_regex", True) and not split.get("add_prefix_space")
+            added = whole.get("added_tokens") or []
+            special = {token["content"]: token["id"] for token in added}
+            special |= {name: id for name, id in model["vocab"].items() if name == END_OF_TEXT}
+            ranks = {
+                unspell(word): rank for word, rank in model["vocab"].items() if word not in special
+            }
             pairs = [
                 pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]
             ]
             merged = [unspell(a) + unspell(b) for a, b in pairs]
-            ranks = {
-                unspell(word): rank for word, rank in model["vocab"].items() if word != END_OF_TEXT
-            }
+            parts = split.get("pretokenizers", [split])
+            digits = [part for part in parts if part["type"] == "Digits"]
+            rest = [part for part in parts if part["type"] != "Digits"]
+            in_text = [token["content"] for token in added if not token.get("special")]
         except FileNotFoundError:
             raise ValueError(f"{folder} has no tokenizer.json") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE ({error!r})") from None
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        if len(ranks) >= MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"{path} has more than {MAX_VOCAB_SIZE:,} ids, which uint16 cannot hold"
-            )
-        if not plain:
+        like_gpt2 = [part["type"] for part in rest] == ["ByteLevel"] and rest[-1:] == parts[-1:]
+        like_gpt2 = like_gpt2 and rest[0].get("use_regex", True)
+        like_gpt2 = like_gpt2 and not rest[0].get("add_prefix_space")
+        if not like_gpt2 or whole.get("normalizer") or in_text:
             raise ValueError(f"{path}: its texts are not split as GPT-2 splits them")
-        in_order = list(ranks.values()) == list(range(len(ranks)))
-        in_order = in_order and set(list(ranks)[:256]) == {bytes([b]) for b in range(256)}
-        if (
-            not in_order
-            or list(ranks)[256:] != merged
-            or model["vocab"].get(END_OF_TEXT) != len(ranks)
-        ):
+        if not all(part.get("individual_digits") for part in digits):
+            raise ValueError(f"{path}: its texts are not split as GPT-2 splits them")
+        singles = {bytes([byte]) for byte in range(256)}
+        learned = [token for token in ranks if token not in singles]
+        if not singles <= ranks.keys() or learned != list(dict.fromkeys(merged)):
+            raise ValueError(f"{path}: it must have all 256 bytes, and ids in the order of merges")
+        if max(*ranks.values(), *special.values(), 0) >= MAX_VOCAB_SIZE:
             raise ValueError(
-                f"{path}: ids must be 256 bytes, then the merges in order, then {END_OF_TEXT}"
+                f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
             )
-        return cls(ranks)
+        return cls(ranks, special, end_of_text(path, special), bool(digits))
+
+
+def end_of_text(path: Path, special: dict[str, int]) -> str:
+    """The special token that ends a document. Raises ValueError where that is not to be known."""
+    config = path.with_name("tokenizer_config.json")
+    if config.exists():
+        try:
+            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config} is damaged: {error}") from None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if eos in special:
+            return eos
+    for name in (END_OF_TEXT, *special):
+        if name in special and (name == END_OF_TEXT or len(special) == 1):
+            return name
+    names = ", ".join(special) or "none"
+    raise ValueError(f"{path}: which special token ends a text? (there are: {names}; no eos_token)")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import metrics
 import optim
 import runtime
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 100  # of the sample at an evaluation
 MAX_BAD_STEPS = 20  # steps in a row without a finite gradient that end a run
@@ -501,7 +501,7 @@ def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
     )
     ids = [int(token) for token in tokens]
     model.train()
-    text = tokenizer.decode(ids).removesuffix(END_OF_TEXT)
+    text = tokenizer.decode(ids).removesuffix(tokenizer.eot)
     print("\n".join(f"  | {line}" for line in text.splitlines()))
 
 
