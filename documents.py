@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sources import BLOCK, Position, Source, TextFile, cut_long, find_source, is_text
-from templates import Segment, TemplateName, segments
+from templates import FIELDS, Segment, TemplateName, segments
 from tokenizer import Tokenizer
 
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
@@ -143,7 +143,8 @@ def place_to_cut(file: TextFile, fraction: float) -> int:
 def read_pieces(stream: Stream, reading: Reading) -> Iterator[Piece]:
     """The documents of a source from the stream's position on."""
     start, fraction = stream.position, reading.val_fraction
-    for item, after in stream.source.items(start):
+    fields = FIELDS.get(reading.template, (reading.text_field,))
+    for item, after in stream.source.items(start, fields):
         digest, size = hashlib.blake2b(digest_size=8, key=b"%d" % reading.seed), 0
         if isinstance(item, TextFile):
             val = stream.all_val or item in stream.val_files

@@ -34,7 +34,7 @@ HUB = re.compile(
 )
 WEIGHT = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
 BLOCK = 1 << 20  # bytes read at once, and about the size of a piece
-HUB_MARK_EVERY = 1000  # records between two notes of the place in a streamed dataset
+BATCH = 500  # rows of parquet and of the hub that are read at once
 # Where a text may be cut and still give the same ids: GPT-2's pattern ends a token before ASCII
 # white space that follows something else, and between a letter or digit and ASCII punctuation.
 BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\r\n])|(?<=[^\W_])(?=[!-/:-@\[-`{-~])")
@@ -95,15 +95,18 @@ class Source:
         """Bytes on the disk; 0 for the hub."""
         return sum(file.size for file in self.files)
 
-    def items(self, start: Position) -> Iterator[tuple[TextFile | Row, Position]]:
-        """Items from `start` on, each with the position behind it."""
+    def items(
+        self, start: Position, fields: tuple[str, ...] = ()
+    ) -> Iterator[tuple[TextFile | Row, Position]]:
+        """Items from `start` on, each with the position behind it. Columns that are not of
+        `fields` may be left out."""
         if self.hub:
-            yield from hub_items(self.name, self.hub, start)
+            yield from hub_items(self.name, self.hub, start, fields)
             return
         number = before = 0
         for file in self.files:
             read = before
-            for item in [file] if is_text(file.path) else rows(file.path):
+            for item in [file] if is_text(file.path) else rows(file.path, fields):
                 number += 1
                 if isinstance(item, Row):
                     read = min(read + item.size, before + file.size)
@@ -260,11 +263,14 @@ def cut_long(text: str) -> list[str]:
 # --- records
 
 
-def rows(path: str) -> Iterator[Row]:
+def rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
     """The records of a file. Raises ValueError for a file that is not of its kind at all."""
-    read = {".csv": csv_rows, ".parquet": parquet_rows, ".jsonl": line_rows, ".json": json_rows}
+    read = {".csv": csv_rows, ".jsonl": line_rows, ".json": json_rows}
     with whole(path):
-        yield from read[suffix(path)](path)
+        if suffix(path) == ".parquet":
+            yield from parquet_rows(path, fields)
+        else:
+            yield from read[suffix(path)](path)
 
 
 def line_rows(path: str) -> Iterator[Row]:
@@ -327,39 +333,60 @@ def text_lines(path: str) -> Iterator[str]:
         yield rest
 
 
-def parquet_rows(path: str) -> Iterator[Row]:
+def parquet_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
     import datasets  # not at the top: it takes a second
 
     try:
-        stream = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-        for number, value in enumerate(stream, 1):
+        builder = datasets.load_dataset_builder("parquet", data_files=path)
+        batches = streamed(builder, fields)["train"].iter(BATCH)
+        for number, value in enumerate((row for batch in batches for row in rows_of(batch)), 1):
             yield Row(f"{path}, row {number:,}", value)
     except Exception as error:  # pyarrow's and datasets' own kinds
         raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
 
 
-# --- the hub
+# --- parquet and the hub, by the library `datasets`
+
+
+def streamed(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The splits of a `datasets` builder as streams. Of parquet files only the columns `fields`
+    are read, if there are such, and BATCH rows at once, as some files are a single row group."""
+    if hasattr(builder.config, "columns"):
+        builder.config.batch_size = BATCH
+        splits = builder.as_streaming_dataset()
+        there = next(iter(splits.values())).column_names or []
+        wanted = [name for name in fields if name in there]
+        if not wanted or set(wanted) == set(there):
+            return splits
+        builder.config.columns = wanted
+    return builder.as_streaming_dataset()
+
+
+def rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    names = list(batch)
+    return (dict(zip(names, values)) for values in zip(*batch.values()))
 
 
 def hub_items(
-    name: str, hub: dict[str, str | None], start: Position
+    name: str, hub: dict[str, str | None], start: Position, fields: tuple[str, ...]
 ) -> Iterator[tuple[Row, Position]]:
     """A streamed dataset's records. `datasets` itself tries for minutes when a connection breaks.
 
     Raises ValueError for a dataset, config or split that is not there, and OSError when the
     network stays away.
     """
-    stream, (number, state) = hub_stream(name, hub), start.mark or (0, None)
+    stream = hub_stream(name, hub, fields)
+    number, state = start.mark or (0, None)
     if state:
         stream.load_state_dict(state)
     mark = start.mark
     try:
-        for value in stream:
-            number += 1
-            if number % HUB_MARK_EVERY == 0:
-                mark = (number, copy.deepcopy(stream.state_dict()))
-            if number > start.items:
-                yield Row(f"{name}, record {number:,}", value), Position(number, mark=mark)
+        for batch in stream.iter(BATCH):
+            for value in rows_of(batch):
+                number += 1
+                if number > start.items:
+                    yield Row(f"{name}, record {number:,}", value), Position(number, mark=mark)
+            mark = (number, copy.deepcopy(stream.state_dict()))
     except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
         raise OSError(
             f"source {name!r}: reading ended after record {number:,} ({type(error).__name__}: "
@@ -367,15 +394,16 @@ def hub_items(
         ) from error
 
 
-def hub_stream(name: str, hub: dict[str, str | None]) -> Any:
+def hub_stream(name: str, hub: dict[str, str | None], fields: tuple[str, ...]) -> Any:
     """A dataset of the hub as a `datasets.IterableDataset`: the named split, else `train`, else
     all splits one after another."""
     import datasets  # not at the top: it takes a second
 
     try:
-        splits = datasets.load_dataset(
-            hub["path"], hub["config"], revision=hub["revision"], streaming=True
+        builder = datasets.load_dataset_builder(
+            hub["path"], hub["config"], revision=hub["revision"]
         )
+        splits = streamed(builder, fields)
     except ConnectionError as error:
         raise ConnectionError(
             f"source {name!r}: {error}; is there a network? (a dataset that was downloaded "

@@ -26,6 +26,13 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
+FIELDS = {
+    "alpaca": ("instruction", "input", "output"),
+    "chat": ("messages", "conversations"),
+    "synth": ("query", "synthetic_reasoning", "synthetic_answer"),
+}
+
+
 class Segment(NamedTuple):
     """A part of a document."""
 
@@ -78,6 +85,8 @@ def chat(messages: list[dict[str, Any]]) -> list[Segment]:
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"unknown role {role!r}")
+        if role == "system" and content == "":  # some datasets give every chat one
+            continue
         if not isinstance(content, str) or not content.strip():
             raise ValueError("empty message")
         prompt += HEADINGS[ROLES[role]]

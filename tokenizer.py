@@ -49,7 +49,7 @@ class Tokenizer:
         self.special = special or {END_OF_TEXT: len(ranks)}
         self.eot_id = self.special[eot]
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
-        self._encoding = tiktoken.Encoding(
+        self.encoding = tiktoken.Encoding(
             "plaingpt",
             pat_str=DIGITS_PATTERN if digits else SPLIT_PATTERN,
             mergeable_ranks=ranks,
@@ -91,7 +91,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises ValueError for a run of a million blanks, which tiktoken cannot."""
         with refuse_panic():
-            return self._encoding.encode_ordinary(text)
+            return self.encoding.encode_ordinary(text)
 
     def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts, uint16, `eot_id` behind each, and where each ends (with it).
@@ -101,7 +101,7 @@ class Tokenizer:
         joined = self.eot.join([*texts, ""])
         if joined.count(self.eot) == len(texts):
             with refuse_panic():
-                ids = self._encoding.encode_to_numpy(
+                ids = self.encoding.encode_to_numpy(
                     joined, allowed_special={self.eot}, disallowed_special=()
                 ).astype(np.uint16)
             return ids, np.flatnonzero(ids == self.eot_id) + 1
@@ -117,13 +117,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
-        return self._encoding.decode(list(ids), errors="replace")
+        return self.encoding.decode(list(ids), errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """`decode`, piece by piece: a character comes out once all its bytes are in."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
-            yield decoder.decode(self._encoding.decode_single_token_bytes(token))
+            yield decoder.decode(self.encoding.decode_single_token_bytes(token))
         yield decoder.decode(b"", final=True)
 
     @cached_property

@@ -251,6 +251,16 @@ def test_a_dataset_of_the_hub(hub):
     assert texts(items("hf:owner/name:many")) == ["b", "a"]  # no train: all splits in order
 
 
+def test_only_the_columns_that_are_wanted_are_read(hub, tmp_path):
+    for name in ("train-0", "train-1", "test-0"):
+        write(hub / f"data/{name}.parquet", [{"text": "x", "other": "y" * 99}] * 3)
+    paths = ("hf:owner/name", str(hub / "data" / "train-0.parquet"))
+    for path in paths:
+        for fields, wanted in ((("text", "no"), {"text"}), (("no",), {"text", "other"})):
+            found = [item.value for item, _ in find_source(path).items(Position(), fields)]
+            assert found and all(set(value) == wanted for value in found)
+
+
 @pytest.mark.parametrize("at", [0, 999, 1000, 2499, 2700, 2999])
 def test_a_dataset_of_the_hub_goes_on_in_the_middle(hub, at):
     everything = list(find_source("hf:owner/name").items(Position()))
@@ -275,12 +285,12 @@ def test_a_connection_that_breaks_ends_with_a_word(hub, monkeypatch):
     import datasets
 
     def broken():
-        yield {"text": "first"}
+        yield from ({"text": str(number)} for number in range(sources.BATCH + 5))
         raise ConnectionError("Server Disconnected")
 
     stream = datasets.IterableDataset.from_generator(broken)
     monkeypatch.setattr(sources, "hub_stream", lambda *_: stream)
     found = find_source("hf:owner/name").items(Position())
-    assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "first"})
-    with pytest.raises(OSError, match="after record 1 .*Disconnected.*goes on"):
-        next(found)
+    assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
+    with pytest.raises(OSError, match=f"after record {sources.BATCH} .*Disconnected.*goes on"):
+        list(found)

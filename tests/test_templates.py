@@ -46,6 +46,12 @@ def test_every_answer_of_a_chat_counts_and_nothing_else():
     messages = [system, ASK, ANSWER, ASK, ANSWER]
     assert text_of(segments({"messages": messages}, "chat", "")) == wanted
     assert text_of(segments({"messages": json.dumps(messages)}, "chat", "")) == wanted
+    messages[0] = {"role": "system", "content": ""}
+    assert (
+        text_of(segments({"messages": messages}, "chat", ""))
+        == wanted.partition("Be brief.\n\n")[2]
+    )
+    messages[0] = system
     roles = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [{"from": roles[each["role"]], "value": each["content"]} for each in messages]
     assert text_of(segments({"conversations": shared}, "chat", "")) == wanted

@@ -1,0 +1,17 @@
+"""
+Orca AgentInstruct: a million conversations to make a chat model of a pretrained one.
+
+    python prepare.py config/data_agentinstruct.py
+
+15 splits by kind of task (creative writing, reading, code, …), 1.05 million records, about 1 billion
+tokens. `messages` is a JSON string, which template=chat takes as it is.
+Licence: CDLA-Permissive 2.0. Download: 2.4 GB, streamed. Disk: about 3 GB, shards and masks.
+Time: about ten minutes on two cores, or the download's.
+"""
+
+data_dir = "data/agentinstruct"
+sources = ("hf:microsoft/orca-agentinstruct-1M-v1",)
+template = "chat"
+tokenizer = "gpt2"
+bad_records = "skip"
+val_fraction = 0.01
