@@ -3,7 +3,7 @@ Orca AgentInstruct: a million conversations to make a chat model of a pretrained
 
     python prepare.py config/data_agentinstruct.py
 
-15 splits by kind of task (creative writing, reading, code, …), 1.05 million records, about 1 billion
+15 splits by kind of task (writing, reading, code, …), 1.05 million records, about 1 billion
 tokens. `messages` is a JSON string, which template=chat takes as it is.
 Licence: CDLA-Permissive 2.0. Download: 2.4 GB, streamed. Disk: about 3 GB, shards and masks.
 Time: about ten minutes on two cores, or the download's.
