@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenizer import Tokenizer
+
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 PARTIAL = ".partial"  # where prepare.py builds the files of a folder
 
@@ -288,6 +290,25 @@ def read_manifest(data_dir: Path | str) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder}/dataset.json is damaged: it holds no object")
     return manifest
+
+
+def load_tokenizer(data_dir: Path | str) -> Tokenizer:
+    """The tokenizer of a folder. Shards of llm.c and nanoGPT come without one and are GPT-2's.
+
+    Raises ValueError for a damaged one, and for nanoGPT's characters, which are no bytes.
+    """
+    folder = Path(data_dir)
+    if (folder / "tokenizer.json").exists() or read_manifest(folder):
+        return Tokenizer.load(folder)
+    if not shard_paths(folder, "train"):
+        raise ValueError(f"{folder} has no train shards ({folder}/train_000000.bin, …)")
+    if (folder / "meta.pkl").exists():
+        raise ValueError(
+            f"{folder} holds nanoGPT's characters, whose table is a pickle: not read. "
+            "Prepare its input.txt with --tokenizer=bytes"
+        )
+    print(f"{folder} has no tokenizer.json: taking its ids for GPT-2's")
+    return Tokenizer.gpt2()
 
 
 # --- the order of batches

@@ -100,7 +100,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     # data, model, optimizer
     out_dir = Path(cfg.out_dir)
     fingerprint = data.data_fingerprint(cfg.data_dir)
-    tokenizer = Tokenizer.load(cfg.data_dir)
+    tokenizer = data.load_tokenizer(cfg.data_dir)
     model, state, saved = build_model(cfg, tokenizer, fingerprint)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size

@@ -190,6 +190,22 @@ def test_fp16_scales_the_loss_and_resumes_exactly(cfg, tmp_path):
 # --- starting
 
 
+def test_nanogpts_folder_trains_as_it_is(cfg, tmp_path, monkeypatch, capsys):
+    for name in ("train", "val"):
+        np.arange(500, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+    monkeypatch.setattr(Tokenizer, "gpt2", Tokenizer.bytes)
+    folders = {"data_dir": str(tmp_path), "out_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"id 257 at token 257 is beyond the vocabulary of 257"):
+        train.train(replace(cfg, **folders))
+    for name in ("train", "val"):
+        (np.arange(500, dtype="<u2") % 250).tofile(tmp_path / f"{name}.bin")
+    assert train.train(replace(cfg, **folders, max_steps=2))["step"] == 2
+    assert "taking its ids for GPT-2's" in capsys.readouterr().out
+    (tmp_path / "meta.pkl").write_bytes(b"a pickle")
+    with pytest.raises(ValueError, match="whose table is a pickle: not read"):
+        train.train(replace(cfg, **folders, overwrite=True))
+
+
 def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
     train.train(replace(cfg, out_dir=str(tmp_path / "first"), dropout=0.0))
     warm = replace(
