@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def save(
     """
     remove_leftovers(out_dir)
     folder = out_dir / f"step_{step:06d}"
-    assert not folder.exists()  # two renames would leave a moment with neither
+    if folder.exists():  # two renames would leave a moment with neither
+        raise OSError(f"{folder} is in the way of a checkpoint")
     partial = out_dir / f"{PARTIAL}{folder.name}"
     try:
         partial.mkdir(parents=True)
@@ -58,6 +60,7 @@ def save(
         tokenizer.save(partial)
         ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
         write_json(partial / "config.json", {**config_to_hugging_face(model.config), **ids})
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # else 0600
         write_json(partial / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
         torch.save(optimizer, partial / "optimizer.pt")
         write_json(partial / "state.json", state)
@@ -119,8 +122,9 @@ def prune(out_dir: Path, keep: int) -> None:
 
 
 def steps(out_dir: Path | str) -> list[Path]:
-    """The whole checkpoints of a run folder, oldest first."""
-    found = [path for path in Path(out_dir).glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
+    """The whole checkpoints of a run folder, oldest first; what others call so is none."""
+    paths = Path(out_dir).glob("step_*/state.json")
+    found = [path.parent for path in paths if STEP_FOLDER.fullmatch(path.parent.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -134,7 +138,7 @@ def find(where: Path | str) -> Path:
         return steps(folder)[-1]
     if (folder / "config.json").exists():
         return folder
-    what = "holds no checkpoint" if folder.is_dir() else "does not exist"
+    what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
 
 
@@ -155,6 +159,8 @@ def load_model(where: Path | str, *, block_size: int | None = None, dropout: flo
     weights = from_hugging_face(saved, config, folder)
     with torch.device("meta"):
         model = GPT(config)
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError(f"{folder} holds weights that are not finite numbers")
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
@@ -175,21 +181,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
+    for name, kind in {"step": int, "data": str, "settings": dict}.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{folder}/state.json is damaged: {name} is {state.get(name)!r}")
+    return state
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is damaged, or that a pickle with code was put into."""
     path = folder / "optimizer.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no optimizer.pt: it can start a run, not resume one"
         ) from None
     except Exception as error:  # what a damaged pickle raises is anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path} is damaged, or not tensors only: {reason}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+        raise ValueError(f"{path} is damaged, or holds code: not loaded ({reason})") from None
+    if not isinstance(saved, dict) or not {"parameters", "scaler"} <= saved.keys():
+        raise ValueError(f"{path} is no optimizer file of train.py")
+    return saved
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -287,6 +302,11 @@ def from_hugging_face(
 
     Raises ValueError that lists what is missing or of another shape.
     """
+    last = f"h.{config.n_layer - 1}.ln_1.weight"
+    if last not in saved and f"transformer.{last}" not in saved:
+        raise ValueError(
+            f"{folder} has fewer than the {config.n_layer:,} layers of its config.json"
+        )
     with torch.device("meta"):
         wanted = GPT(config).state_dict()
     weights: dict[str, Tensor] = {}
@@ -297,8 +317,8 @@ def from_hugging_face(
                 weights[name] = weights["transformer.wte.weight"]
             continue
         tensor = saved.get(name, saved.get(name.removeprefix("transformer.")))
-        if tensor is None:
-            problems.append(f"{name} is missing")
+        if tensor is None or not tensor.is_floating_point():
+            problems.append(f"{name} is {'missing' if tensor is None else tensor.dtype}")
             continue
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()

@@ -30,12 +30,18 @@ WORDS |= {"false": False, "no": False, "off": False, "0": False}
 INVALID = object()  # what parse and check return for a value that does not fit
 
 
-def configure(cls: type[Config], argv: list[str]) -> Config:
+Saved = Callable[[Config], dict[str, Any]]
+
+
+def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) -> Config:
     """Resolve `argv` into a `cls`, and print what differs from the defaults to stderr.
 
+    `saved` returns values that take the place of the defaults, given what `argv` says.
     Raises ValueError with all problems at once, one a line; SystemExit(0) after --help.
     """
     config, origin = resolve(cls, argv)
+    if saved:
+        config, origin = resolve(cls, argv, saved(config))
     defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, where in origin.items():
         value = getattr(config, name)
@@ -44,23 +50,38 @@ def configure(cls: type[Config], argv: list[str]) -> Config:
     return config
 
 
-def command(cls: type[Config], run: Callable[[Config], Any], argv: list[str] | None = None) -> int:
+def command(
+    cls: type[Config],
+    run: Callable[[Config], Any],
+    argv: list[str] | None = None,
+    saved: Saved | None = None,
+) -> int:
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
     Returns the exit status: 0, or 2 after a ValueError or OSError (bad settings, bad data, a full
-    disk), 130 after Ctrl-C. Anything else is our own bug and keeps its traceback.
+    disk) and where memory or the range of numbers ends, 130 after Ctrl-C. Anything else is our own
+    bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log shows each line at once, and one that cannot spell a sample does not end the run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        run(configure(cls, sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OverflowError as problem:
+        print(f"error: a number is too large ({problem})", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        print(f"error: out of memory: use smaller sizes ({one_line(problem)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -68,7 +89,18 @@ def command(cls: type[Config], run: Callable[[Config], Any], argv: list[str] | N
     return 0
 
 
-def resolve(cls: type[Config], argv: list[str]) -> tuple[Config, dict[str, str]]:
+def is_out_of_memory(problem: BaseException) -> bool:
+    """numpy's and CUDA's kinds of error, and that of PyTorch's allocator on a CPU."""
+    return isinstance(problem, MemoryError) or "memory" in str(problem).lower()
+
+
+def one_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def resolve(
+    cls: type[Config], argv: list[str], saved: dict[str, Any] | None = None
+) -> tuple[Config, dict[str, str]]:
     """`configure` without the printing: the config, and where each given value came from."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -84,6 +116,8 @@ def resolve(cls: type[Config], argv: list[str]) -> tuple[Config, dict[str, str]]
         else:
             values[name], origin[name] = checked, where
 
+    for name, value in (saved or {}).items():
+        put(name, value, "the run so far")
     files, pairs = split_arguments(cls, argv, hints, problems)
     for path in files:
         for name, value in run_file(path, values, problems).items():

@@ -155,8 +155,9 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
 def check_settings(cfg: PrepareConfig) -> None:
     """Raises ValueError that lists all values out of range."""
     problems = []
-    if not cfg.sources:
-        problems.append("sources is empty")
+    for name in ("sources", "data_dir", "tokenizer"):
+        if not getattr(cfg, name):
+            problems.append(f"{name} is empty")
     if not 257 <= cfg.vocab_size <= MAX_VOCAB_SIZE:
         problems.append(f"vocab_size must be from 257 to {MAX_VOCAB_SIZE}, not {cfg.vocab_size}")
     if not 0 <= cfg.val_fraction < 1:
@@ -164,8 +165,8 @@ def check_settings(cfg: PrepareConfig) -> None:
     if not 1 <= cfg.shard_tokens < 2**31:
         problems.append(f"shard_tokens must be from 1 to 2**31 - 1, not {cfg.shard_tokens}")
     for name in ("workers", "seed"):
-        if getattr(cfg, name) < 0:
-            problems.append(f"{name} must not be negative")
+        if not 0 <= getattr(cfg, name) < 2**63:
+            problems.append(f"{name} must be from 0 to 2**63 - 1")
     for name in ("max_tokens", "max_documents", "val_tokens", "max_record_tokens"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             problems.append(f"{name} must be at least 1, not {getattr(cfg, name)}")
@@ -470,7 +471,7 @@ class Work:
         both = in_both(self.train.path, self.val.path)
         if both.any():
             splits["val"] = without_documents(self.partial, self.val, splits["val"], both)
-        return {name: split for name, split in splits.items() if split["tokens"]}
+        return {name: split for name, split in splits.items() if split["documents"] or any(both)}
 
 
 def in_both(train: Path, val: Path) -> np.ndarray:
@@ -565,13 +566,14 @@ def report(manifest: dict[str, Any]) -> None:
         for reason, (count, where) in source["dropped"].items():
             print(f"  skipped {count:,}: {reason} (the first: {where})")
     for name, split in manifest["splits"].items():
+        rate = split["bytes"] / max(1, split["tokens"])
         print(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
-            f"{split['tokens']:,} tokens ({split['bytes'] / split['tokens']:.2f} bytes per token)"
+            f"{split['tokens']:,} tokens ({rate:.2f} bytes per token)"
         )
         if split.get("trained_on"):
             print(f"  {split['trained_on']:,} documents left out, as they are trained on")
-    if "val" not in manifest["splits"]:
+    if not manifest["splits"].get("val", {}).get("tokens"):
         print("val: nothing; train.py needs some: --val_fraction, or --val_sources")
 
 

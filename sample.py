@@ -84,20 +84,26 @@ def check_settings(cfg: SampleConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             problems.append(f"{name} must be at least 1, not {value}")
-    if not 0 <= cfg.temperature < math.inf:
-        problems.append(f"temperature must be a number from 0, not {cfg.temperature}")
+    if cfg.temperature != 0 and not 1e-3 <= cfg.temperature < math.inf:
+        problems.append(f"temperature must be 0, or from 0.001 on, not {cfg.temperature}")
     for name in ("top_p", "min_p"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value <= 1:
             problems.append(f"{name} must be above 0 and at most 1, not {value}")
-    if cfg.seed < 0:
-        problems.append(f"seed must not be negative, as {cfg.seed} is")
+    if not 0 <= cfg.seed < 2**63:
+        problems.append(f"seed must be from 0 to 2**63 - 1, not {cfg.seed}")
+    if not cfg.checkpoint:
+        problems.append("checkpoint is empty")
     if problems:
         raise ValueError("; ".join(problems))
 
 
 def prompt_of(start: str) -> str:
     if not start.startswith("FILE:"):
+        try:
+            start.encode()
+        except UnicodeEncodeError:
+            raise ValueError("start is not UTF-8") from None
         return start
     path = Path(start.removeprefix("FILE:"))
     try:

@@ -205,7 +205,7 @@ class Tokenizer:
         except FileNotFoundError:
             raise ValueError(f"{folder} has no tokenizer.json") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a byte-level BPE ({error!r})") from None
+            raise ValueError(f"{path} is not a byte-level BPE, or damaged ({error})") from None
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         like_gpt2 = [part["type"] for part in rest] == ["ByteLevel"] and rest[-1:] == parts[-1:]
         like_gpt2 = like_gpt2 and rest[0].get("use_regex", True)

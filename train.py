@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +115,10 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if cfg.plan:
         return {}
     if start >= cfg.max_steps:
-        raise ValueError(f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done")
+        raise ValueError(
+            f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done; "
+            "a larger --max_steps goes on"
+        )
     model.to(rt.device)
     optimizers = optim.build_optimizers(
         model,
@@ -197,7 +200,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 print(text)
             if record.get("step") == done:
                 log.add(record)
-            if due(done, cfg.sample_interval, evaluating):
+            sound = bad_steps == 0 and math.isfinite(record.get("val_loss", 0))
+            if sound and due(done, cfg.sample_interval, evaluating):
                 print_sample(model, tokenizer, cfg.seed)
             if evaluating:
                 metrics.plot_losses(log.records, out_dir / "loss.png")
@@ -226,6 +230,16 @@ def train(cfg: TrainConfig) -> metrics.Record:
 
 
 # --- before the first step
+
+
+def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings of the run that --init_from=resume goes on with, which hold unless others are
+    given."""
+    if cfg.init_from != "resume":
+        return {}
+    settings = checkpoint.read_state(checkpoint.find(cfg.out_dir))["settings"]
+    known = {field.name for field in fields(TrainConfig)} & settings.keys()
+    return {name: settings[name] for name in known - {"init_from", "out_dir", "overwrite", "plan"}}
 
 
 def check_settings(cfg: TrainConfig) -> None:
@@ -260,6 +274,13 @@ def check_settings(cfg: TrainConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:
             problems.append(f"{name} must be a number above 0, not {value}")
+    for name in ("data_dir", "out_dir"):
+        if not getattr(cfg, name):
+            problems.append(f"{name} is empty")
+    if cfg.seed >= 2**63:
+        problems.append(f"seed must be below 2**63, not {cfg.seed}")
+    if cfg.min_lr > cfg.learning_rate:
+        problems.append(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     for name in ("momentum", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             problems.append(f"{name} must be in [0, 1), not {getattr(cfg, name)}")
@@ -306,6 +327,9 @@ def build_model(
                 "over, --out_dir=OTHER leaves it alone"
             )
     wanted = model_config(cfg, tokenizer.vocab_size)
+    if cfg.init_from == "scratch" and cfg.plan:
+        with torch.device("meta"):
+            return GPT(wanted), {}, {}
     if cfg.init_from == "scratch":
         return GPT(wanted).init_weights(cfg.seed), {}, {}
 
@@ -313,6 +337,8 @@ def build_model(
     if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
     if cfg.init_from != "resume":
+        if cfg.overwrite and folder in checkpoint.steps(cfg.out_dir):
+            raise ValueError(f"--overwrite would remove {folder}, which init_from starts from")
         model = checkpoint.load_model(folder, block_size=cfg.block_size, dropout=cfg.dropout)
         return model, {}, {}
 
@@ -506,7 +532,7 @@ def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return configurator.command(TrainConfig, train, argv)
+    return configurator.command(TrainConfig, train, argv, settings_so_far)
 
 
 if __name__ == "__main__":

@@ -353,3 +353,33 @@ def test_a_reader_that_left_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory: use smaller sizes (Unable"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9\nmore"), "out of memory"),
+        (OverflowError("int too large"), "a number is too large (int too large)"),
+    ],
+)
+def test_where_memory_and_numbers_end_is_one_line(capsys, error, said):
+    def run(config):
+        raise error
+
+    assert configurator.command(Settings, run, []) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    def run(config):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        configurator.command(Settings, run, [])
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert configurator.command(Settings, print, []) == 0

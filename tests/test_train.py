@@ -238,6 +238,33 @@ def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
         assert model.config.block_size == 24
 
 
+def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, capsys):
+    first = replace(cfg, out_dir=str(tmp_path), learning_rate=0.003, max_steps=4, dropout=0.2)
+    train.train(first)
+    assert train.main([f"--out_dir={tmp_path}", "--init_from=resume"]) == 2
+    assert "max_steps=4: it is done" in capsys.readouterr().err
+    resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=6", "--dropout=0"]
+    assert train.main(resume) == 0
+    err = capsys.readouterr().err
+    assert "learning_rate = 0.003 (default 0.01, the run so far)" in err
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    given = {"max_steps": 6, "dropout": 0.0, "init_from": "resume"}
+    assert settings == vars(first) | given
+
+
+def test_overwriting_what_a_run_starts_from_is_refused(cfg, tmp_path):
+    run = replace(cfg, out_dir=str(tmp_path), max_steps=2)
+    train.train(run)
+    with pytest.raises(ValueError, match="which init_from starts from"):
+        train.train(replace(run, init_from=str(tmp_path), overwrite=True))
+    assert checkpoint.steps(tmp_path)
+
+
+def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
+    train.train(replace(cfg, out_dir=str(tmp_path), plan=True, n_embd=2**14, n_layer=100))
+    assert "GiB" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_in_another_dtype(cfg, tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
         steps = len(checkpoint.steps(tmp_path)) + 1
@@ -298,6 +325,9 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"grad_clip": math.nan}, "grad_clip must be a number from 0 on"),
         ({"weight_decay": math.inf}, "weight_decay must be a number from 0 on"),
         ({"block_size": 0}, "block_size must be at least 1"),
+        ({"seed": 2**63}, "seed must be below"),
+        ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate"),
+        ({"data_dir": ""}, "data_dir is empty"),
         ({"n_head": 3}, "does not divide into n_head=3"),
         ({"block_size": 8000}, "one window takes block_size"),
         ({"block_size": 1000}, "the val split has"),
