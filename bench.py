@@ -23,6 +23,7 @@ from typing import Any, Literal
 import configurator
 import runtime
 import sources
+from documents import DEFAULT_THREADS
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -31,9 +32,9 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class PrepareBench:
     corpus_mb: int = 1000  # size of the made-up corpus in 10**6 bytes
-    documents: Literal["jsonl", "txt", "tiny", "huge"] = "jsonl"  # of 3 kB, 20 bytes, or one
+    documents: Literal["jsonl", "tiny", "txt"] = "jsonl"  # of 3 kB, of 20 bytes, or all one
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # as of prepare.py
-    workers: int = 0  # threads; 0: one per core
+    workers: int = 0  # threads of both; 0: prepare.py's default
     repeats: int = 3  # of each, in turn
     folder: str | None = None  # for the corpus and the shards; None: a temporary one
     output: str = "out/bench_prepare.json"  # where the figures go
@@ -41,17 +42,18 @@ class PrepareBench:
 
 def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
     """prepare.py from start to end, beside tiktoken's encode_ordinary_batch on the same text."""
-    threads = cfg.workers or os.cpu_count() or 1
+    threads = cfg.workers or DEFAULT_THREADS
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = Path(name)
         source, size = write_corpus(folder, cfg)
         print(f"{source.name}: {size / 1e6:,.0f} MB of text, {threads} threads")
-        measure_prepare(source, folder / "data", cfg)  # warms up, and leaves the tokenizer
+        # The first run warms up and leaves the tokenizer.
+        measure_prepare(source, folder / "data", cfg.tokenizer, threads)
         tokenizer = Tokenizer.load(folder / "data")
         runs, alone = [], []
         for _ in range(cfg.repeats):
             alone.append(size / 1e6 / tiktoken_seconds(source, tokenizer, threads))
-            runs.append(measure_prepare(source, folder / "data", cfg))
+            runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, threads))
     whole = [size / 1e6 / seconds for seconds, _ in runs]
     ratio = [ours / theirs for ours, theirs in zip(whole, alone)]
     peaks = [peak / 2**30 for _, peak in runs]
@@ -83,7 +85,7 @@ def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
 
 def write_corpus(folder: Path, cfg: PrepareBench) -> tuple[Path, int]:
     """Lines of the standard library in a random order; returns the file and its bytes of text."""
-    path = folder / ("corpus.txt" if cfg.documents in ("txt", "huge") else "corpus.jsonl")
+    path = folder / ("corpus.txt" if cfg.documents == "txt" else "corpus.jsonl")
     rng = random.Random(0)
     lines = [
         line
@@ -129,14 +131,16 @@ def timed_batch(batch: list[str], tokenizer: Tokenizer, threads: int) -> float:
     return time.perf_counter() - began
 
 
-def measure_prepare(source: Path, data_dir: Path, cfg: PrepareBench) -> tuple[float, int]:
+def measure_prepare(
+    source: Path, data_dir: Path, tokenizer: str, threads: int
+) -> tuple[float, int]:
     """Seconds and peak resident bytes of a process that prepares `source`."""
     shutil.rmtree(data_dir, ignore_errors=True)
     command = [sys.executable, str(HERE / "prepare.py"), f"--sources={source}"]
     command += [
         f"--data_dir={data_dir}",
-        f"--tokenizer={cfg.tokenizer}",
-        f"--workers={cfg.workers}",
+        f"--tokenizer={tokenizer}",
+        f"--workers={threads}",
     ]
     began = time.perf_counter()
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -13,12 +13,11 @@ Shapes: B sequences, T tokens each (block_size).
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,122 +27,6 @@ from tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 PARTIAL = ".partial"  # where prepare.py builds the files of a folder
-
-
-# --- writing
-
-
-class ShardWriter:
-    """Appends tokens to `{name}_000000.bin`, `…_000001.bin`, …, `shard_tokens` in each.
-
-    With `state`, what `sync` returned once, it goes on from there, whatever was written since.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        shard_tokens: int,
-        masked: bool = False,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        """Raises ValueError where files lack what `state` says they hold."""
-        assert shard_tokens < 2**31
-        self.folder, self.name, self.shard_tokens, self.masked = folder, name, shard_tokens, masked
-        state = state or {"shards": [], "filled": 0}
-        self.shards: list[dict[str, Any]] = list(state["shards"])
-        self.filled: int = state["filled"]  # tokens in the shard that is open
-        self._file: IO[bytes] | None = None
-        self._mask_file: IO[bytes] | None = None
-        kept = {shard["file"] for shard in self.shards}
-        for path in folder.glob(f"{name}_*.bin"):
-            if path.name.replace(".mask.bin", ".bin") not in kept | {self._path.name}:
-                path.unlink()
-        if self.filled:
-            self._file = reopen(self._path, HEADER_BYTES + 2 * self.filled)
-            if masked:
-                self._mask_file = reopen(mask_path(self._path), self.filled)
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self.name}_{len(self.shards):06d}.bin"
-
-    def write(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append uint16 tokens, and where the writer is `masked` their mask, uint8."""
-        assert tokens.dtype == np.uint16 and self.masked == (mask is not None)
-        while len(tokens):
-            if self._file is None:
-                self._file = self._path.open("wb")
-                self._file.write(shard_header(0).data)
-                self._mask_file = mask_path(self._path).open("wb") if self.masked else None
-            room = self.shard_tokens - self.filled
-            self._file.write(tokens[:room].astype("<u2", copy=False).data)
-            if mask is not None and self._mask_file:
-                self._mask_file.write(mask[:room].data)
-                mask = mask[room:]
-            self.filled += len(tokens[:room])
-            tokens = tokens[room:]
-            if self.filled == self.shard_tokens:
-                self._finish()
-
-    def sync(self) -> dict[str, Any]:
-        """Flush everything to the disk; return what a later writer needs to go on."""
-        for file in (self._file, self._mask_file):
-            if file:
-                file.flush()
-                os.fsync(file.fileno())
-        return {"shards": self.shards, "filled": self.filled}
-
-    def close(self) -> list[dict[str, Any]]:
-        """Finish the last shard; return the entries of all for the manifest."""
-        if self.filled:
-            self._finish()
-        return self.shards
-
-    def _finish(self) -> None:
-        assert self._file
-        path, entry = self._path, {"file": self._path.name, "tokens": self.filled}
-        self._file.seek(0)
-        self._file.write(shard_header(self.filled).data)
-        self.sync()
-        self._file.close()
-        entry["sha256"] = sha256_of(path)
-        if self._mask_file:
-            self._mask_file.close()
-            entry["mask_sha256"] = sha256_of(mask_path(path))
-        self._file = self._mask_file = None
-        self.shards, self.filled = [*self.shards, entry], 0
-
-
-def shard_header(tokens: int) -> np.ndarray:
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens
-    return header
-
-
-def mask_path(shard: Path) -> Path:
-    return shard.with_name(f"{shard.stem}.mask.bin")
-
-
-def reopen(path: Path, size: int) -> IO[bytes]:
-    """A file to append to behind its first `size` bytes; what follows them is cut off."""
-    file = path.open("r+b")
-    if file.seek(0, os.SEEK_END) < size:
-        raise ValueError(f"{path} has lost its end: --overwrite starts over")
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# --- reading
 
 
 class Split:
@@ -210,6 +93,10 @@ class Split:
             offset, end = int(self.starts[shard]), min(stop, int(self.starts[shard + 1]))
             yield shard, start - offset, end - offset
             start, shard = end, shard + 1
+
+
+def mask_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}.mask.bin")
 
 
 def shard_paths(folder: Path, name: str) -> list[Path]:

@@ -5,6 +5,7 @@ A document is a text file or a record. Long ones travel in pieces, so memory sta
 """
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from templates import FIELDS, Segment, TemplateName, segments
 from tokenizer import Tokenizer
 
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
+# More than one per core: the thread that reads and writes leaves its core to them while it waits.
+DEFAULT_THREADS = (os.cpu_count() or 1) + 1
 
 
 @dataclass(frozen=True)

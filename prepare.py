@@ -31,16 +31,22 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import data
-from documents import Encoded, Piece, Reading, Stream, encoded, open_streams, sample_texts
+from documents import (
+    DEFAULT_THREADS,
+    Encoded,
+    Piece,
+    Reading,
+    Stream,
+    encoded,
+    open_streams,
+    sample_texts,
+)
+from shards import CUT, KEPT, SplitWriter, in_both, sha256_of, without_documents
 from templates import TemplateName
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 SAVE_SECONDS = 10.0  # between two notes of how far it is
-# Of each document, in a file beside the shards until they are finished.
-DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
-CUT = 0  # digest of a document that was cut short: like no other
-KEPT = "kept"  # folder of validation shards without the documents that are trained on
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class PrepareConfig:
     shard_tokens: int = 100_000_000  # tokens in a shard
     seed: int = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
-    workers: int = 0  # threads that tokenize; 0: one per core
+    workers: int = 0  # threads that tokenize; 0: one more than there are cores
     inspect: str | None = None  # a data_dir to describe and check; nothing is prepared
 
 
@@ -259,45 +265,6 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
 # --- the splits
 
 
-class SplitWriter:
-    """A split as it is written: its shards, and digest, tokens and bytes of each document."""
-
-    def __init__(self, folder: Path, name: str, cfg: PrepareConfig, notes: dict[str, Any]) -> None:
-        self.documents = notes.get("documents", 0)
-        self.tokens = notes.get("tokens", 0)
-        self.bytes = notes.get("bytes", 0)
-        self.open = notes.get("open", [0, 0])  # tokens and bytes of a document not ended yet
-        masked = cfg.template != "text"
-        self.shards = data.ShardWriter(folder, name, cfg.shard_tokens, masked, notes.get("shards"))
-        self.path = folder / f"{name}.documents"
-        self.path.touch()
-        self._file = data.reopen(self.path, DOCUMENT.itemsize * self.documents)
-
-    def write(self, ids: np.ndarray, mask: np.ndarray | None, size: int) -> None:
-        self.shards.write(ids, mask)
-        self.tokens += len(ids)
-        self.bytes += size
-        self.open = [self.open[0] + len(ids), self.open[1] + size]
-
-    def end_document(self, digest: int) -> None:
-        self._file.write(np.array((digest, *self.open), DOCUMENT).tobytes())
-        self.documents += 1
-        self.open = [0, 0]
-
-    def notes(self) -> dict[str, Any]:
-        """Flush all to the disk; return what the next writer of this split needs."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        names = ("documents", "tokens", "bytes", "open")
-        return {"shards": self.shards.sync()} | {name: getattr(self, name) for name in names}
-
-    def close(self) -> dict[str, Any]:
-        """The split's part of the manifest."""
-        self._file.close()
-        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-        return counts | {"shards": self.shards.close()}
-
-
 class Work:
     """The writing of both splits, with notes of how far it is."""
 
@@ -320,12 +287,17 @@ class Work:
             if cfg.max_documents:
                 self.val_documents = math.ceil(cfg.val_fraction * cfg.max_documents)
         splits = notes.get("splits", {})
-        self.train = SplitWriter(partial, "train", cfg, splits.get("train", {}))
-        self.val = SplitWriter(partial, "val", cfg, splits.get("val", {}))
+        self.train, self.val = (
+            SplitWriter(
+                partial, name, cfg.shard_tokens, cfg.template != "text", splits.get(name, {})
+            )
+            for name in ("train", "val")
+        )
         for stream, known in zip(streams, notes.get("streams", [])):
             stream.restore(known)
         self.saved = time.monotonic()
         self.began_bytes, self.began = self.train.bytes + self.val.bytes, self.saved
+        self.began_tokens = self.tokens
         sizes = [stream.source.size for stream in streams]
         self.bar = tqdm(
             total=cfg.max_tokens or (sum(sizes) if all(sizes) else None),
@@ -349,7 +321,7 @@ class Work:
 
     def run(self, reading: Reading) -> None:
         """Read all streams to their end, or to the limits of the settings."""
-        threads = self.cfg.workers or os.cpu_count() or 1
+        threads = self.cfg.workers or DEFAULT_THREADS
         with ThreadPoolExecutor(threads) as pool, self.bar:
             for validation in (False, True):
                 streams = [stream for stream in self.streams if stream.all_val == validation]
@@ -459,7 +431,8 @@ class Work:
             self.saved - self.began,
             self.train.bytes + self.val.bytes - self.began_bytes,
         )
-        speed = f"{read / seconds / 1e6:.1f} MB/s of text"
+        rates = (read / seconds / 1e6, (self.tokens - self.began_tokens) / seconds / 1e6)
+        speed = "{:.1f} MB/s, {:.2f}M tok/s".format(*rates)
         written = tqdm.format_sizeof(2 * self.tokens, "B")
         self.bar.set_postfix_str(
             f"{speed}, {self.tokens:,} tokens, {written} written", refresh=False
@@ -472,45 +445,6 @@ class Work:
         if both.any():
             splits["val"] = without_documents(self.partial, self.val, splits["val"], both)
         return {name: split for name, split in splits.items() if split["documents"] or any(both)}
-
-
-def in_both(train: Path, val: Path) -> np.ndarray:
-    """For each validation document whether it is a training document too."""
-    wanted = np.fromfile(val, DOCUMENT)["digest"]
-    found = np.zeros(len(wanted), dtype=bool)
-    with train.open("rb") as file:
-        while len(some := np.fromfile(file, DOCUMENT, count=1 << 20)):
-            found |= np.isin(wanted, some["digest"])
-    return found & (wanted != CUT)
-
-
-def without_documents(
-    partial: Path, split: SplitWriter, entry: dict[str, Any], left_out: np.ndarray
-) -> dict[str, Any]:
-    """Write a split again, in a folder KEPT, without some documents; return its new entry."""
-    known = np.fromfile(split.path, DOCUMENT)
-    shutil.rmtree(partial / KEPT, ignore_errors=True)
-    (partial / KEPT).mkdir()
-    writer = data.ShardWriter(partial / KEPT, "val", split.shards.shard_tokens, split.shards.masked)
-    whole = data.Split(partial, "val", MAX_VOCAB_SIZE)
-    stops = np.cumsum(known["tokens"]).tolist()
-    for stop, length, out in zip(stops, known["tokens"].tolist(), left_out):
-        for start in range(stop - length, stop, 1 << 20):
-            end = min(start + (1 << 20), stop)
-            mask = whole.mask(start, end) if split.shards.masked else None
-            if not out:
-                writer.write(
-                    whole[start:end].astype(np.uint16),
-                    None if mask is None else mask.astype(np.uint8),
-                )
-    kept = known[~left_out]
-    return {
-        "documents": len(kept),
-        "bytes": int(kept["bytes"].sum()),
-        "tokens": int(kept["tokens"].sum()),
-        "trained_on": int(left_out.sum()),  # documents that were left out for it
-        "shards": writer.close(),
-    }
 
 
 # --- the folder
@@ -593,7 +527,7 @@ def inspect(folder: Path) -> dict[str, Any]:
                 if "mask_sha256" in shard:
                     hashes[data.mask_path(path)] = shard["mask_sha256"]
                 for each, wanted in hashes.items():
-                    if data.sha256_of(each) != wanted:
+                    if sha256_of(each) != wanted:
                         raise ValueError(f"{each} is not what was written (sha256)")
         if tokenizer.fingerprint != manifest["tokenizer"]:
             raise ValueError(f"{folder}/tokenizer.json is not the tokenizer of the shards")

@@ -280,12 +280,12 @@ def line_rows(path: str) -> Iterator[Row]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            where = f"{path}, line {number:,}"
+            where, value, problem = f"{path}, line {number}", None, None
             try:
-                yield Row(where, json.loads(line), size=len(line))
+                value = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
-                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
-                yield Row(where, None, kind, len(line))
+                problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+            yield Row(where, value, problem, len(line))
 
 
 def json_rows(path: str) -> Iterator[Row]:

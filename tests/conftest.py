@@ -12,7 +12,7 @@ import tiktoken
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 
-import data
+import shards
 from tokenizer import Tokenizer
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -92,8 +92,8 @@ def tiny_text() -> str:
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """One shard; returns its entry for the manifest."""
     content = tokens.astype("<u2").tobytes()
-    path.write_bytes(data.shard_header(len(tokens)).tobytes() + content)
-    return {"file": path.name, "tokens": len(tokens), "sha256": data.sha256_of(path)}
+    path.write_bytes(shards.shard_header(len(tokens)).tobytes() + content)
+    return {"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_of(path)}
 
 
 @pytest.fixture(scope="session")

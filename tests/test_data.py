@@ -12,6 +12,7 @@ import torch
 from conftest import write_shard
 
 import data
+import shards
 from data import Batches, Split
 
 VOCAB = 65536
@@ -36,7 +37,7 @@ def refusal(folder, name="train", vocab_size=VOCAB) -> str:
 
 def test_a_shard_is_llm_cs_to_the_byte(tmp_path):
     tokens = np.array([0, 1, 258, 65535], dtype=np.uint16)
-    writer = data.ShardWriter(tmp_path, "train", shard_tokens=100)
+    writer = shards.ShardWriter(tmp_path, "train", shard_tokens=100)
     writer.write(tokens)
     [entry] = writer.close()
     content = (tmp_path / "train_000000.bin").read_bytes()
@@ -418,7 +419,7 @@ def test_memory_stays_flat_on_a_gigabyte(tmp_path):
 
 
 def test_a_mask_that_is_missing_is_no_mask_of_ones(tmp_path):
-    writer = data.ShardWriter(tmp_path, "train", 100, masked=True)
+    writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
     writer.write(positions(50), np.zeros(50, np.uint8))
     (tmp_path / "dataset.json").write_text(
         json.dumps({"splits": {"train": {"shards": writer.close()}}})
@@ -426,7 +427,7 @@ def test_a_mask_that_is_missing_is_no_mask_of_ones(tmp_path):
     before = data.data_fingerprint(tmp_path)
     (tmp_path / "train_000000.mask.bin").unlink()
     assert "train_000000.mask.bin is missing" in refusal(tmp_path)
-    writer = data.ShardWriter(tmp_path, "train", 100, masked=True)
+    writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
     writer.write(positions(50), np.ones(50, np.uint8))
     (tmp_path / "dataset.json").write_text(
         json.dumps({"splits": {"train": {"shards": writer.close()}}})
@@ -447,7 +448,7 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
     state = None
     for folder in folders:
         folder.mkdir()
-        writer = data.ShardWriter(folder, "train", 10, masked, state)
+        writer = shards.ShardWriter(folder, "train", 10, masked, state)
         for start in range(0, 30, 5):
             if folder == folders[1] and start >= noted and state is None:
                 state = json.loads(json.dumps(writer.sync()))
@@ -458,7 +459,7 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
         else:
             state = state or json.loads(json.dumps(writer.sync()))
     done = min(30, -(-noted // 5) * 5)
-    again = data.ShardWriter(folders[1], "train", 10, masked, state)
+    again = shards.ShardWriter(folders[1], "train", 10, masked, state)
     again.write(tokens[done:], None if mask is None else mask[done:])
     assert again.close() == entries
     for path in folders[0].iterdir():
@@ -467,9 +468,9 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
 
 
 def test_a_shard_that_lost_what_was_noted_is_refused(tmp_path):
-    writer = data.ShardWriter(tmp_path, "train", 100)
+    writer = shards.ShardWriter(tmp_path, "train", 100)
     writer.write(positions(50))
     state = writer.sync()
     os.truncate(tmp_path / "train_000000.bin", 1024 + 98)
     with pytest.raises(ValueError, match="has lost its end"):
-        data.ShardWriter(tmp_path, "train", 100, state=state)
+        shards.ShardWriter(tmp_path, "train", 100, state=state)

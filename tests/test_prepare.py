@@ -17,6 +17,7 @@ import pytest
 import data
 import documents
 import prepare
+import shards
 import sources
 from prepare import PrepareConfig
 from tokenizer import Tokenizer
@@ -513,7 +514,7 @@ def breaks(monkeypatch):
     """`breaks(error)` makes the second shard of a run raise."""
 
     def after_one_shard(error):
-        really_finish, calls = data.ShardWriter._finish, []
+        really_finish, calls = shards.ShardWriter._finish, []
 
         def finish(writer):
             calls.append(writer)
@@ -521,7 +522,7 @@ def breaks(monkeypatch):
                 raise error
             really_finish(writer)
 
-        monkeypatch.setattr(data.ShardWriter, "_finish", finish)
+        monkeypatch.setattr(shards.ShardWriter, "_finish", finish)
 
     return after_one_shard
 
@@ -760,7 +761,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
-    really_save, really_write = prepare.Work.save, prepare.SplitWriter.write
+    really_save, really_write = prepare.Work.save, shards.SplitWriter.write
     rng, lives = np.random.default_rng(1), [0]
 
     def die():
@@ -778,7 +779,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         die()
 
     monkeypatch.setattr(prepare.Work, "save", save)
-    monkeypatch.setattr(prepare.SplitWriter, "write", write)
+    monkeypatch.setattr(shards.SplitWriter, "write", write)
     deaths = 0
     for _ in range(200):
         lives[0] = int(rng.integers(1, 600))
@@ -795,7 +796,7 @@ def test_a_run_that_was_begun_with_other_settings_or_texts_is_not_gone_on_with(
     texts, target, capsys, monkeypatch
 ):
     monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(data.ShardWriter, "close", lambda writer: 1 / 0)
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda writer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(texts, target)
     monkeypatch.undo()
