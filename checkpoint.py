@@ -37,15 +37,16 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 def save(
     out_dir: Path,
     step: int,
-    model: GPT,
+    config: GPTConfig,
+    weights: dict[str, Tensor],
     tokenizer: Tokenizer,
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> Path:
     """Write `out_dir/step_<step>`, a new folder; return its path.
 
-    `optimizer` holds tensors by parameter name, `state` whatever JSON can carry. Raises OSError
-    where the disk does not take it all, and leaves nothing of it.
+    `weights` are a model's state_dict, `optimizer` holds tensors by parameter name, `state` what
+    JSON can carry. Raises OSError where the disk does not take it all, and leaves nothing of it.
     """
     remove_leftovers(out_dir)
     folder = out_dir / f"step_{step:06d}"
@@ -55,11 +56,13 @@ def save(
     try:
         partial.mkdir(parents=True)
         safetensors.torch.save_file(
-            to_hugging_face(model), partial / "model.safetensors", metadata={"format": "pt"}
+            to_hugging_face(weights, config),
+            partial / "model.safetensors",
+            metadata={"format": "pt"},
         )
         tokenizer.save(partial)
         ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-        write_json(partial / "config.json", {**config_to_hugging_face(model.config), **ids})
+        write_json(partial / "config.json", {**config_to_hugging_face(config), **ids})
         shutil.copymode(partial / "config.json", partial / "model.safetensors")  # else 0600
         write_json(partial / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
         torch.save(optimizer, partial / "optimizer.pt")
@@ -280,15 +283,15 @@ def config_from_hugging_face(folder: Path, block_size: int | None, dropout: floa
     )
 
 
-def to_hugging_face(model: GPT) -> dict[str, Tensor]:
-    """The model's weights as a GPT-2 file has them: matrices transposed, no bias missing."""
+def to_hugging_face(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """A model's weights as a GPT-2 file has them: matrices transposed, no bias missing."""
     weights = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_weights:
+    for name, tensor in state_dict.items():
+        if name == "lm_head.weight" and config.tie_weights:
             continue
         tensor = tensor.detach().float().cpu()
         weights[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    if not model.config.bias:
+    if not config.bias:
         for name in [name for name in weights if ".h." in name or ".ln_f." in name]:
             bias = name.removesuffix("weight") + "bias"
             weights[bias] = torch.zeros(weights[name].size(-1))

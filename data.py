@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime import Runtime
 from tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 PARTIAL = ".partial"  # where prepare.py builds the files of a folder
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss mask, each (B, T)
 
 
 class Split:
@@ -119,9 +123,16 @@ def data_fingerprint(data_dir: Path | str) -> str:
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 
+def statistics(data_dir: Path | str) -> dict[str, dict[str, int]]:
+    """Documents, bytes and tokens of each split, as far as a manifest counted them."""
+    splits = read_manifest(data_dir).get("splits", {})
+    names = ("documents", "bytes", "tokens")
+    return {name: {key: split[key] for key in names} for name, split in splits.items()}
+
+
 def bytes_per_token(data_dir: Path | str, name: str) -> float | None:
     """Bytes of UTF-8 text per token of a split, or None where no manifest counted them."""
-    counts = read_manifest(data_dir).get("splits", {}).get(name)
+    counts = statistics(data_dir).get(name)
     return counts["bytes"] / counts["tokens"] if counts else None
 
 
@@ -261,9 +272,34 @@ class Batches:
             order[here] = permute(places[here], self.windows, (self.seed, int(epoch)))
         return order * self.stride
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs and targets, int64 (B, T), and the loss mask of the targets, float (B, T)."""
-        return windows_at(self.split, self.starts(step), self.block_size)
+    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Inputs and targets, int64 (B, T), and the loss mask of the targets, float (B, T), or None
+        if all count; of several processes each gets its share, B = batch_size / world_size."""
+        share = self.batch_size // world_size
+        starts = self.starts(step)[rank * share : (rank + 1) * share]
+        return windows_at(self.split, starts, self.block_size)
+
+    def ahead(self, steps: range, rt: Runtime) -> Iterator[Batch]:
+        """This process's batch of each step, on its device. A thread reads the next one, and
+        starts copying it to a GPU, while the step runs."""
+
+        def read(step: int) -> Batch:
+            x, y, mask = self(step, rt.rank, rt.world_size)
+            return on_device(x, rt), on_device(y, rt), None if mask is None else on_device(mask, rt)
+
+        with ThreadPoolExecutor(1) as reader:
+            coming = [reader.submit(read, step) for step in steps[:1]]
+            for step in steps:
+                batch = coming.pop().result()
+                if step + 1 in steps:
+                    coming.append(reader.submit(read, step + 1))
+                yield batch
+
+
+def on_device(tensor: Tensor, rt: Runtime) -> Tensor:
+    if rt.device.type == "cuda":
+        return tensor.pin_memory().to(rt.device, non_blocking=True)
+    return tensor.to(rt.device)
 
 
 def check_length(split: Split, block_size: int) -> None:
@@ -275,9 +311,7 @@ def check_length(split: Split, block_size: int) -> None:
         )
 
 
-def windows_at(
-    split: Split, starts: np.ndarray, block_size: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def windows_at(split: Split, starts: np.ndarray, block_size: int) -> Batch:
     tokens = torch.from_numpy(np.stack([split[s : s + block_size + 1] for s in starts]))
     masks = [split.mask(s + 1, s + block_size + 1) for s in starts]
     mask = None if masks[0] is None else torch.from_numpy(np.stack(masks))  # type: ignore[arg-type]
@@ -285,25 +319,35 @@ def windows_at(
 
 
 def validation_batches(
-    split: Split, batch_size: int, block_size: int, max_tokens: int | None
+    split: Split,
+    batch_size: int,
+    block_size: int,
+    max_tokens: int | None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Fixed windows of a split, evenly spread, as (inputs, targets, mask), each (B, T).
 
     Raises ValueError for a split that holds less than one window.
 
     Without `max_tokens` every token but the first is the target of exactly one window: the last
-    window reaches back to be full, and its mask leaves out what was counted before.
+    window reaches back to be full, and its mask leaves out what was counted before. Several
+    processes take turns at the batches, each as many as the others: what is missing to that is a
+    window whose mask is all zeros.
     """
     check_length(split, block_size)
     targets = len(split) - 1
     windows = math.ceil(targets / block_size)
     chosen = windows if max_tokens is None else min(windows, max(1, max_tokens // block_size))
     numbers = np.arange(chosen) * windows // chosen
-    for first in range(0, chosen, batch_size):
-        wanted = numbers[first : first + batch_size] * block_size
+    for first in range(0, chosen, batch_size * world_size):
+        here = first + rank * batch_size
+        wanted = numbers[here : here + batch_size] * block_size
+        nothing = not len(wanted)
+        wanted = numbers[:1] * block_size if nothing else wanted
         starts = np.minimum(wanted, targets - block_size)
         x, y, mask = windows_at(split, starts, block_size)
         mask = torch.ones(y.shape) if mask is None else mask
         for row, again in enumerate(wanted - starts):
-            mask[row, :again] = 0
+            mask[row, : block_size if nothing else again] = 0
         yield x, y, mask

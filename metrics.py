@@ -1,5 +1,6 @@
-"""What a run tells: the console line, metrics.jsonl, and the loss plot."""
+"""What a run tells: the console line, metrics.jsonl, the plot, and an optional tracker."""
 
+import importlib
 import json
 import math
 import re
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 
-# One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu; and
-# where it was evaluated val_loss and val_bpb.
+# One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu,
+# peak_mem_gib; and where it was evaluated val_loss and val_bpb.
 Record = dict[str, Any]
 
 # Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
@@ -116,20 +117,67 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def plot_losses(records: list[Record], path: Path) -> None:
-    """Draw training and validation loss over the steps, as PNG."""
+def plot(records: list[Record], path: Path) -> None:
+    """Draw training and validation loss, learning rate and gradient norm over the steps, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    losses, rates, norms = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
+    lines = [
+        (losses, "loss", "training", "C0-"),
+        (losses, "val_loss", "validation", "C1o-"),
+        (rates, "lr", None, "C2-"),
+        (norms, "grad_norm", None, "C3-"),
+    ]
+    for axes, key, label, style in lines:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        axes.grid(alpha=0.3)
+    losses.set_ylabel("loss (nats per token)")
+    if losses.lines:
+        losses.legend()
+    rates.set_ylabel("learning rate")
+    norms.set(xlabel="step", ylabel="gradient norm")
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)
+
+
+class Tracker:
+    """A run as wandb or trackio shows it: the two have the same calls."""
+
+    def __init__(self, library: str, name: str, out_dir: Path, config: dict[str, Any]) -> None:
+        """Start, or go on with, the run of that name. Raises ValueError where the library is not
+        installed, or does not start."""
+        try:
+            self.library = importlib.import_module(library)
+        except ImportError:
+            raise ValueError(
+                f"--tracker={library} needs a library that is not here: pip install {library}"
+            ) from None
+        self.name = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
+        places = {"id": self.name, "dir": str(out_dir)} if library == "wandb" else {}
+        try:
+            self.library.init(
+                project="plaingpt", name=self.name, config=config, resume="allow", **places
+            )
+        except Exception as error:  # of kinds that are the library's own
+            raise ValueError(f"--tracker={library} does not start: {error}") from error
+
+    def log(self, record: Record) -> None:
+        """The record of a step, and the perplexity of its losses."""
+        values = {key: value for key, value in record.items() if finite(value) is not None}
+        for key in ("loss", "val_loss"):
+            if key in values:
+                values[key.replace("loss", "perplexity")] = math.exp(min(values[key], 700))
+        self.library.log(values, step=record["step"])
+
+    def finish(self, checkpoint: Path | None) -> None:
+        """End the run; the checkpoint folder goes with it, as an artifact."""
+        if checkpoint:
+            artifact = self.library.Artifact(self.name, type="model")
+            artifact.add_dir(str(checkpoint))
+            self.library.log_artifact(artifact)
+        self.library.finish()

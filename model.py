@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 EPSILON = 1e-5  # of every LayerNorm
 INIT_STD = 0.02
@@ -61,6 +62,17 @@ class GPTConfig:
         layer = 12 * self.n_embd**2
         matrices = self.n_layer * layer + self.vocab_size * self.n_embd
         return 6 * matrices + 12 * self.n_layer * self.n_embd * self.block_size
+
+    def activation_bytes_per_token(self, half: bool, recompute: bool) -> int:
+        """About what a training step keeps of each token for the backward pass, in bf16 or fp32.
+
+        In units of n_embd, a block keeps two LayerNorms (in and out), qkv, attention, and the MLP
+        around its GELU; `recompute` leaves its input alone, and one block's worth at a time. Of the
+        logits there are three copies.
+        """
+        block = self.n_embd * (36 if half else 64)
+        blocks = self.n_layer * 4 * self.n_embd + block if recompute else self.n_layer * block
+        return blocks + self.vocab_size * (10 if half else 12)
 
 
 class KVCache:
@@ -192,6 +204,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
         self.config = config
+        self.recompute = False  # activations of blocks in the backward pass, to keep fewer
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of token ids `idx` (B, T); `cache` is read and extended.
@@ -205,7 +218,10 @@ class Transformer(nn.Module):
         x = self.wte(idx) + self.wpe.weight[start:end]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache)
+            if self.recompute and self.training:
+                x = recomputed(block, x, layer, cache, use_reentrant=False)
+            else:
+                x = block(x, layer, cache)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

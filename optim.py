@@ -7,6 +7,9 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.adamw import adamw
+
+from parallel import sharded_as, whole
 
 Schedule = Literal["cosine", "wsd"]
 OptimizerName = Literal["muon", "adamw"]
@@ -39,7 +42,76 @@ def learning_rate(
     return min_lr + (peak - min_lr) * left
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Parameters in groups with their settings, and what it remembers of each parameter.
+
+    As torch.optim.Optimizer, whose constructor imports torch._dynamo: a second, which a run of a
+    few seconds would notice.
+    """
+
+    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+        """`params` are parameters, or groups: dicts of "params" and settings of their own."""
+        groups = list(params)
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        self.param_groups: list[dict[str, Any]] = [settings | group for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Update the parameters that have a gradient."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv 1711.05101), through PyTorch's fused kernel."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if p not in self.state:
+                    self.state[p] = {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [self.state[p]["step"] for p in parameters],
+                fused=True,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class Muon(Optimizer):
     """Nesterov momentum whose update is orthogonalized (Jordan et al. 2024, kellerjordan.github.io
     /posts/muon), for the weight matrices of the hidden layers.
 
@@ -47,16 +119,16 @@ class Muon(torch.optim.Optimizer):
     same learning rates serve both (Moonlight, arXiv 2502.16982). A group's matrices are cut into
     `parts` along their rows, each orthogonalized by itself: the q, k and v of a fused projection.
     All matrices of one shape go through as one batch: for small models they are most of the cost.
+    Sharded ones are put together for that, in every process.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -67,17 +139,20 @@ class Muon(torch.optim.Optimizer):
 
     def _step_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if p not in self.state:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        ahead = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
-        rows, columns = parameters[0].size(0) // group["parts"], parameters[0].size(1)
-        updates = orthogonalize(ahead.view(-1, rows, columns)).to(ahead.dtype).view_as(ahead)
+        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
+        stack = torch.stack([whole(tensor) for tensor in ahead])
+        parts = group.get("parts", 1)
+        rows, columns = stack.size(1) // parts, stack.size(2)
+        updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=scale)
+        own = [sharded_as(p, update) for p, update in zip(parameters, updates.unbind())]
+        torch._foreach_add_(parameters, own, alpha=scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -106,7 +181,7 @@ def build_optimizers(
     betas: tuple[float, float],
     momentum: float,
     embedding_lr_scale: float,
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """The optimizers that together train every parameter of a GPT.
 
     "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
@@ -126,25 +201,20 @@ def build_optimizers(
         {"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
         {"params": plain, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
-    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=betas)]
     if optimizer == "muon":
         groups = [{"params": qkv, "parts": 3}, {"params": matrices, "parts": 1}]
-        muon = Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-        optimizers.append(muon)
+        optimizers.append(Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay))
     return optimizers
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
     """Give every group `lr` times its own "lr_scale"."""
     for group in (group for each in optimizers for group in each.param_groups):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def optimizer_state(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, dict[str, Tensor]]:
+def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, Tensor]]:
     """What the optimizers remember of each parameter, by the parameter's name."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[p]: dict(state) for each in optimizers for p, state in each.state.items()}
@@ -152,7 +222,7 @@ def optimizer_state(
 
 def load_optimizer_state(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: list[Optimizer],
     saved: dict[str, dict[str, Tensor]],
 ) -> None:
     """Give `optimizers` back what `optimizer_state` took. Settings such as the learning rate are
@@ -170,7 +240,7 @@ def load_optimizer_state(
         wanted = (
             {"momentum_buffer"} if isinstance(each, Muon) else {"exp_avg", "exp_avg_sq", "step"}
         )
-        for parameter in (p for group in each.param_groups for p in group["params"]):
+        for parameter in each.parameters():
             name = names[parameter]
             state = saved.get(name, {})
             if set(state) != wanted:
@@ -185,5 +255,10 @@ def load_optimizer_state(
                         f"the parameter {tuple(parameter.shape)}"
                     )
             each.state[parameter] = {
-                key: value.to(parameter, copy=True) for key, value in state.items()
+                key: value if key == "step" else sharded_as(parameter, value)
+                for key, value in copied(state, parameter).items()
             }
+
+
+def copied(state: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    return {key: value.to(like.device, like.dtype, copy=True) for key, value in state.items()}

@@ -1,4 +1,7 @@
-"""Where a run happens: rank, world size, device, dtype, autocast, seeding and signals."""
+"""Where a run happens: rank, world size, device, dtype, autocast, seeding and signals.
+
+Several processes are torchrun's: it tells each its place in environment variables.
+"""
 
 import contextlib
 import ctypes
@@ -6,14 +9,18 @@ import os
 import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -26,6 +33,26 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    restarts: int = 0  # how often torchrun has started the group again
+
+    @property
+    def is_main(self) -> bool:
+        """One process of all writes the files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """A tensor added up over all processes."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in some process; the same answer in all."""
+        if self.world_size == 1:
+            return value
+        return self.sum(torch.tensor(float(value))).item() > 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -39,18 +66,42 @@ class Runtime:
 
 
 def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
-    """Choose the device and dtype of this process; "auto" takes the best that is here.
+    """Choose the device and dtype of this process, and join the others if torchrun started some;
+    "auto" takes the best that is here.
 
     Raises ValueError for a device that this machine does not have.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE is {world_size}, but a run is one process for now")
     keep_freed_memory()
-    chosen = torch.device(best_device() if device == "auto" else checked_device(device))
-    if dtype == "auto":
-        return Runtime(chosen, best_dtype(chosen))
-    return Runtime(chosen, getattr(torch, dtype))
+    name = best_device() if device == "auto" else device
+    if name == "cuda" and world_size > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = torch.device(checked_device(name))
+    if world_size > 1:
+        join(chosen)
+    return Runtime(
+        chosen,
+        best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=world_size,
+        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
+
+
+def join(device: torch.device) -> None:
+    """Wait for the other processes of the run: NCCL between GPUs, gloo between CPUs."""
+    if device.type == "mps":
+        raise ValueError("several processes work on CUDA or on the CPU, not on mps: --device=cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -103,6 +154,39 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+def revision() -> str | None:
+    """The git revision of this code, "-dirty" if it was changed since; None where git has none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
+
+
+def device_memory_gib(device: torch.device) -> float | None:
+    """All the memory of the device (on a CPU: of the machine), None where it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError):
+        return None
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most that this process has used so far, of a GPU's memory or of the machine's; None where
+    the system does not tell (all but Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        # Not getrusage, whose maximum starts with that of the process before exec.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def best_device() -> str:

@@ -5,11 +5,17 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
     python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
     python train.py --init_from=resume                         # go on from the newest checkpoint
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
-Ctrl-C and SIGTERM finish the step, save and end with exit status 0.
+Ctrl-C and SIGTERM finish the step, save and end with exit status 0. The number of processes changes
+the losses by rounding only.
 """
 
+import contextlib
+import io
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +31,8 @@ import configurator
 import data
 import metrics
 import optim
+import parallel
+import plan
 import runtime
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -51,7 +59,7 @@ class TrainConfig:
     vocab_multiple: int = 1  # round the vocabulary up to a multiple; 64 is faster on GPUs
     # the optimizer
     batch_size: int = 8  # sequences in a step, over all processes
-    micro_batch_size: int | None = None  # sequences a device takes at once; None: all
+    micro_batch_size: int | None = None  # sequences a device takes at once; None: its whole share
     max_steps: int = 1500  # optimizer steps
     epochs: float | None = None  # passes over the data; sets max_steps
     optimizer: optim.OptimizerName = "muon"  # muon (with AdamW on embeddings) or adamw
@@ -74,11 +82,14 @@ class TrainConfig:
     log_interval: int = 25  # steps between lines
     save_interval: int | None = None  # steps between checkpoints; None: at evaluations
     keep_checkpoints: int = 3  # newest to keep, and the best
+    tracker: Literal["wandb", "trackio"] | None = None  # where else the metrics go
     plan: bool = False  # print what would be done, and stop
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: runtime.DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, where it works
+    fsdp: bool = False  # shard weights and optimizer over the processes, for what outgrows a GPU
+    activation_checkpointing: bool = False  # less memory: blocks are computed again in backward
     seed: int = 1337  # of the weights, the order of the data and the dropout
 
 
@@ -90,15 +101,19 @@ def train(cfg: TrainConfig) -> metrics.Record:
     """
     check_settings(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
+    micro = plan.micro_batch_size(cfg, rt)
     if cfg.plan and not Path(cfg.data_dir).is_dir():
         print(f"{cfg.data_dir} is not there yet; taking GPT-2's vocabulary of 50,257 ids.")
         with torch.device("meta"):
             model = GPT(model_config(cfg, 50257))
-        print("\n".join(plan(cfg, rt, model, None)))
+        print("\n".join(plan.sentences(cfg, rt, model, None)))
         return {}
 
     # data, model, optimizer
-    out_dir = Path(cfg.out_dir)
+    out_dir, given = Path(cfg.out_dir), asdict(cfg)
+    earlier = starts_of(out_dir)
+    if rt.restarts and checkpoint.steps(out_dir) and earlier and earlier[-1]["settings"] == given:
+        cfg = replace(cfg, init_from="resume")  # torchrun starts a group again when one has died
     fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = data.load_tokenizer(cfg.data_dir)
     model, state, saved = build_model(cfg, tokenizer, fingerprint)
@@ -111,15 +126,21 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if cfg.epochs is not None:
         max_steps = max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size))
         cfg = replace(cfg, max_steps=max_steps)
-    print("\n".join(plan(cfg, rt, model, batches)))
+    print("\n".join(plan.sentences(cfg, rt, model, batches)))
     if cfg.plan:
         return {}
-    if start >= cfg.max_steps:
+    if start >= cfg.max_steps and not rt.restarts:
         raise ValueError(
             f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done; "
             "a larger --max_steps goes on"
         )
-    model.to(rt.device)
+    if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
+        raise ValueError(f"the processes do not see the same checkpoints in {out_dir}")
+    model.transformer.recompute = cfg.activation_checkpointing
+    if cfg.fsdp and rt.world_size > 1:
+        parallel.shard(model, rt)
+    else:
+        model.to(rt.device)
     optimizers = optim.build_optimizers(
         model,
         cfg.optimizer,
@@ -133,15 +154,25 @@ def train(cfg: TrainConfig) -> metrics.Record:
         optim.load_optimizer_state(model, optimizers, saved["parameters"])
         if saved["scaler"]:  # {} of a run in another dtype
             scaler.load_state_dict(saved["scaler"])
-    step_model = maybe_compiled(model, cfg, rt)
+    step_model = maybe_compiled(model, cfg, micro, rt)
+    if rt.world_size > 1 and not cfg.fsdp:
+        step_model = parallel.average_gradients(step_model, rt)
 
-    # the run folder
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if start == 0:
-        for folder in checkpoint.steps(out_dir):  # only with --overwrite
-            checkpoint.remove(folder)
-    checkpoint.write_json(out_dir / "settings.json", asdict(cfg))
-    log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
+    # the run folder, which the main process writes
+    log, tracker = None, None
+    if rt.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if start == 0:
+            for folder in checkpoint.steps(out_dir):  # only with --overwrite
+                checkpoint.remove(folder)
+        this_start = describe_start(given, rt, start, fingerprint)
+        starts = [*earlier, this_start] if start else [this_start]
+        checkpoint.write_json(out_dir / "run.json", {"starts": starts})
+        log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
+        if cfg.tracker:
+            about = this_start | {"splits": data.statistics(cfg.data_dir)}
+            name = f"{out_dir.name}-{starts[0]['time']}"
+            tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
     bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
@@ -150,16 +181,20 @@ def train(cfg: TrainConfig) -> metrics.Record:
     seconds = 0.0
 
     with runtime.stop_signals() as stop:
+        coming = batches.ahead(range(start, cfg.max_steps), rt)
         for step in range(start, cfg.max_steps):
             began = time.perf_counter()
             rt.seed_step(cfg.seed, step)
             lr = learning_rate(step, cfg)
-            loss, norm = optimizer_step(step_model, batches(step), optimizers, scaler, lr, cfg, rt)
+            batch = next(coming)
+            loss, norm = optimizer_step(
+                model, step_model, batch, optimizers, scaler, lr, micro, cfg.grad_clip, rt
+            )
             seconds += time.perf_counter() - began
             timed_steps += 1
 
             done = step + 1
-            stopping = bool(stop)  # asked once: a signal may come at any line
+            stopping = rt.any(bool(stop))  # asked once: a signal may come at any line
             last = stopping or done == cfg.max_steps
             bad_steps = 0 if math.isfinite(loss + norm) else bad_steps + 1
             skipped += bad_steps > 0
@@ -172,6 +207,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     f"{bad_steps} steps in a row were not finite: lower --learning_rate, raise "
                     "--warmup_steps or try --dtype=float32, and go on with --init_from=resume"
                 )
+            if done == start + 1:
+                warm = time.perf_counter()
+            if done == start + 6:
+                left = (time.perf_counter() - warm) / 5 * (cfg.max_steps - done)
+                print(f"Time: about {metrics.duration(left)} for the steps that are left.")
             evaluating = done == cfg.max_steps or done % cfg.eval_interval == 0
             if evaluating or done % cfg.log_interval == 0:
                 dt = seconds / timed_steps
@@ -185,30 +225,34 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "tokens_per_s": tokens_per_step / dt,
                     "dt_ms": 1000 * dt,
                     "mfu": None,
+                    "peak_mem_gib": runtime.peak_memory_gib(rt.device),
                 }
                 if peak_flops:
                     flops = model.config.flops_per_token() * tokens_per_step
-                    record["mfu"] = flops / dt / peak_flops
+                    record["mfu"] = flops / dt / (peak_flops * rt.world_size)
                 print(metrics.console_line(record, cfg.max_steps, (cfg.max_steps - done) * dt))
                 seconds, timed_steps = 0.0, 0
             if evaluating:
-                record["val_loss"] = evaluate(model, val_split, cfg, rt)
+                record["val_loss"] = evaluate(model, val_split, cfg.eval_tokens, micro, rt)
                 text = f"step {done}: validation loss {record['val_loss']:.4f} nats per token"
                 if bytes_per_token:
                     record["val_bpb"] = record["val_loss"] / math.log(2) / bytes_per_token
                     text += f", {record['val_bpb']:.4f} bits per byte"
                 print(text)
-            if record.get("step") == done:
+            if log and record.get("step") == done:
                 log.add(record)
+                if evaluating:
+                    metrics.plot(log.records, out_dir / "loss.png")
+            if tracker and record.get("step") == done:
+                tracker.log(record)
             sound = bad_steps == 0 and math.isfinite(record.get("val_loss", 0))
             if sound and due(done, cfg.sample_interval, evaluating):
-                print_sample(model, tokenizer, cfg.seed)
-            if evaluating:
-                metrics.plot_losses(log.records, out_dir / "loss.png")
+                print_sample(model, tokenizer, cfg.seed, rt)
             if last or due(done, cfg.save_interval, evaluating):
-                optimizer_file = {
-                    "parameters": optim.optimizer_state(model, optimizers),
-                    "scaler": scaler.state_dict(),
+                weights = parallel.gathered(model.state_dict(), rt)
+                parameters = {
+                    name: parallel.gathered(moments, rt)
+                    for name, moments in optim.optimizer_state(model, optimizers).items()
                 }
                 state = {
                     "step": done,
@@ -220,12 +264,20 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "versions": runtime.versions(),
                     "settings": asdict(cfg),
                 }
-                folder = checkpoint.save(out_dir, done, model, tokenizer, optimizer_file, state)
-                checkpoint.prune(out_dir, cfg.keep_checkpoints)
-                print(f"step {done}: saved {folder}")
+                if rt.is_main:
+                    optimizer_file = {"parameters": parameters, "scaler": scaler.state_dict()}
+                    folder = checkpoint.save(
+                        out_dir, done, model.config, weights, tokenizer, optimizer_file, state
+                    )
+                    checkpoint.prune(out_dir, cfg.keep_checkpoints)
+                    print(f"step {done}: saved {folder}")
             if stopping:
-                print(f"stopped by {stop[0]}; --init_from=resume goes on from step {done}")
+                name = stop[0] if stop else "a signal"
+                print(f"stopped by {name}; --init_from=resume goes on from step {done}")
                 break
+    if tracker:
+        tracker.finish(checkpoint.find(out_dir))
+    runtime.leave()
     return record
 
 
@@ -242,38 +294,47 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     return {name: settings[name] for name in known - {"init_from", "out_dir", "overwrite", "plan"}}
 
 
+def starts_of(out_dir: Path) -> list[dict[str, Any]]:
+    """What run.json tells of the starts of a run: the first, and each resumption."""
+    path = out_dir / "run.json"
+    return checkpoint.read_json(path)["starts"] if path.exists() else []
+
+
+def describe_start(
+    settings: dict[str, Any], rt: runtime.Runtime, step: int, fingerprint: str
+) -> dict[str, Any]:
+    """What it takes to repeat a run, for run.json and the tracker."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime()),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        "settings": settings,
+        "data": fingerprint,
+        "device": str(rt.device),
+        "dtype": str(rt.dtype),
+        "world_size": rt.world_size,
+        "versions": runtime.versions(),
+        "revision": runtime.revision(),
+    }
+
+
 def check_settings(cfg: TrainConfig) -> None:
     """Raises ValueError that lists all settings out of range."""
     problems = []
-    at_least_one = ["batch_size", "max_steps", "eval_interval", "log_interval", "keep_checkpoints"]
-    at_least_one += [
-        "block_size",
-        "micro_batch_size",
-        "stride",
-        "save_interval",
-        "eval_tokens",
-        "vocab_multiple",
-    ]
-    for name in at_least_one:
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
+    counts = "batch_size micro_batch_size max_steps block_size stride vocab_multiple eval_interval"
+    counts += " eval_tokens log_interval save_interval keep_checkpoints"
+    not_negative = "min_lr warmup_steps weight_decay grad_clip seed sample_interval"
+    for name, value in asdict(cfg).items():
+        if value is None:
+            continue
+        if name in counts.split() and value < 1:
             problems.append(f"{name} must be at least 1, not {value}")
-    not_negative = [
-        "min_lr",
-        "warmup_steps",
-        "weight_decay",
-        "grad_clip",
-        "seed",
-        "sample_interval",
-    ]
-    for name in not_negative:
-        value = getattr(cfg, name)
-        if value is not None and not 0 <= value < math.inf:
+        if name in not_negative.split() and not 0 <= value < math.inf:
             problems.append(f"{name} must be a number from 0 on, not {value}")
-    for name in ("learning_rate", "embedding_lr_scale", "epochs"):
-        value = getattr(cfg, name)
-        if value is not None and not 0 < value < math.inf:
+        if name in ("learning_rate", "embedding_lr_scale", "epochs") and not 0 < value < math.inf:
             problems.append(f"{name} must be a number above 0, not {value}")
+        if name in ("momentum", "beta1", "beta2") and not 0 <= value < 1:
+            problems.append(f"{name} must be in [0, 1), not {value}")
     for name in ("data_dir", "out_dir"):
         if not getattr(cfg, name):
             problems.append(f"{name} is empty")
@@ -281,19 +342,8 @@ def check_settings(cfg: TrainConfig) -> None:
         problems.append(f"seed must be below 2**63, not {cfg.seed}")
     if cfg.min_lr > cfg.learning_rate:
         problems.append(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
-    for name in ("momentum", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) < 1:
-            problems.append(f"{name} must be in [0, 1), not {getattr(cfg, name)}")
     if not 0 <= cfg.decay_fraction <= 1:
         problems.append(f"decay_fraction must be in [0, 1], not {cfg.decay_fraction}")
-    micro = cfg.micro_batch_size
-    if micro and not problems and cfg.batch_size % micro:
-        fits = [size for size in range(1, cfg.batch_size + 1) if cfg.batch_size % size == 0]
-        near = sorted(fits, key=lambda size: abs(size - micro))[:2]
-        problems.append(
-            f"batch_size={cfg.batch_size} is no multiple of micro_batch_size={micro}; "
-            f"the nearest that divide it are {' and '.join(map(str, sorted(near)))}"
-        )
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -359,45 +409,9 @@ def build_model(
     return model, state, checkpoint.read_optimizer(folder)
 
 
-def plan(
-    cfg: TrainConfig, rt: runtime.Runtime, model: GPT, batches: data.Batches | None
-) -> list[str]:
-    """What the run is going to do, in sentences."""
-    config = model.config
-    params = model.num_params()
-    micro = cfg.micro_batch_size or cfg.batch_size
-    tokens_per_step = cfg.batch_size * config.block_size
-    tokens = cfg.max_steps * tokens_per_step
-    lines = [
-        f"Model: {params:,} parameters; {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide, context {config.block_size:,}, vocabulary {config.vocab_size:,}.",
-        f"Step: {cfg.batch_size:,} sequences × {config.block_size:,} = {tokens_per_step:,} tokens, "
-        f"in {cfg.batch_size // micro:,} micro-step(s) of {micro:,} sequences.",
-        f"Run: {cfg.max_steps:,} steps, {tokens:,} tokens, {tokens / params:.1f} per parameter"
-        + (f", {tokens / (batches.windows * batches.stride):.2f} epochs." if batches else "."),
-        f"Compute: {tokens * config.flops_per_token():.3g} floating-point operations, "
-        f"on {rt.device} in {str(rt.dtype).removeprefix('torch.')}, {cfg.optimizer}.",
-        f"Memory: about {memory_gib(model, micro, cfg, rt):.1f} GiB on the device.",
-    ]
-    return lines
-
-
-def memory_gib(model: GPT, micro_batch_size: int, cfg: TrainConfig, rt: runtime.Runtime) -> float:
-    """An estimate of a training step's memory: weights, gradients, optimizer, activations."""
-    config, half = model.config, rt.dtype != torch.float32
-    hidden = sum(
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name
-    )
-    moments = 2 * model.num_params() - (hidden if cfg.optimizer == "muon" else 0)
-    # Per token and layer, in units of n_embd bytes: what backward needs of two LayerNorms (in and
-    # out), qkv, attention, and the MLP around its GELU; per token, three copies of the logits.
-    activations = config.n_layer * config.n_embd * (36 if half else 64)
-    activations += config.vocab_size * (10 if half else 12)
-    tokens = micro_batch_size * config.block_size
-    return (4 * (2 * model.num_params() + moments) + tokens * activations) / 2**30
-
-
-def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callable[..., Tensor]:
+def maybe_compiled(
+    model: GPT, cfg: TrainConfig, micro: int, rt: runtime.Runtime
+) -> Callable[..., Tensor]:
     """The model as the training step calls it: compiled on GPUs, or where --compile says so.
 
     Evaluation and sampling keep the plain module, whose shapes may vary. Raises ValueError where
@@ -406,23 +420,22 @@ def maybe_compiled(model: GPT, cfg: TrainConfig, rt: runtime.Runtime) -> Callabl
     if cfg.compile is False or (cfg.compile == "auto" and not worth_compiling(rt)):
         return model
     fast = torch.compile(model)
-    tokens = torch.zeros(
-        cfg.micro_batch_size or cfg.batch_size,
-        model.config.block_size,
-        dtype=torch.long,
-        device=rt.device,
-    )
+    shape = (micro, model.config.block_size)
+    tokens = torch.zeros(shape, dtype=torch.long, device=rt.device)
+    reason = ""
     try:
         with rt.autocast():
             fast(tokens, tokens).backward()
         model.zero_grad(set_to_none=True)
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        if cfg.compile is True:
-            raise ValueError(f"--compile=true does not work here ({reason})") from error
-        print(f"torch.compile does not work here ({reason}); going on without it")
-        return model
-    return fast
+    if not rt.any(bool(reason)):
+        return fast
+    reason = reason or "in another process"
+    if cfg.compile is True:
+        raise ValueError(f"--compile=true does not work here ({reason})")
+    print(f"torch.compile does not work here ({reason}); going on without it")
+    return model
 
 
 def worth_compiling(rt: runtime.Runtime) -> bool:
@@ -446,55 +459,59 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 
 def optimizer_step(
-    model: Callable[..., Tensor],
-    batch: tuple[Tensor, Tensor, Tensor | None],
-    optimizers: list[torch.optim.Optimizer],
+    model: GPT,
+    step_model: Callable[..., Tensor],
+    batch: data.Batch,
+    optimizers: list[optim.Optimizer],
     scaler: torch.amp.GradScaler,
     lr: float,
-    cfg: TrainConfig,
+    micro: int,
+    grad_clip: float,
     rt: runtime.Runtime,
 ) -> tuple[float, float]:
     """Accumulate the gradient of a batch and update once; return the loss and the gradient's norm.
 
-    The loss is the mean over all targets whose mask is 1. A step whose loss or gradient is not
-    finite changes nothing.
+    The loss is the mean over all targets of all processes whose mask is 1. A step whose loss or
+    gradient is not finite changes nothing.
     """
-    x, y = batch[0].to(rt.device), batch[1].to(rt.device)
-    mask = None if batch[2] is None else batch[2].to(rt.device)
-    micro = cfg.micro_batch_size or cfg.batch_size
-    counted = x.numel() if mask is None else mask.sum().clamp(min=1)
+    x, y, mask = batch  # this process's
+    counted = x.numel() * rt.world_size if mask is None else rt.sum(mask.sum()).clamp(min=1)
     loss = torch.zeros((), device=rt.device)
-    for first in range(0, cfg.batch_size, micro):
+    for first in range(0, len(x), micro):
         part = slice(first, first + micro)
         part_mask = None if mask is None else mask[part]
         share = (x[part].numel() if part_mask is None else part_mask.sum()) / counted
+        parallel.share_gradients(model, step_model, first + micro == len(x))
         with rt.autocast():
-            micro_loss = model(x[part], y[part], part_mask) * share
-        scaler.scale(micro_loss).backward()
+            micro_loss = step_model(x[part], y[part], part_mask) * share
+        scaler.scale(micro_loss * rt.world_size).backward()  # processes average their gradients
         loss += micro_loss.detach()
+    loss = rt.sum(loss)
 
-    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     for each in optimizers:
-        scaler.unscale_(each)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        scaler.unscale_(each)  # type: ignore[arg-type]
+    parameters = [parameter for each in optimizers for parameter in each.parameters()]
+    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     finite = math.isfinite(loss.item() + norm.item())
     optim.set_learning_rate(optimizers, lr)
     for each in optimizers:
         if finite:
-            scaler.step(each)
-        each.zero_grad(set_to_none=True)
+            scaler.step(each)  # type: ignore[arg-type]
+        each.zero_grad()
     scaler.update()
     return loss.item(), norm.item()
 
 
 @torch.no_grad()
-def evaluate(model: GPT, split: data.Split, cfg: TrainConfig, rt: runtime.Runtime) -> float:
-    """Mean loss in nats per token over the fixed windows of a split."""
+def evaluate(
+    model: GPT, split: data.Split, max_tokens: int | None, micro: int, rt: runtime.Runtime
+) -> float:
+    """Mean loss in nats per token over the fixed windows of a split, shared over the processes."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    counted = torch.zeros((), dtype=torch.float64)
-    micro = cfg.micro_batch_size or cfg.batch_size
-    windows = data.validation_batches(split, micro, model.config.block_size, cfg.eval_tokens)
+    total, counted = torch.zeros(2, dtype=torch.float64)
+    windows = data.validation_batches(
+        split, micro, model.config.block_size, max_tokens, rt.rank, rt.world_size
+    )
     for batch in windows:
         x, y, mask = (part.to(rt.device) for part in batch)
         with rt.autocast():
@@ -502,7 +519,7 @@ def evaluate(model: GPT, split: data.Split, cfg: TrainConfig, rt: runtime.Runtim
         total += (loss * mask.sum()).cpu()
         counted += mask.sum().cpu()
     model.train()
-    return (total / counted).item()
+    return (rt.sum(total) / rt.sum(counted)).item()
 
 
 def due(done: int, interval: int | None, evaluating: bool) -> bool:
@@ -512,27 +529,29 @@ def due(done: int, interval: int | None, evaluating: bool) -> bool:
     return interval > 0 and done % interval == 0
 
 
-def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
+def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: runtime.Runtime) -> None:
     """Print what the model makes up after `<|endoftext|>`; the same draws each time."""
     model.eval()
-    device = model.transformer.wte.weight.device
     tokens = model.generate(
-        torch.tensor([[tokenizer.eot_id]], device=device),
+        torch.tensor([[tokenizer.eot_id]], device=rt.device),
         SAMPLE_TOKENS,
         temperature=0.8,
         top_p=0.95,
         stop_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator(rt.device).manual_seed(seed),
     )
-    ids = [int(token) for token in tokens]
+    with parallel.together(model):  # a sharded model needs all processes
+        ids = [int(token) for token in tokens]
     model.train()
     text = tokenizer.decode(ids).removesuffix(tokenizer.eot)
     print("\n".join(f"  | {line}" for line in text.splitlines()))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return configurator.command(TrainConfig, train, argv, settings_so_far)
+    quiet = os.environ.get("RANK", "0") != "0"  # one process of many speaks; errors all of them do
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        return configurator.command(TrainConfig, train, argv, settings_so_far)
 
 
 if __name__ == "__main__":

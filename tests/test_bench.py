@@ -14,8 +14,9 @@ def test_prepare_is_measured_beside_tiktoken(tmp_path, capsys, documents):
     arguments += [f"--documents={documents}", f"--folder={tmp_path}"]
     assert bench.main(["prepare", *arguments]) == 0
     result = json.loads(output.read_text())
-    assert len(result["ratio"]) == len(result["prepare_mb_per_s"]) == 2
-    assert 0.05 < result["peak_memory_gib"][0] < 2
+    table = result["table"]
+    assert len(table["ratio"]) == len(table["prepare.py, MB/s"]) == 2
+    assert 0.05 < table["peak memory of prepare.py, GiB"][0] < 2
     assert "ratio" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -29,7 +29,9 @@ def save(out_dir, step=1, config=SHAPE, val_loss=None, seed=1):
             parameter.add_(torch.randn(parameter.shape) / 10)
     state = {"step": step, "val_loss": val_loss, "data": "x", "settings": {}}
     optimizer = {"parameters": {"a": {"m": torch.ones(2)}}, "scaler": {}}
-    return model, checkpoint.save(out_dir, step, model, Tokenizer.bytes(), optimizer, state)
+    return model, checkpoint.save(
+        out_dir, step, model.config, model.state_dict(), Tokenizer.bytes(), optimizer, state
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -271,7 +273,7 @@ def test_a_missing_or_damaged_config_is_refused(tmp_path):
 
 def test_an_unprefixed_half_precision_file_opens(tmp_path):
     model, folder = save(tmp_path)
-    weights = checkpoint.to_hugging_face(model)
+    weights = checkpoint.to_hugging_face(model.state_dict(), model.config)
     bare = {name.removeprefix("transformer."): t.bfloat16() for name, t in weights.items()}
     shutil.copytree(folder, tmp_path / "bare")
     safetensors.torch.save_file(bare, tmp_path / "bare" / "model.safetensors")

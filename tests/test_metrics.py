@@ -148,10 +148,10 @@ def test_a_missing_file_has_no_records(tmp_path):
 def test_the_plot_is_a_png(tmp_path):
     path = tmp_path / "loss.png"
     records = [{"step": step, "loss": 5 / step} for step in range(1, 50)]
-    metrics.plot_losses(records, path)
+    metrics.plot(records, path)
     without = path.read_bytes()
     records += [{"step": 48, "val_loss": 4.5}, {"step": 49, "val_loss": 4.4}]
-    metrics.plot_losses(records, path)
+    metrics.plot(records, path)
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and content != without
     width, height = struct.unpack(">II", content[16:24])

@@ -30,7 +30,9 @@ def tokens(*shape: int, seed: int = 3) -> torch.Tensor:
 def huggingface(model: GPT) -> GPT2LMHeadModel:
     config = GPT2Config(**checkpoint.config_to_hugging_face(model.config))
     theirs = GPT2LMHeadModel(config).eval()
-    left = theirs.load_state_dict(checkpoint.to_hugging_face(model), strict=False)
+    left = theirs.load_state_dict(
+        checkpoint.to_hugging_face(model.state_dict(), model.config), strict=False
+    )
     assert not left.unexpected_keys
     assert set(left.missing_keys) <= {"lm_head.weight"}
     theirs.tie_weights()

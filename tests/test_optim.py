@@ -117,6 +117,24 @@ def test_muon_is_torchs(weight_decay):
         )
 
 
+def test_adamw_is_torchs():
+    ours, theirs = matrices(), matrices()
+    settings = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
+    one, other = optim.AdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
+    for step in range(5):
+        for each, parameters in ((one, ours), (other, theirs)):
+            give_gradients(parameters, step)
+            parameters[0].grad = None if step == 2 else parameters[0].grad
+            each.step()
+            each.zero_grad()
+    assert all(torch.equal(mine, torchs) for mine, torchs in zip(ours, theirs))
+    assert all(
+        torch.equal(one.state[mine][key], value)
+        for mine, torchs in zip(ours, theirs)
+        for key, value in other.state[torchs].items()
+    )
+
+
 def test_parts_are_matrices_of_their_own():
     whole = nn.Parameter(torch.randn(48, 16, generator=torch.Generator().manual_seed(0)))
     parts = [nn.Parameter(part.clone()) for part in whole.detach().split(16)]
@@ -208,8 +226,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     }
     assert model.transformer.h[0].attn.c_attn.weight.shape == (48, 16)  # q, k and v along the rows
     assert [group["momentum"] for group in muon_of(optimizers).param_groups] == [0.9, 0.9]
-    assert {type(each) for each in optimizers} == {optim.Muon, torch.optim.AdamW}
-    assert [type(each) for each in build(model, "adamw")] == [torch.optim.AdamW]
+    assert {type(each) for each in optimizers} == {optim.Muon, optim.AdamW}
+    assert [type(each) for each in build(model, "adamw")] == [optim.AdamW]
 
 
 def test_adamw_gets_its_settings():

@@ -19,7 +19,15 @@ def folder(tmp_path_factory):
     model = GPT(SHAPE).init_weights(1)
     with torch.no_grad():
         model.transformer.wte.weight[257:] += 1.0
-    return checkpoint.save(tmp_path_factory.mktemp("out"), 1, model, Tokenizer.bytes(), {}, {})
+    return checkpoint.save(
+        tmp_path_factory.mktemp("out"),
+        1,
+        model.config,
+        model.state_dict(),
+        Tokenizer.bytes(),
+        {},
+        {},
+    )
 
 
 def run(folder, *arguments) -> int:
@@ -57,7 +65,7 @@ def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
     model = checkpoint.load_model(folder)
     with torch.no_grad():  # every logit but that of <|endoftext|> is about 0
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256] * 1e4)
-    ends = checkpoint.save(tmp_path, 1, model, Tokenizer.bytes(), {}, {})
+    ends = checkpoint.save(tmp_path, 1, model.config, model.state_dict(), Tokenizer.bytes(), {}, {})
     assert run(ends, "--start=The end.") == 0
     assert run(ends, "--start=The end.", "--num_samples=2") == 0
     expected = "The end.\n--- sample 1 of 2\nThe end.\n--- sample 2 of 2\nThe end.\n"

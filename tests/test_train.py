@@ -57,7 +57,7 @@ def cfg(tmp_path_factory) -> train.TrainConfig:
 
 def records(out_dir) -> list[dict]:
     """metrics.jsonl without the clock's part."""
-    timing = {"tokens_per_s", "dt_ms", "mfu"}
+    timing = {"tokens_per_s", "dt_ms", "mfu", "peak_mem_gib"}
     found = metrics.read_records(Path(out_dir) / "metrics.jsonl")
     return [{key: r[key] for key in r if key not in timing} for r in found]
 
@@ -116,6 +116,13 @@ def test_evaluating_sampling_and_saving_more_often_change_no_loss(cfg, tmp_path)
     assert losses[0] == losses[1]
 
 
+class SGD(optim.Optimizer):
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.parameters():
+            parameter -= parameter.grad
+
+
 def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
     rt = runtime.start("cpu", "float32")
     mask = (torch.arange(64).view(4, 16) % 5 < 2).float()
@@ -123,11 +130,11 @@ def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
     x, y = torch.randint(257, (4, 16)), torch.randint(257, (4, 16))
     weights = []
     for micro in (1, 2, 4):
-        changed = replace(cfg, micro_batch_size=micro, dropout=0.0, optimizer="adamw")
-        model = train.GPT(train.model_config(changed, 257)).init_weights(0)
-        sgd = [torch.optim.SGD(model.parameters(), lr=1.0)]
+        model = train.GPT(train.model_config(replace(cfg, dropout=0.0), 257)).init_weights(0)
+        sgd = [SGD(model.parameters())]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss, _ = train.optimizer_step(model, (x, y, mask), sgd, scaler, 1.0, changed, rt)
+        batch = (x, y, mask)
+        loss, _ = train.optimizer_step(model, model, batch, sgd, scaler, 1.0, micro, 0.0, rt)
         weights.append((torch.tensor(loss), *model.parameters()))
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
@@ -247,7 +254,9 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, caps
     assert train.main(resume) == 0
     err = capsys.readouterr().err
     assert "learning_rate = 0.003 (default 0.01, the run so far)" in err
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    first_start, resumed = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert (first_start["step"], resumed["step"]) == (0, 4)
+    settings = resumed["settings"]
     given = {"max_steps": 6, "dropout": 0.0, "init_from": "resume"}
     assert settings == vars(first) | given
 
@@ -366,7 +375,11 @@ def test_the_run_folder(cfg, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 20/20 | loss " in out and "validation loss" in out and "\n  | " in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "settings.json").read_text())["n_embd"] == 32
+    (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert start["settings"]["n_embd"] == 32 and start["data"] == data.data_fingerprint(
+        cfg.data_dir
+    )
+    assert {"command", "versions", "revision", "world_size", "device"} <= set(start)
     best = min(r.get("val_loss", math.inf) for r in records(tmp_path))
     states = [checkpoint.read_state(folder) for folder in checkpoint.steps(tmp_path)]
     assert states[-1]["step"] == 20
@@ -408,10 +421,10 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
     rt = runtime.start("cpu")
     model = train.GPT(train.model_config(cfg, 257))
     monkeypatch.setattr(train, "worth_compiling", lambda rt: True)
-    assert train.maybe_compiled(model, cfg, rt) is model
+    assert train.maybe_compiled(model, cfg, 4, rt) is model
     assert "(RuntimeError: no compiler)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--compile=true does not work here"):
-        train.maybe_compiled(model, replace(cfg, compile=True), rt)
+        train.maybe_compiled(model, replace(cfg, compile=True), 4, rt)
 
 
 # --- as a process
