@@ -31,9 +31,7 @@ def shard(model: GPT, rt: Runtime) -> None:
 def average_gradients(step_model: Any, rt: Runtime) -> DistributedDataParallel:
     """The model as a module whose backward pass averages gradients over the processes (DDP)."""
     devices = [rt.device] if rt.device.type == "cuda" else None
-    return DistributedDataParallel(
-        step_model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(step_model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def share_gradients(model: Any, step_model: Callable[..., Tensor], share: bool) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    restarts: int = 0  # how often torchrun has started the group again
+    restartable: bool = False  # torchrun starts the processes again when one has died
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +85,7 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
         best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
         rank=int(os.environ.get("RANK", 0)),
         world_size=world_size,
-        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        restartable=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0,
     )
 
 
@@ -95,7 +96,30 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = meeting_place(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def meeting_place(rank: int, world_size: int) -> dist.Store:
+    """Where the processes find each other: a store in the main one.
+
+    torchrun's own outlives the processes that it starts again and keeps the addresses of the dead,
+    which new ones would wait for (pytorch issue 135712). So it only says where the store is.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, world_size, is_master=rank == 0)
+    torchruns = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+        torchruns.set("plaingpt", str(store.port))
+        return store
+    while True:
+        port = int(torchruns.get("plaingpt"))  # maybe still that of a dead one, which is closed
+        with contextlib.suppress(dist.DistError):
+            return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
 
 
 def leave() -> None:
@@ -108,15 +132,15 @@ def keep_freed_memory() -> None:
     """Have glibc reuse freed memory in place of giving it back to the system.
 
     The tensors of a training step are freed and allocated again each step; mapping their pages
-    anew cost a fifth of a small model's step on a CPU. Nothing happens on other C libraries.
+    anew cost a fourth of a step on a CPU (docs/benchmarks.md). Other C libraries stay as they are.
     """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
-    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_max, 0)  # all of it from the heap
+    mallopt(trim_threshold, -1)  # which never shrinks
     mallopt(top_pad, 64 << 20)
 
 

@@ -112,8 +112,14 @@ def train(cfg: TrainConfig) -> metrics.Record:
     # data, model, optimizer
     out_dir, given = Path(cfg.out_dir), asdict(cfg)
     earlier = starts_of(out_dir)
-    if rt.restarts and checkpoint.steps(out_dir) and earlier and earlier[-1]["settings"] == given:
-        cfg = replace(cfg, init_from="resume")  # torchrun starts a group again when one has died
+    restarted = rt.restartable and earlier != [] and earlier[-1]["settings"] == given
+    if rt.restartable and cfg.overwrite:
+        raise ValueError(
+            f"--overwrite does not combine with --max-restarts: remove {out_dir} first"
+        )
+    if restarted and checkpoint.steps(out_dir):
+        print(f"{out_dir} is this run, begun before: going on with it")
+        cfg = replace(cfg, init_from="resume")
     fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = data.load_tokenizer(cfg.data_dir)
     model, state, saved = build_model(cfg, tokenizer, fingerprint)
@@ -129,7 +135,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     print("\n".join(plan.sentences(cfg, rt, model, batches)))
     if cfg.plan:
         return {}
-    if start >= cfg.max_steps and not rt.restarts:
+    if start >= cfg.max_steps and not restarted:
         raise ValueError(
             f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done; "
             "a larger --max_steps goes on"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import struct
 import sys
 import tracemalloc
@@ -14,6 +15,7 @@ from conftest import write_shard
 import data
 import shards
 from data import Batches, Split
+from runtime import Runtime
 
 VOCAB = 65536
 
@@ -369,6 +371,47 @@ def test_validation_is_the_same_each_time_and_for_every_batch_size(shard_folder)
         one = counted(data.validation_batches(split, 1, 8, max_tokens))
         assert one == counted(data.validation_batches(split, 1, 8, max_tokens))
         assert one == counted(data.validation_batches(split, 7, 8, max_tokens))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_processes_share_validation_and_see_as_many_batches(shard_folder, world_size, batch_size):
+    split = split_of(shard_folder([positions(100)]))
+    shares = [
+        list(data.validation_batches(split, batch_size, 8, None, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(target for share in shares for target in counted(share)) == list(range(1, 100))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_processes_share_each_batch_in_order(folder, world_size):
+    batches = batches_of(folder)
+    parts = [batches(3, rank, world_size)[0] for rank in range(world_size)]
+    assert [len(part) for part in parts] == [4 // world_size] * world_size
+    assert torch.equal(torch.cat(parts), batches(3)[0])
+
+
+def test_batches_come_in_order_each_read_while_the_step_before_runs(folder, monkeypatch):
+    batches, really, read = batches_of(folder), Batches.__call__, queue.Queue()
+
+    def noted(self, step, *place):
+        read.put(step)
+        if step == 6:
+            raise OSError("the disk is gone")
+        return really(self, step, *place)
+
+    monkeypatch.setattr(Batches, "__call__", noted)
+    coming = batches.ahead(range(3, 9), Runtime(torch.device("cpu"), torch.float32))
+    for step in range(3, 6):
+        x, _, mask = next(coming)
+        assert torch.equal(x, really(batches, step)[0]) and mask is None
+        if step == 3:
+            assert read.get(timeout=10) == 3
+        assert read.get(timeout=10) == step + 1
+    with pytest.raises(OSError, match="the disk is gone"):  # in the thread
+        next(coming)
 
 
 @pytest.mark.parametrize(
