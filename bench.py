@@ -3,6 +3,8 @@ Measure this machine: speed beside the limit of the same work, in one run.
 
     python bench.py prepare                                # a made-up corpus of 1 GB, a trained BPE
     python bench.py prepare --tokenizer=gpt2 --corpus_mb=200 --repeats=5
+    python bench.py train                                  # steps of GPT-2 124M
+    python bench.py train --settings="config/gpt2_350m.py --batch_size=8" --nanogpt=../nanoGPT
 """
 
 import json
@@ -10,6 +12,8 @@ import math
 import os
 import platform
 import random
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -21,10 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
+import checkpoint
 import configurator
+import metrics
 import runtime
 import sources
 from documents import DEFAULT_THREADS
+from model import GPTConfig
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -65,6 +75,117 @@ def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
         "peak memory of prepare.py, GiB": [peak for _, peak in runs],
     }
     return report("prepare", cfg, table)
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    settings: str = "config/gpt2_124m.py --batch_size=2 --micro_batch_size=2"  # train.py's
+    steps: int = 8  # of a run; those before the fourth do not count
+    repeats: int = 3  # runs
+    nanogpt: str | None = None  # a folder with nanoGPT, to run in turn on the same shape and data
+    folder: str | None = None  # for the data and the runs; None: a temporary one
+    output: str = "out/bench_train.json"  # where the figures go
+
+
+def bench_train(cfg: TrainBench) -> dict[str, Any]:
+    """Steps of train.py on made-up ids, beside a matrix product alone, and nanoGPT if it is here.
+
+    Raises ValueError for too few steps, and where a training fails.
+    """
+    if cfg.steps < 4:
+        raise ValueError(f"steps must be at least 4, not {cfg.steps}")
+    ours, theirs, products, peaks = [], [], [], []
+    with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
+        data_dir, out_dir = Path(name) / "data", Path(name) / "out"
+        write_ids(data_dir)
+        for _ in range(cfg.repeats):
+            records = measure_train(cfg, data_dir, out_dir)
+            ours.append(statistics.median(r["tokens_per_s"] for r in records[3:]))
+            peaks.append(records[-1]["peak_mem_gib"])
+            start = checkpoint.read_json(out_dir / "run.json")["starts"][-1]
+            config = checkpoint.load_model(checkpoint.find(out_dir)).config
+            device, dtype = torch.device(start["device"]), getattr(torch, start["dtype"][6:])
+            products.append(product_tflops(device, dtype))
+            if cfg.nanogpt:
+                theirs.append(measure_nanogpt(cfg, data_dir, config, start))
+    tflops = [config.flops_per_token() * tokens / 1e12 for tokens in ours]
+    promised = metrics.peak_flops(device)
+    table = {
+        "train.py, tokens/s": ours,
+        "nanoGPT, tokens/s": theirs,
+        "ratio": [mine / other for mine, other in zip(ours, theirs)],
+        "train.py, TFLOP/s": tflops,
+        "matrix product alone, TFLOP/s": products,
+        "ratio to it": [step / product for step, product in zip(tflops, products)],
+        "MFU by the data sheet, %": [t * 1e14 / promised for t in tflops] if promised else [],
+        "peak memory of train.py, GiB": [peak for peak in peaks if peak],
+    }
+    return report("train", cfg, {label: values for label, values in table.items() if values})
+
+
+def write_ids(data_dir: Path) -> None:
+    """Shards of random bytes, under the names that nanoGPT looks for, too."""
+    data_dir.mkdir()
+    Tokenizer.bytes().save(data_dir)
+    for name, tokens in (("train", 2**22), ("val", 2**14)):
+        ids = np.random.default_rng(0).integers(256, size=tokens)
+        ids.astype("<u2").tofile(data_dir / f"{name}.bin")
+
+
+def measure_train(cfg: TrainBench, data_dir: Path, out_dir: Path) -> list[metrics.Record]:
+    """The records of a training in a process of its own, with a vocabulary of GPT-2's size."""
+    command = [sys.executable, "train.py", *shlex.split(cfg.settings)]
+    command += [f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--overwrite"]
+    command += ["--vocab_multiple=50304", f"--max_steps={cfg.steps}", "--log_interval=1"]
+    command += [f"--eval_interval={cfg.steps}", "--eval_tokens=1", "--sample_interval=0"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    if run.returncode:
+        raise ValueError(f"train.py failed: {run.stderr.strip().splitlines()[-1]}")
+    return metrics.read_records(out_dir / "metrics.jsonl")
+
+
+def measure_nanogpt(
+    cfg: TrainBench, data_dir: Path, config: GPTConfig, start: dict[str, Any]
+) -> float:
+    """Tokens/s of nanoGPT's training, on the same shape and batch, with its own dtype and loop;
+    compiled on GPUs."""
+    settings = start["settings"]
+    micro = settings["micro_batch_size"] or settings["batch_size"]
+    cuda = start["device"].startswith("cuda")
+    given = {
+        "dataset": data_dir,
+        "out_dir": data_dir.parent / "nanogpt",
+        "device": start["device"],
+        "compile": cuda,
+        "batch_size": micro,
+        "gradient_accumulation_steps": settings["batch_size"] // micro,
+        "block_size": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "bias": config.bias,
+        "max_iters": cfg.steps,
+        "eval_iters": 1,
+        "log_interval": 1,
+    }
+    command = [sys.executable, "train.py", *(f"--{name}={each}" for name, each in given.items())]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=cfg.nanogpt)
+    if run.returncode:
+        raise ValueError(f"nanoGPT failed: {run.stderr.strip().splitlines()[-1]}")
+    times = [float(ms) / 1000 for ms in re.findall(r"^iter .* time ([\d.]+)ms", run.stdout, re.M)]
+    return settings["batch_size"] * config.block_size / statistics.median(times[3:])
+
+
+def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large matrix product alone reaches, the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds) / 1e12
 
 
 def report(command: str, cfg: Any, table: dict[str, list[float]]) -> dict[str, Any]:
@@ -154,10 +275,12 @@ def measure_prepare(
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] != ["prepare"]:
-        print("error: say what to measure: python bench.py prepare", file=sys.stderr)
-        return 2
-    return configurator.command(PrepareBench, bench_prepare, arguments[1:])
+    if arguments[:1] == ["prepare"]:
+        return configurator.command(PrepareBench, bench_prepare, arguments[1:])
+    if arguments[:1] == ["train"]:
+        return configurator.command(TrainBench, bench_train, arguments[1:])
+    print("error: say what to measure: python bench.py prepare or train", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
