@@ -169,10 +169,11 @@ class Tracker:
     def log(self, record: Record) -> None:
         """The record of a step, and the perplexity of its losses."""
         values = {key: value for key, value in record.items() if finite(value) is not None}
+        step = values.pop("step")
         for key in ("loss", "val_loss"):
             if key in values:
                 values[key.replace("loss", "perplexity")] = math.exp(min(values[key], 700))
-        self.library.log(values, step=record["step"])
+        self.library.log(values, step=step)
 
     def finish(self, checkpoint: Path | None) -> None:
         """End the run; the checkpoint folder goes with it, as an artifact."""

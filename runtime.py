@@ -148,7 +148,8 @@ def keep_freed_memory() -> None:
 def stop_signals() -> Iterator[list[str]]:
     """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
 
-    The second signal does what it always did. Only a main thread can listen for signals.
+    A second SIGINT does what it always did; a second SIGTERM nothing, as schedulers and torchrun
+    may both send one. Only a main thread can listen for signals.
     """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -158,9 +159,9 @@ def stop_signals() -> Iterator[list[str]]:
 
     def stop(number: int, frame: object) -> None:
         received.append(signal.Signals(number).name)
-        for each in before:
-            signal.signal(each, before[each])
-        print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if len(received) == 1:
+            print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
 
     for number in before:
         signal.signal(number, stop)

@@ -168,17 +168,17 @@ def train(cfg: TrainConfig) -> metrics.Record:
     log, tracker = None, None
     if rt.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if start == 0:
-            for folder in checkpoint.steps(out_dir):  # only with --overwrite
-                checkpoint.remove(folder)
         this_start = describe_start(given, rt, start, fingerprint)
         starts = [*earlier, this_start] if start else [this_start]
-        checkpoint.write_json(out_dir / "run.json", {"starts": starts})
-        log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
         if cfg.tracker:
             about = this_start | {"splits": data.statistics(cfg.data_dir)}
             name = f"{out_dir.name}-{starts[0]['time']}"
             tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
+        if start == 0:
+            for folder in checkpoint.steps(out_dir):  # only with --overwrite
+                checkpoint.remove(folder)
+        checkpoint.write_json(out_dir / "run.json", {"starts": starts})
+        log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
     bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)

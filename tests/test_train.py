@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -427,6 +428,46 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
         train.maybe_compiled(model, replace(cfg, compile=True), 4, rt)
 
 
+# --- trackers, the real libraries writing to this machine
+
+
+def test_trackio_gets_metrics_settings_statistics_and_the_checkpoint(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run = replace(cfg, out_dir=str(tmp_path / "out"), tracker="trackio", max_steps=10)
+    train.train(run)
+    train.train(replace(run, init_from="resume", max_steps=12))
+    with sqlite3.connect(tmp_path / "trackio" / "plaingpt.db") as base:
+        rows = base.execute("select run_name, step, metrics from metrics order by step").fetchall()
+        assert [step for _, step, _ in rows] == list(range(1, 13))
+        assert len({name for name, *_ in rows}) == 1 and rows[0][0].startswith("out-20")
+        logged = json.loads(rows[9][2])
+        (config,) = base.execute("select config from configs limit 1").fetchone()
+        assert {"settings", "splits", "revision", "data"} <= json.loads(config).keys()
+        files = base.execute("select manifest from artifact_versions").fetchall()
+        assert "model.safetensors" in str(files)
+    record = metrics.read_records(tmp_path / "out" / "metrics.jsonl")[9]
+    assert logged["val_loss"] == record["val_loss"]
+    assert logged["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert {"lr", "grad_norm", "tokens_per_s", "val_perplexity"} <= logged.keys()
+
+
+def test_wandb_gets_the_same_offline(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.train(replace(cfg, out_dir=str(tmp_path), tracker="wandb", max_steps=3))
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    for word in (b"val_perplexity", b"grad_norm", b"tokens_per_s", b"splits", b"safetensors"):
+        assert word in content
+
+
+def test_a_tracker_that_is_not_installed_says_what_to_install(cfg, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--tracker=wandb needs .*: pip install wandb"):
+        train.train(replace(cfg, out_dir=str(tmp_path), tracker="wandb"))
+    assert not checkpoint.steps(tmp_path)
+
+
 # --- as a process
 
 
@@ -446,7 +487,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     for line in run.stdout:
         if line.startswith("step 000005"):
             break
-    run.send_signal(signal.SIGTERM)
+    for _ in range(3):  # a scheduler's, torchrun's, an impatient user's
+        run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
     assert "stopped by SIGTERM; --init_from=resume goes on" in out
