@@ -164,21 +164,10 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if rt.world_size > 1 and not cfg.fsdp:
         step_model = parallel.average_gradients(step_model, rt)
 
-    # the run folder, which the main process writes
     log, tracker = None, None
     if rt.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
         this_start = describe_start(given, rt, start, fingerprint)
-        starts = [*earlier, this_start] if start else [this_start]
-        if cfg.tracker:
-            about = this_start | {"splits": data.statistics(cfg.data_dir)}
-            name = f"{out_dir.name}-{starts[0]['time']}"
-            tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
-        if start == 0:
-            for folder in checkpoint.steps(out_dir):  # only with --overwrite
-                checkpoint.remove(folder)
-        checkpoint.write_json(out_dir / "run.json", {"starts": starts})
-        log = metrics.MetricsLog(out_dir / "metrics.jsonl", start)
+        log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
     bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
@@ -255,11 +244,6 @@ def train(cfg: TrainConfig) -> metrics.Record:
             if sound and due(done, cfg.sample_interval, evaluating):
                 print_sample(model, tokenizer, cfg.seed, rt)
             if last or due(done, cfg.save_interval, evaluating):
-                weights = parallel.gathered(model.state_dict(), rt)
-                parameters = {
-                    name: parallel.gathered(moments, rt)
-                    for name, moments in optim.optimizer_state(model, optimizers).items()
-                }
                 state = {
                     "step": done,
                     "world_size": rt.world_size,
@@ -270,13 +254,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "versions": runtime.versions(),
                     "settings": asdict(cfg),
                 }
-                if rt.is_main:
-                    optimizer_file = {"parameters": parameters, "scaler": scaler.state_dict()}
-                    folder = checkpoint.save(
-                        out_dir, done, model.config, weights, tokenizer, optimizer_file, state
-                    )
-                    checkpoint.prune(out_dir, cfg.keep_checkpoints)
-                    print(f"step {done}: saved {folder}")
+                save(cfg, model, optimizers, scaler, tokenizer, state, rt)
             if stopping:
                 name = stop[0] if stop else "a signal"
                 print(f"stopped by {name}; --init_from=resume goes on from step {done}")
@@ -322,6 +300,24 @@ def describe_start(
         "versions": runtime.versions(),
         "revision": runtime.revision(),
     }
+
+
+def begin_run(
+    cfg: TrainConfig, starts: list[dict[str, Any]]
+) -> tuple[metrics.MetricsLog, metrics.Tracker | None]:
+    """Make the run folder, with run.json; return what takes the records."""
+    out_dir, start = Path(cfg.out_dir), starts[-1]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tracker = None
+    if cfg.tracker:
+        name = f"{out_dir.name}-{starts[0]['time']}"
+        about = start | {"splits": data.statistics(cfg.data_dir)}
+        tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
+    if start["step"] == 0:
+        for folder in checkpoint.steps(out_dir):  # only with --overwrite
+            checkpoint.remove(folder)
+    checkpoint.write_json(out_dir / "run.json", {"starts": starts})
+    return metrics.MetricsLog(out_dir / "metrics.jsonl", start["step"]), tracker
 
 
 def check_settings(cfg: TrainConfig) -> None:
@@ -526,6 +522,30 @@ def evaluate(
         counted += mask.sum().cpu()
     model.train()
     return (rt.sum(total) / rt.sum(counted)).item()
+
+
+def save(
+    cfg: TrainConfig,
+    model: GPT,
+    optimizers: list[optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    rt: runtime.Runtime,
+) -> None:
+    """Write a checkpoint, from all processes: each may have a part of the tensors."""
+    weights = parallel.gathered(model.state_dict(), rt)
+    parameters = {
+        name: parallel.gathered(moments, rt)
+        for name, moments in optim.optimizer_state(model, optimizers).items()
+    }
+    if not rt.is_main:
+        return
+    optimizer_file = {"parameters": parameters, "scaler": scaler.state_dict()}
+    out_dir, step = Path(cfg.out_dir), state["step"]
+    folder = checkpoint.save(out_dir, step, model.config, weights, tokenizer, optimizer_file, state)
+    checkpoint.prune(out_dir, cfg.keep_checkpoints)
+    print(f"step {step}: saved {folder}")
 
 
 def due(done: int, interval: int | None, evaluating: bool) -> bool:
