@@ -30,6 +30,11 @@ BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
 # GPT-2's Conv1D keeps these as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
+HUB_NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
+HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
+HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors*")
+
 
 # --- saving
 
@@ -132,10 +137,14 @@ def steps(out_dir: Path | str) -> list[Path]:
 
 
 def find(where: Path | str) -> Path:
-    """The checkpoint folder that `where` means: a run folder (its newest), or one itself.
+    """The checkpoint folder that `where` means: a run folder (its newest), one itself, one of
+    OpenAI's (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or hf:OWNER/NAME[@REVISION] on the hub.
 
     Raises ValueError where there is none.
     """
+    name = str(where)
+    if name in HUB_NAMES or name.startswith("hf:"):
+        return download(HUB_NAMES.get(name, name))
     folder = Path(where)
     if steps(folder):
         return steps(folder)[-1]
@@ -143,6 +152,28 @@ def find(where: Path | str) -> Path:
         return folder
     what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the hub, in huggingface_hub's cache (HF_HOME): what is not there yet
+    is downloaded, what was cut short is gone on with.
+
+    Raises ValueError where it is neither cached nor to be had.
+    """
+    import huggingface_hub  # not at the top: 0.3 s
+
+    named = HUB_NAME.fullmatch(name if name.startswith("hf:") else f"hf:{name}")
+    if not named:
+        raise ValueError(f"{name} is not of the form hf:OWNER/NAME[@REVISION]")
+    try:
+        found = huggingface_hub.snapshot_download(**named.groupdict(), allow_patterns=HUB_FILES)
+    except Exception as error:  # of huggingface_hub's, httpx' and the cache's many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(
+            f"{name} is neither in the cache nor to be had from the hub ({reason}); "
+            "HF_HOME says where the cache is"
+        ) from None
+    return Path(found)
 
 
 # --- loading
@@ -211,17 +242,30 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if not path.exists():
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-            p.name for p in folder.glob("*.pt") if p.name != "optimizer.pt"
-        )
-        hint = f" ({pickles[0]} is a pickle, which can run code: not read)" if pickles else ""
-        raise ValueError(f"{folder} has no model.safetensors{hint}")
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    """All tensors of a folder, from model.safetensors or the files that its index names.
+
+    Raises ValueError for a missing or damaged file.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists() and index.exists():
+        of_tensors = read_json(index).get("weight_map")
+        if not isinstance(of_tensors, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        names = sorted({Path(str(name)).name for name in of_tensors.values()})
+    weights: dict[str, Tensor] = {}
+    for path in (folder / name for name in names):
+        if not path.exists():
+            pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+                p.name for p in folder.glob("*.pt") if p.name != "optimizer.pt"
+            )
+            hint = f" ({pickles[0]} is a pickle, which can run code: not read)" if pickles else ""
+            raise ValueError(f"{folder} has no {path.name}{hint}")
+        try:
+            weights |= safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    return weights
 
 
 # --- Hugging Face's layout

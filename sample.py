@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, a Hugging Face GPT-2
+    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
     num_samples: int = 1  # how many, drawn together as one batch
     max_new_tokens: int = 200  # tokens in each, unless it ends before

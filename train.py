@@ -47,7 +47,7 @@ class TrainConfig:
     data_dir: str = "data/stdlib"  # what prepare.py wrote
     out_dir: str = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
     overwrite: bool = False  # start over in an out_dir that already has checkpoints
-    init_from: str = "scratch"  # scratch, resume, or a folder with a checkpoint to start from
+    init_from: str = "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a checkpoint folder
     # the model; init_from=FOLDER takes its shape from there
     n_layer: int = 3  # blocks
     n_head: int = 2  # attention heads in a block

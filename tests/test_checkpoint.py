@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -348,3 +349,142 @@ def test_weights_that_are_not_finite_numbers_are_refused(tmp_path):
 def test_all_files_can_be_read_by_whom_the_umask_lets(tmp_path):
     _, folder = save(tmp_path)
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+# --- OpenAI's models, and others of the hub
+
+OPENAI = {
+    "gpt2": (12, 12, 768, 124_439_808),
+    "gpt2-medium": (24, 16, 1024, 354_823_168),
+    "gpt2-large": (36, 20, 1280, 774_030_080),
+    "gpt2-xl": (48, 25, 1600, 1_557_611_200),
+}
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_openais_models_have_our_names_and_shapes(name):
+    n_layer, n_head, n_embd, parameters = OPENAI[name]
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    wanted = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    found = {
+        name: tuple(tensor.shape)[:: -1 if name.endswith(checkpoint.TRANSPOSED) else 1]
+        for name, tensor in ours.state_dict().items()
+    }
+    assert found == wanted
+    assert ours.num_params() == theirs.num_parameters() == parameters
+
+
+LAYOUTS = {
+    "prefixed": {},
+    "bare": {"prefix": ""},
+    "old mask buffers": {"masks": True},
+    "bare with masks": {"prefix": "", "masks": True},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "shards": {"shards": 3},
+    "padded vocabulary": {"vocab_size": 264},
+    "untied": {"tie_word_embeddings": False},
+    "a tied head stored twice": {"head": True},
+}
+
+
+@pytest.fixture
+def in_the_wild(tmp_path):
+    """`in_the_wild(folder, …)` writes a random GPT-2 in a layout that is found on the hub."""
+
+    def write(
+        folder, prefix="transformer.", masks=False, dtype=None, shards=1, head=False, **shape
+    ):
+        sizes = {"vocab_size": 257, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**sizes | shape)).eval()
+        model.to(dtype or torch.float32).save_pretrained(folder)
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights = {name.replace("transformer.", prefix): each for name, each in weights.items()}
+        if masks:
+            for layer in range(2):
+                mask = torch.ones(16, 16).tril().bool()[None, None]
+                weights[f"{prefix}h.{layer}.attn.bias"] = mask
+                weights[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        if head:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+        (folder / "model.safetensors").unlink()
+        parts = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+        if shards == 1:
+            parts = ["model.safetensors"]
+        of_tensor = {name: parts[n % shards] for n, name in enumerate(weights)}
+        for part in parts:
+            content = {name: weights[name] for name in weights if of_tensor[name] == part}
+            safetensors.torch.save_file(content, folder / part, metadata={"format": "pt"})
+        if shards > 1:
+            index = {"metadata": {}, "weight_map": of_tensor}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        Tokenizer.bytes().save(folder)
+        return model.float()
+
+    return write
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_in_the_wild_opens(tmp_path, in_the_wild, layout):
+    theirs = in_the_wild(tmp_path / "model", **LAYOUTS[layout])
+    ours = checkpoint.load_model(tmp_path / "model")
+    torch.testing.assert_close(ours(IDX), theirs(IDX).logits, atol=1e-4, rtol=0)
+    short = checkpoint.load_model(tmp_path / "model", block_size=8)
+    torch.testing.assert_close(short(IDX[:, :8]), ours(IDX[:, :8]))
+
+
+def test_a_shard_that_is_missing_or_cut_short_is_refused(tmp_path, in_the_wild):
+    in_the_wild(tmp_path / "model", shards=3)
+    part = tmp_path / "model" / "model-00002-of-00003.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors is damaged"):
+        checkpoint.load_model(tmp_path / "model")
+    part.unlink()
+    with pytest.raises(ValueError, match="has no model-00002-of-00003.safetensors"):
+        checkpoint.load_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged: it has no weight_map"):
+        checkpoint.load_model(tmp_path / "model")
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, in_the_wild):
+    """huggingface_hub's cache, holding one model in its layout, without a network."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def add(repo_id, revision="main"):
+        repo = cache / f"models--{repo_id.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / revision).write_text(commit)
+        return in_the_wild(repo / "snapshots" / commit)
+
+    return add
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "hf:someone/some-gpt2", "hf:an/other@v1.0"])
+def test_a_model_of_the_hub_opens_from_the_cache(hub_cache, name):
+    repo_id, _, revision = checkpoint.HUB_NAMES.get(name, name.removeprefix("hf:")).partition("@")
+    theirs = hub_cache(repo_id, revision or "main")
+    ours = checkpoint.load_model(name)
+    torch.testing.assert_close(ours(IDX), theirs(IDX).logits, atol=1e-4, rtol=0)
+    assert Tokenizer.load(checkpoint.find(name)).vocab_size == 257
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "hf:no/where"])
+def test_a_model_that_is_not_to_be_had_is_one_error(hub_cache, name):
+    with pytest.raises(
+        ValueError, match=f"{name.removeprefix('hf:')} is neither in the cache"
+    ) as caught:
+        checkpoint.find(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:alone", "hf:a/b/c", "hf:a b/c"])
+def test_a_malformed_hub_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not of the form hf:OWNER/NAME"):
+        checkpoint.find(name)
