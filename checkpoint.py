@@ -166,7 +166,9 @@ def download(name: str) -> Path:
     if not named:
         raise ValueError(f"{name} is not of the form hf:OWNER/NAME[@REVISION]")
     try:
-        found = huggingface_hub.snapshot_download(**named.groupdict(), allow_patterns=HUB_FILES)
+        found = huggingface_hub.snapshot_download(
+            named["repo_id"], revision=named["revision"], allow_patterns=list(HUB_FILES)
+        )
     except Exception as error:  # of huggingface_hub's, httpx' and the cache's many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ValueError(

@@ -42,7 +42,7 @@ from documents import (
     sample_texts,
 )
 from shards import CUT, KEPT, SplitWriter, in_both, sha256_of, without_documents
-from templates import TemplateName
+from templates import CHAT_TEMPLATES, TemplateName
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
@@ -133,6 +133,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             tokenizer = make_tokenizer(cfg, streams, reading)
+            tokenizer.chat_template = CHAT_TEMPLATES.get(cfg.template)
             tokenizer.save(partial)
         announce(cfg, streams, folder)
         header = {"settings": settings, "inputs": inputs}

@@ -1,25 +1,28 @@
 """
-Let a trained model write.
+Let a trained model write, or talk to one.
 
     python sample.py --start "def main("
     python sample.py --checkpoint=out/shakespeare --start="ROMEO:" --num_samples=3 --top_p=0.9
     python sample.py --checkpoint=out/stdlib/step_000500 --start=FILE:prompt.txt --temperature=0
+    python sample.py --checkpoint=out/chat --chat
 
 Text goes to stdout as it is drawn, everything else to stderr.
 """
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 import configurator
 import runtime
+import templates
 from tokenizer import Tokenizer
 
 
@@ -35,6 +38,7 @@ class SampleConfig:
     min_p: float | None = None  # … from those at least this times as likely as the likeliest
     seed: int = 1337  # the same seed draws the same text
     stream: bool = True  # print a single sample as it is drawn
+    chat: bool = False  # hold a conversation with a model that was trained on some
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: runtime.DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
 
@@ -45,35 +49,46 @@ def sample(cfg: SampleConfig) -> list[str]:
     Raises ValueError for settings out of range, or a checkpoint that cannot be opened.
     """
     check_settings(cfg)
+    prompt = prompt_of(cfg.start)
     rt = runtime.start(cfg.device, cfg.dtype)
     folder = checkpoint.find(cfg.checkpoint)
     tokenizer = Tokenizer.load(folder)
-    prompt = prompt_of(cfg.start)
     model = checkpoint.load_model(folder).to(rt.device, rt.dtype).eval()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only "
             f"{model.config.vocab_size:,}"
         )
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    tokens = model.generate(
-        torch.tensor([ids] * cfg.num_samples, device=rt.device),
-        cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        min_p=cfg.min_p,
-        stop_id=tokenizer.eot_id,
-        vocab_size=tokenizer.vocab_size,
-        generator=torch.Generator(rt.device).manual_seed(cfg.seed),
-    )
-    if cfg.num_samples == 1:
-        text = print_stream(prompt, (int(token) for token in tokens), tokenizer, cfg.stream)
-        return [text]
+    generator = torch.Generator(rt.device).manual_seed(cfg.seed)
+
+    def draw(ids: list[int], count: int = 1) -> Iterator[Tensor]:
+        return model.generate(
+            torch.tensor([ids] * count, device=rt.device),
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+            stop_id=tokenizer.eot_id,
+            vocab_size=tokenizer.vocab_size,
+            generator=generator,
+        )
+
+    if cfg.chat:
+        room = model.config.block_size - min(cfg.max_new_tokens, model.config.block_size // 2)
+        return converse(tokenizer, draw, room)
+    tokens = draw(tokenizer.encode(prompt) or [tokenizer.eot_id], cfg.num_samples)
+    if cfg.num_samples == 1 and cfg.stream:
+        pieces = [prompt]
+        print(prompt, end="", flush=True)
+        print_stream(tokens, tokenizer, pieces)
+        return ["".join(pieces)]
     drawn = torch.stack(list(tokens), dim=1).tolist()  # (num_samples, tokens)
     texts = [prompt + tokenizer.decode(until(row, tokenizer.eot_id)) for row in drawn]
     for number, text in enumerate(texts, start=1):
-        print(f"--- sample {number} of {len(texts)}\n{text}")
+        if cfg.num_samples > 1:
+            print(f"--- sample {number} of {len(texts)}")
+        print(text)
     return texts
 
 
@@ -92,6 +107,8 @@ def check_settings(cfg: SampleConfig) -> None:
             problems.append(f"{name} must be above 0 and at most 1, not {value}")
     if not 0 <= cfg.seed < 2**63:
         problems.append(f"seed must be from 0 to 2**63 - 1, not {cfg.seed}")
+    if cfg.chat and (cfg.start or cfg.num_samples > 1):
+        problems.append("chat goes with neither start nor num_samples")
     if not cfg.checkpoint:
         problems.append("checkpoint is empty")
     if problems:
@@ -112,17 +129,87 @@ def prompt_of(start: str) -> str:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start:,})") from None
 
 
-def print_stream(prompt: str, ids: Iterator[int], tokenizer: Tokenizer, stream: bool) -> str:
-    """Print the prompt and what follows, piece by piece or at once; return all of it."""
-    pieces = [prompt]
-    if stream:
-        print(prompt, end="", flush=True)
+def print_stream(tokens: Iterable[Tensor], tokenizer: Tokenizer, pieces: list[str]) -> None:
+    """Print a text up to its end as it is drawn, and collect its pieces."""
+    ids = (int(token) for token in tokens)
     for piece in tokenizer.decode_stream(until(ids, tokenizer.eot_id)):
         pieces.append(piece)
-        if stream:
-            print(piece, end="", flush=True)
-    print("" if stream else "".join(pieces))
-    return "".join(pieces)
+        print(piece, end="", flush=True)
+    print()
+
+
+# --- conversations
+
+
+def converse(
+    tokenizer: Tokenizer, draw: Callable[[list[int]], Iterator[Tensor]], room: int
+) -> list[str]:
+    """Answer what is typed until it ends (Ctrl-D, Ctrl-C); return the answers.
+
+    Once the conversation takes more than `room` tokens, its oldest turns are forgotten.
+    """
+    template = tokenizer.chat_template
+    if template not in templates.CHAT_TEMPLATES.values():
+        raise ValueError(
+            "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
+            "alpaca or synth): this one's tokenizer has no such chat_template"
+        )
+    print("/reset begins anew, /system TEXT says how to answer, Ctrl-D ends", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    answers: list[str] = []
+    for line in typed():
+        if line == "/reset":
+            messages.clear()
+        elif line.startswith("/system "):
+            messages[:] = [{"role": "system", "content": line.removeprefix("/system ")}]
+        elif line.startswith("/"):
+            print(f"no command {line.split()[0]}: /reset or /system TEXT", file=sys.stderr)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            ids = ids_that_fit(messages, tokenizer, room)
+            if not ids:
+                print(f"too long: it has to fit {room:,} tokens", file=sys.stderr)
+                continue
+            answers.append(print_answer(draw(ids), tokenizer))
+            messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def typed() -> Iterator[str]:
+    """The lines that are typed, stripped, until Ctrl-D or Ctrl-C."""
+    asking = "> " if sys.stdin.isatty() else ""
+    try:
+        while True:
+            yield input(asking).encode(errors="replace").decode().strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def ids_that_fit(messages: list[dict[str, str]], tokenizer: Tokenizer, room: int) -> list[int]:
+    """The ids of a prompt for an answer; where they are more than `room`, its oldest turns are
+    removed, and if nothing is left, the last one, too."""
+    while True:
+        ids = []
+        for part in templates.prompt(messages, tokenizer.chat_template or ""):
+            ids += tokenizer.encode(part.text) + [tokenizer.eot_id] * part.ended
+        if len(ids) <= room:
+            return ids
+        first = int(messages[0]["role"] == "system")
+        if first + 1 == len(messages):
+            messages.pop()
+            return []
+        del messages[first : first + 2]  # a question and its answer
+        print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
+
+
+def print_answer(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> str:
+    """Print an answer as it is drawn; Ctrl-C ends it, and what there is of it stays."""
+    pieces: list[str] = []
+    try:
+        print_stream(tokens, tokenizer, pieces)
+    except KeyboardInterrupt:
+        print()
+    return "".join(pieces).strip() or "…"
 
 
 def until(ids: Iterable[int], stop_id: int) -> Iterator[int]:

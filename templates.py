@@ -26,6 +26,23 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
+# The same as the Jinja that `transformers` renders in apply_chat_template.
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}"
+    "{% elif message['role'] in ('system', 'user') %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim + '\n\n' }}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+INSTRUCTION = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'] | trim + eos_token }}{% else %}{{ '"
+    + ALPACA.format(paired="", instruction="' + message['content'] | trim + '").replace("\n", "\\n")
+    + "\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
+)
+CHAT_TEMPLATES = {"chat": CHAT, "synth": CHAT, "alpaca": INSTRUCTION}
+
 FIELDS = {
     "alpaca": ("instruction", "input", "output"),
     "chat": ("messages", "conversations"),
@@ -74,12 +91,23 @@ def alpaca(record: Any) -> list[Segment]:
     ]
 
 
-def chat(messages: list[dict[str, Any]]) -> list[Segment]:
-    """Messages as text: a heading a turn, `<|endoftext|>` behind each answer.
+def prompt(messages: list[dict[str, Any]], chat_template: str) -> list[Segment]:
+    """What a model is given that is to answer the last of `messages`, by one of CHAT_TEMPLATES.
 
-    Raises ValueError for an unknown role, an empty message, and where no answer comes last.
+    Of instructions, each stands for itself: what was said before is left out.
     """
-    parts, prompt = [], ""
+    if chat_template == INSTRUCTION:
+        return alpaca({"instruction": messages[-1]["content"], "output": "…"})[:1]
+    return chat(messages, answered=False)
+
+
+def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]:
+    """Messages as text: a heading a turn, `<|endoftext|>` behind each answer; if the last is not
+    `answered`, up to where its answer begins.
+
+    Raises ValueError for an unknown role, an empty message, and where the last is (no) answer.
+    """
+    parts, unanswered = [], ""
     for message in messages:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
@@ -89,14 +117,16 @@ def chat(messages: list[dict[str, Any]]) -> list[Segment]:
             continue
         if not isinstance(content, str) or not content.strip():
             raise ValueError("empty message")
-        prompt += HEADINGS[ROLES[role]]
+        unanswered += HEADINGS[ROLES[role]]
         if ROLES[role] == "assistant":
-            parts += [Segment(prompt, counted=False, ended=False), Segment(content.strip())]
-            prompt = ""
+            parts += [Segment(unanswered, counted=False, ended=False), Segment(content.strip())]
+            unanswered = ""
         else:
-            prompt += content.strip() + "\n\n"
-    if not parts or prompt:
-        raise ValueError("the last message is no answer")
+            unanswered += content.strip() + "\n\n"
+    if answered == bool(unanswered) or not (parts or unanswered):
+        raise ValueError("the last message is " + ("no answer" if answered else "an answer"))
+    if not answered:
+        parts.append(Segment(unanswered + HEADINGS["assistant"], counted=False, ended=False))
     return parts
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -46,6 +47,7 @@ class Tokenizer:
         digits: bool = False,
     ) -> None:
         self.ranks, self.eot, self.digits = ranks, eot, digits
+        self.chat_template: str | None = None  # Jinja, of a tokenizer for conversations
         self.special = special or {END_OF_TEXT: len(ranks)}
         self.eot_id = self.special[eot]
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
@@ -172,6 +174,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # as here, text never encodes to one
         }
+        if self.chat_template:  # transformers has it end answers with eos_token, as text
+            config |= {"chat_template": self.chat_template, "split_special_tokens": False}
         for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
             text = json.dumps(value, ensure_ascii=False, indent=1)
             (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -222,20 +226,34 @@ class Tokenizer:
             raise ValueError(
                 f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
             )
-        return cls(ranks, special, end_of_text(path, special), bool(digits))
+        config = read_config(path.with_name("tokenizer_config.json"))
+        loaded = cls(ranks, special, end_of_text(path, config, special), bool(digits))
+        loaded.chat_template = config.get("chat_template")
+        jinja = path.with_name("chat_template.jinja")  # where transformers writes it
+        if jinja.exists():
+            loaded.chat_template = jinja.read_text(encoding="utf-8")
+        return loaded
 
 
-def end_of_text(path: Path, special: dict[str, int]) -> str:
+def read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} where there is none. Raises ValueError for a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return config
+
+
+def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> str:
     """The special token that ends a document. Raises ValueError where that is not to be known."""
-    config = path.with_name("tokenizer_config.json")
-    if config.exists():
-        try:
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is damaged: {error}") from None
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        if eos in special:
-            return eos
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos in special:
+        return eos
     for name in (END_OF_TEXT, *special):
         if name in special and (name == END_OF_TEXT or len(special) == 1):
             return name

@@ -1,13 +1,16 @@
 """The command that lets a model write."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import checkpoint
 import sample
 from model import GPT, GPTConfig
+from templates import CHAT_TEMPLATES, segments
 from tokenizer import Tokenizer
 
 SHAPE = GPTConfig(vocab_size=320, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -108,3 +111,118 @@ def test_a_missing_or_foreign_checkpoint_is_one_line(folder, tmp_path, capsys):
     Tokenizer.bytes().save(tmp_path / "llama")
     assert run(tmp_path / "llama") == 2
     assert "model_type is 'llama'" in capsys.readouterr().err
+
+
+# --- conversations
+
+
+@pytest.fixture(scope="module", params=["chat", "alpaca"])
+def talker(request, tmp_path_factory):
+    """A checkpoint that answers with letters, and ends half of its answers soon."""
+    model = GPT(replace(SHAPE, vocab_size=257, block_size=256)).init_weights(1)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[ord("a") : ord("z")] += 0.5
+        model.transformer.wte.weight[256] += 0.55
+    tokenizer = Tokenizer.bytes()
+    tokenizer.chat_template = CHAT_TEMPLATES[request.param]
+    weights = model.state_dict()
+    return checkpoint.save(
+        tmp_path_factory.mktemp(request.param), 1, model.config, weights, tokenizer, {}, {}
+    )
+
+
+def talk(monkeypatch, folder, *lines, **changes) -> list[str]:
+    """The answers to what is typed; a line that is an exception is raised instead."""
+    said = iter([*lines, EOFError()])
+
+    def typed(asking):
+        line = next(said)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    settings = {"checkpoint": str(folder), "chat": True, "device": "cpu", "max_new_tokens": 30}
+    return sample.sample(sample.SampleConfig(**settings | changes))
+
+
+def test_a_conversation_streams_each_answer_and_ends_at_ctrl_d(talker, monkeypatch, capsys):
+    answers = talk(monkeypatch, talker, "Hello!", "", "And then?")
+    assert len(answers) == 2 and all(answers)
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers) + "\n"
+    assert talk(monkeypatch, talker, "Hello!", "And then?", KeyboardInterrupt()) == answers
+
+
+def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
+    prompts = []
+    really = GPT.generate
+
+    def noted(self, idx, *args, **kwargs):
+        prompts.append(Tokenizer.bytes().decode(idx[0].tolist()))
+        return really(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "generate", noted)
+    lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/nothing", "/system x"]
+    first, *_ = talk(monkeypatch, talker, *lines)
+    if "chat" in str(talker):
+        assert prompts[0] == "### System:\nBe brief.\n\n### User:\nOne?\n\n### Assistant:\n"
+        assert prompts[1] == (
+            prompts[0] + first + "<|endoftext|>### User:\nTwo?\n\n### Assistant:\n"
+        )
+        assert prompts[2] == "### User:\nThree?\n\n### Assistant:\n"
+    else:
+        assert [p.split("### Instruction:\n")[1] for p in prompts] == [
+            f"{word}?\n\n### Response:\n" for word in ("One", "Two", "Three")
+        ]
+    assert "no command /nothing" in capsys.readouterr().err
+
+
+def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
+    answers = talk(monkeypatch, talker, "/system Short.", *(f"Question {n}?" * 2 for n in range(9)))
+    assert len(answers) == 9
+    err = capsys.readouterr().err
+    assert ("the oldest turn is forgotten" in err) == ("chat" in str(talker))
+    assert talk(monkeypatch, talker, "long " * 100, "Short?", "/reset", "x" * 300) != []
+    assert capsys.readouterr().err.count("too long: it has to fit 226 tokens") == 2
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(talker, monkeypatch, capsys):
+    really = GPT.generate
+
+    def interrupted(self, *args, **kwargs):
+        tokens = really(self, *args, **kwargs)
+        yield next(tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "generate", interrupted)
+    answers = talk(monkeypatch, talker, "Hello!", "Go on.")
+    assert [len(answer) for answer in answers] == [1, 1]
+
+
+def test_apply_chat_template_gives_our_ids(talker):
+    """To ask with, and as prepare.py writes a whole conversation."""
+    theirs, ours = AutoTokenizer.from_pretrained(talker), Tokenizer.load(talker)
+    template = "chat" if "chat" in str(talker) else "alpaca"
+    turns = [("system", "Be brief. é"), ("user", " Say <b>\n\nit</b>!\n"), ("assistant", "\nIt. ")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    if template == "chat":
+        record = {"messages": [*messages, *messages[1:]]}
+    else:
+        record = {"instruction": messages[1]["content"], "output": messages[2]["content"]}
+        messages = messages[1:]
+    whole = [*messages, *messages[1:]] if template == "chat" else messages
+    wanted = []
+    for part in segments(record, template, ""):
+        wanted += ours.encode(part.text) + [ours.eot_id] * part.ended
+    assert theirs.apply_chat_template(whole)["input_ids"] == wanted
+    asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert asked == sample.ids_that_fit(list(messages[:-1]), ours, 10_000)
+    assert theirs.decode(asked) == ours.decode(asked)
+
+
+def test_a_model_without_conversations_does_not_chat(folder, capsys):
+    assert run(folder, "--chat") == 2
+    assert "--chat needs a model that was trained on conversations" in capsys.readouterr().err
+    assert run(folder, "--chat", "--start=Hi", "--num_samples=2") == 2
+    assert "chat goes with neither start nor num_samples" in capsys.readouterr().err
