@@ -4,8 +4,10 @@ GPT-2 1558m from scratch, with the batch and learning rate of GPT-3's model of t
 
     python train.py config/gpt2_1558m.py --plan
     python train.py config/gpt2_1558m.py
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_1558m.py
 
-Hardware: one GPU of 80 GB; with less memory, halve micro_batch_size until it fits.
+Hardware: GPUs of 80 GB, one or as many as divide the batch; with less memory, halve
+micro_batch_size until it fits.
 Tokens: 29,800 steps of 1,048,576 = 31.2 billion, of FineWeb in data/fineweb.
 Expect: this file has not been run; OpenAI's own weights score 2.831 on FineWeb's validation split.
 """
