@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class PrepareBench:
-    corpus_mb: int = 1000  # size of the made-up corpus in 10**6 bytes
+    corpus_mb: float = 1000.0  # size of the made-up corpus in 10**6 bytes
     documents: Literal["jsonl", "tiny", "txt"] = "jsonl"  # of 3 kB, of 20 bytes, or all one
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # as of prepare.py
     workers: int = 0  # threads of both; 0: prepare.py's default

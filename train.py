@@ -261,7 +261,6 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 break
     if tracker:
         tracker.finish(checkpoint.find(out_dir))
-    runtime.leave()
     return record
 
 
@@ -577,7 +576,10 @@ def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: runtime.Runtim
 def main(argv: list[str] | None = None) -> int:
     quiet = os.environ.get("RANK", "0") != "0"  # one process of many speaks; errors all of them do
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-        return configurator.command(TrainConfig, train, argv, settings_so_far)
+        status = configurator.command(TrainConfig, train, argv, settings_so_far)
+    if status == 0:  # after an error the others may not be there to part from
+        runtime.leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import bench
 @pytest.mark.parametrize("documents", ["txt", "tiny"])
 def test_prepare_is_measured_beside_tiktoken(tmp_path, capsys, documents):
     output = tmp_path / "out" / "bench.json"
-    arguments = ["--corpus_mb=1", "--repeats=1", "--tokenizer=bytes", f"--output={output}"]
+    arguments = ["--corpus_mb=0.2", "--repeats=1", "--tokenizer=bytes", f"--output={output}"]
     arguments += [f"--documents={documents}", f"--folder={tmp_path}"]
     assert bench.main(["prepare", *arguments]) == 0
     result = json.loads(output.read_text())
