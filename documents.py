@@ -84,6 +84,7 @@ def open_streams(
     """Look up all sources; choose the text files to validate on.
 
     Raises ValueError for sources that are nothing or hold nothing, and for weights on some only.
+    Files that hold nothing are counted as dropped.
     """
     streams: list[Stream] = []
     seen: dict[str, bool] = {}  # path → whether it is of val_names
@@ -102,6 +103,9 @@ def open_streams(
             streams += [Stream(source, frozenset(), all_val=True) for source in found]
         else:
             streams += [Stream(*draw(source, reading)) for source in found]
+    for stream in streams:
+        for path in stream.source.empty:
+            stream.drop("an empty file", path)
     weights = [stream.source.weight for stream in streams if not stream.all_val]
     if None in weights and weights.count(None) < len(weights):
         raise ValueError("give a weight to all sources or to none")

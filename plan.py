@@ -38,6 +38,8 @@ def sentences(
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {there:.0f} GiB of {rt.device}." if there else "."),
     ]
+    if cfg.fsdp and rt.world_size == 1:
+        lines.append("One process has nobody to share with: --fsdp does nothing here.")
     if there and needed > there:
         lines.append("It will not fit. " + what_fits(cfg, rt, model, there))
     return lines

@@ -88,6 +88,7 @@ class Source:
     name: str
     weight: float | None
     files: tuple[TextFile, ...] = ()
+    empty: tuple[str, ...] = ()  # paths of files that hold nothing
     hub: dict[str, str | None] | None = None
 
     @property
@@ -129,7 +130,8 @@ def find_source(text: str) -> Source:
     paths = stdlib_paths() if text == "stdlib" else find_paths(text)
     real = dict.fromkeys(os.path.realpath(path) for path in paths)  # none twice
     files = tuple(TextFile(path, os.path.getsize(path)) for path in real)
-    return Source(text, weight, tuple(file for file in files if file.size))
+    empty = tuple(file.path for file in files if not file.size)
+    return Source(text, weight, tuple(file for file in files if file.size), empty)
 
 
 def find_paths(text: str) -> list[str]:
@@ -157,7 +159,7 @@ def stdlib_paths() -> list[str]:
     return sorted(
         str(path)
         for path in root.rglob("*.py")
-        if not left_out.intersection(path.relative_to(root).parts)
+        if not left_out.intersection(path.relative_to(root).parts) and path.stat().st_size
     )
 
 

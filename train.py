@@ -135,11 +135,12 @@ def train(cfg: TrainConfig) -> metrics.Record:
     print("\n".join(plan.sentences(cfg, rt, model, batches)))
     if cfg.plan:
         return {}
-    if start >= cfg.max_steps and not restarted:
-        raise ValueError(
-            f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done; "
-            "a larger --max_steps goes on"
-        )
+    if start >= cfg.max_steps:
+        it_is_done = f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done"
+        if not restarted:
+            raise ValueError(f"{it_is_done}; a larger --max_steps goes on")
+        print(it_is_done)
+        return {}
     if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
         raise ValueError(f"the processes do not see the same checkpoints in {out_dir}")
     model.transformer.recompute = cfg.activation_checkpointing

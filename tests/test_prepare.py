@@ -605,6 +605,18 @@ def test_only_answers_count_in_the_loss(run, tmp_path, target):
         assert tokens[mask == 1].tolist() == wanted != []
 
 
+def test_empty_files_are_counted_and_reported(tmp_path, capsys):
+    for name, text in (("a.txt", "some text\n"), ("b.txt", ""), ("c.txt", "more\n"), ("d.txt", "")):
+        (tmp_path / name).write_text(text)
+    data_dir = tmp_path / "data"
+    arguments = [f"--sources={tmp_path}/*.txt", f"--data_dir={data_dir}", "--tokenizer=bytes"]
+    assert prepare.main(arguments) == 0
+    where = str((tmp_path / "b.txt").resolve())
+    assert f"skipped 2: an empty file (the first: {where})" in capsys.readouterr().out
+    (source,) = data.read_manifest(data_dir)["sources"]
+    assert source["dropped"] == {"an empty file": [2, where]} and source["documents"] == 2
+
+
 def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
     texts, target, tmp_path, capsys
 ):

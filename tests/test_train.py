@@ -236,6 +236,26 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
+def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    run = replace(cfg, out_dir=str(tmp_path), max_steps=9)
+    really = train.save
+    monkeypatch.setattr(train, "save", lambda *args: really(*args) or 1 / 0)  # dies after step 7
+    with pytest.raises(ZeroDivisionError):
+        train.train(run)
+    monkeypatch.setattr(train, "save", really)
+    assert train.train(run)["step"] == 9
+    assert "begun before: going on with it" in capsys.readouterr().out
+    assert train.train(run) == {}
+    assert "max_steps=9: it is done" in capsys.readouterr().out
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 7]
+    with pytest.raises(ValueError, match="--init_from=resume goes on from it"):
+        train.train(replace(run, learning_rate=0.1))
+    with pytest.raises(ValueError, match="--overwrite does not go with --max-restarts|not combine"):
+        train.train(replace(run, overwrite=True))
+
+
 def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
     first = replace(cfg, out_dir=str(tmp_path / "first"), max_steps=2, block_size=24)
     train.train(first)
