@@ -54,6 +54,7 @@ class PrepareBench:
 def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
     """prepare.py from start to end, beside tiktoken's encode_ordinary_batch on the same text: with
     the same threads, and with one per core, where that is faster."""
+    check_repeats(cfg.repeats)
     threads, cores = cfg.workers or DEFAULT_THREADS, os.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = Path(name)
@@ -92,6 +93,7 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
 
     Raises ValueError for too few steps, and where a training fails.
     """
+    check_repeats(cfg.repeats)
     if cfg.steps < 4:
         raise ValueError(f"steps must be at least 4, not {cfg.steps}")
     ours, theirs, products, peaks = [], [], [], []
@@ -103,7 +105,7 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
             ours.append(statistics.median(r["tokens_per_s"] for r in records[3:]))
             peaks.append(records[-1]["peak_mem_gib"])
             start = checkpoint.read_json(out_dir / "run.json")["starts"][-1]
-            config = checkpoint.load_model(checkpoint.find(out_dir)).config
+            config = checkpoint.config_from_hugging_face(checkpoint.find(out_dir), None, 0.0)
             device, dtype = torch.device(start["device"]), getattr(torch, start["dtype"][6:])
             products.append(product_tflops(device, dtype))
             if cfg.nanogpt:
@@ -186,6 +188,11 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds) / 1e12
+
+
+def check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
 
 
 def report(command: str, cfg: Any, table: dict[str, list[float]]) -> dict[str, Any]:

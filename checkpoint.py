@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from configurator import one_line
 from model import EPSILON, GPT, INIT_STD, GPTConfig
 from tokenizer import Tokenizer
 
@@ -170,7 +171,7 @@ def download(name: str) -> Path:
             named["repo_id"], revision=named["revision"], allow_patterns=list(HUB_FILES)
         )
     except Exception as error:  # of huggingface_hub's, httpx' and the cache's many kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(
             f"{name} is neither in the cache nor to be had from the hub ({reason}); "
             "HF_HOME says where the cache is"

@@ -133,7 +133,7 @@ def statistics(data_dir: Path | str) -> dict[str, dict[str, int]]:
 def bytes_per_token(data_dir: Path | str, name: str) -> float | None:
     """Bytes of UTF-8 text per token of a split, or None where no manifest counted them."""
     counts = statistics(data_dir).get(name)
-    return counts["bytes"] / counts["tokens"] if counts else None
+    return counts["bytes"] / counts["tokens"] if counts and counts["tokens"] else None
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -281,7 +281,7 @@ class Batches:
 
     def ahead(self, steps: range, rt: Runtime) -> Iterator[Batch]:
         """This process's batch of each step, on its device. A thread reads the next one, and
-        starts copying it to a GPU, while the step runs."""
+        queues its copy to a GPU behind the step that runs."""
 
         def read(step: int) -> Batch:
             x, y, mask = self(step, rt.rank, rt.world_size)
@@ -315,7 +315,7 @@ def windows_at(split: Split, starts: np.ndarray, block_size: int) -> Batch:
     tokens = torch.from_numpy(np.stack([split[s : s + block_size + 1] for s in starts]))
     masks = [split.mask(s + 1, s + block_size + 1) for s in starts]
     mask = None if masks[0] is None else torch.from_numpy(np.stack(masks))  # type: ignore[arg-type]
-    return tokens[:, :-1], tokens[:, 1:], mask
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask
 
 
 def validation_batches(

@@ -92,10 +92,12 @@ def open_streams(
         found: list[Source] = []
         for source in map(find_source, given):
             for file in source.files:
-                if seen.setdefault(file.path, all_val) != all_val:
+                if seen.setdefault(os.path.realpath(file.path), all_val) != all_val:
                     raise ValueError(f"{file.path} is in sources and in val_sources")
-            known = {file.path for each in found for file in each.files}
-            new = tuple(file for file in source.files if file.path not in known)
+            known = {os.path.realpath(file.path) for each in found for file in each.files}
+            new = tuple(file for file in source.files if os.path.realpath(file.path) not in known)
+            if source.weight and not source.hub and not new:
+                raise ValueError(f"source {source.name!r} has a weight, but no text of its own")
             found.append(replace(source, files=new))
         if given and not any(source.hub or source.files for source in found):
             raise ValueError(f"there is no text in {', '.join(map(repr, given))}")
@@ -128,23 +130,26 @@ def draw(source: Source, reading: Reading) -> tuple[Source, frozenset[TextFile]]
         return replace(source, files=(val, train)), frozenset([val])
     wanted = reading.val_fraction * sum(file.size for file in texts)
     drawn: list[TextFile] = []
+    size = 0
     for index in np.random.default_rng(reading.seed).permutation(len(texts))[1:]:
-        if sum(file.size for file in drawn) >= wanted:
-            break
-        drawn.append(texts[index])
-    val_files = frozenset(drawn)
+        if size < wanted and texts[index].size <= wanted:  # none that alone is more
+            drawn.append(texts[index])
+            size += texts[index].size
+    val_files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
     ordered = sorted(source.files, key=lambda file: file not in val_files)
     return replace(source, files=tuple(ordered)), val_files
 
 
 def place_to_cut(file: TextFile, fraction: float) -> int:
-    """The character behind the last line end before `1 - fraction` of a text, or that place."""
+    """The character behind the last line end before `1 - fraction` of a text, or that place where
+    the lines are too long for that."""
     target = round(sum(map(len, file.pieces())) * (1 - fraction))
     cut = at = 0
     for piece in file.pieces():
-        cut = max(cut, at + piece.rfind("\n", 0, target - at) + 1 if at < target else 0)
+        newline = piece.rfind("\n", 0, max(0, target - at))
+        cut = at + newline + 1 if newline >= 0 else cut
         at += len(piece)
-    return cut or target
+    return cut if at - cut <= 2 * (at - target) else target
 
 
 def read_pieces(stream: Stream, reading: Reading) -> Iterator[Piece]:
@@ -267,17 +272,20 @@ def chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 def encode(
     chunk: list[Piece], tokenizer: Tokenizer, masked: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Ids of a chunk, their mask, and where each piece ends in them."""
+    """Ids of a chunk, their mask, and where each piece ends in them. A record that the tokenizer
+    refuses becomes one that is none."""
     parts = [part for piece in chunk for part in piece.segments]
     try:
         ids, ends = tokenizer.encode_joined([part.text for part in parts])
-    except ValueError as error:
-        for piece in chunk:
+    except ValueError:
+        for number, piece in enumerate(chunk):
             try:
                 tokenizer.encode_joined([part.text for part in piece.segments])
-            except ValueError:
-                raise ValueError(f"{piece.where}: {error}") from None
-        raise
+            except ValueError as error:
+                if not piece.whole:
+                    raise ValueError(f"{piece.where}: {error}") from None
+                chunk[number] = piece._replace(segments=[], problem=str(error))
+        return encode(chunk, tokenizer, masked)
     ended = np.array([part.ended for part in parts], dtype=bool)
     lengths = np.diff(ends, prepend=0)
     mask = None

@@ -34,13 +34,11 @@ def average_gradients(step_model: Any, rt: Runtime) -> DistributedDataParallel:
     return DistributedDataParallel(step_model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def share_gradients(model: Any, step_model: Callable[..., Tensor], share: bool) -> None:
-    """Whether the next backward pass shares gradients with the other processes: only the last
-    micro-step of a step has to."""
+def share_gradients(step_model: Callable[..., Tensor], share: bool) -> None:
+    """Whether the next backward pass averages gradients: with DDP only the last micro-step has to.
+    Shards share in each: what waits would be a whole gradient in every process."""
     if isinstance(step_model, DistributedDataParallel):
         step_model.require_backward_grad_sync = share
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(share)
 
 
 def is_sharded(model: Any) -> bool:

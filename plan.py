@@ -69,8 +69,14 @@ def memory_gib(model: GPT, micro_batch_size: int, cfg: "TrainConfig", rt: Runtim
         p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name
     )
     state = 4 * (4 * params - (hidden if cfg.optimizer == "muon" else 0))
-    if cfg.fsdp:  # and what is put together while it computes: the embeddings, two blocks
+    if cfg.fsdp and rt.world_size > 1:  # and what is put together meanwhile: embeddings, two blocks
         state = state // rt.world_size + 8 * (params - hidden + 2 * hidden // config.n_layer)
+        if cfg.optimizer == "muon":  # all matrices of a shape, their updates
+            state += 8 * hidden // 3
+    elif rt.world_size > 1 and micro_batch_size * rt.world_size < cfg.batch_size:
+        state += 4 * params  # gradients outside of DDP's buckets, until the last micro-step
+    if half:
+        state += 2 * params  # bf16 copies, kept for the backward pass
     per_token = config.activation_bytes_per_token(half, cfg.activation_checkpointing)
     return (state + micro_batch_size * config.block_size * per_token) / 2**30
 

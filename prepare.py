@@ -12,9 +12,11 @@ separated by `<|endoftext|>`. Killed at any moment, the same command goes on whe
 with the same bytes.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -42,6 +44,7 @@ from documents import (
     sample_texts,
 )
 from shards import CUT, KEPT, SplitWriter, in_both, sha256_of, without_documents
+from sources import find_source, hub_hash
 from templates import CHAT_TEMPLATES, TemplateName
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -91,6 +94,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in unsaved}))
     old = check_target(folder, settings, cfg.overwrite)
     if old and not cfg.overwrite:
+        check_inputs(old, cfg)
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
     if not moving(partial, settings, cfg.overwrite):
@@ -121,8 +125,9 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
     fraction = 0.0 if cfg.val_sources else cfg.val_fraction
     reading = Reading(cfg.template, cfg.text_field, fraction, cfg.seed)
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
-    paths = [file.path for stream in streams for file in stream.source.files]
-    inputs = {path: [os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths}
+    inputs: dict[str, Any] = inputs_of(cfg)
+    for hub in (stream.source for stream in streams if stream.source.hub):
+        inputs[hub.name] = hub_hash(hub)
     notes = read_notes(partial, settings, inputs, cfg.overwrite)
     existed, repairing = folder.exists(), partial.exists()
     try:
@@ -147,6 +152,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             "tokenizer": tokenizer.fingerprint,
             "splits": work.finish(),
             "sources": [stream.summary() for stream in streams],
+            "inputs": digest_of(inputs_of(cfg)),
         }
         checkpoint.write_json(partial / "dataset.json", manifest)
     except BaseException:
@@ -217,6 +223,31 @@ def check_same(folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]
         raise ValueError(
             f"{folder} {what} with other settings: {'; '.join(changed)}. "
             "Use --overwrite, or another --data_dir"
+        )
+
+
+def inputs_of(cfg: PrepareConfig) -> dict[str, list[int]]:
+    """Size and time of change of every local file that is read."""
+    sources = [find_source(name) for name in (*cfg.sources, *cfg.val_sources)]
+    stats = {file.path: os.stat(file.path) for source in sources for file in source.files}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
+
+
+def digest_of(inputs: dict[str, list[int]]) -> str:
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def check_inputs(manifest: dict[str, Any], cfg: PrepareConfig) -> None:
+    """Raises ValueError where files have changed since they were prepared. Where they are not here
+    any more there is nothing to check."""
+    try:
+        now = digest_of(inputs_of(cfg))
+    except (ValueError, OSError):
+        return
+    if manifest.get("inputs", now) != now:
+        raise ValueError(
+            f"files of {', '.join(cfg.sources)} have changed since {cfg.data_dir} was prepared: "
+            "--overwrite prepares it again"
         )
 
 
@@ -359,7 +390,8 @@ class Work:
             held.append((piece, ids, mask))
             if piece.whole and piece.digest is None:
                 continue
-            problem, tokens = piece.problem, sum(len(each[1]) for each in held)
+            problem = next((each[0].problem for each in held if each[0].problem), None)
+            tokens = sum(len(each[1]) for each in held)
             limit = self.cfg.max_record_tokens
             if piece.whole and limit and tokens > limit:
                 problem = f"more than {limit:,} tokens"
@@ -429,7 +461,7 @@ class Work:
         )
         self.saved = time.monotonic()
         seconds, read = (
-            self.saved - self.began,
+            max(self.saved - self.began, 1e-9),
             self.train.bytes + self.val.bytes - self.began_bytes,
         )
         rates = (read / seconds / 1e6, (self.tokens - self.began_tokens) / seconds / 1e6)
@@ -466,12 +498,13 @@ def install(partial: Path, folder: Path) -> dict[str, Any]:
         for path in partial.glob("val_*.bin"):
             path.unlink()
     for path in folder.glob("*.bin"):
-        if path.name not in names:
+        if re.fullmatch(r"(train|val)_\d{6,}(\.mask)?\.bin", path.name) and path.name not in names:
             path.unlink()
     for name in names:
         for place in (partial / KEPT, partial):
             if (place / name).exists():
                 (place / name).replace(folder / name)
+    (partial / "progress.json").unlink(missing_ok=True)  # nothing is left to go on with
     (partial / "dataset.json").replace(folder / "dataset.json")
     shutil.rmtree(partial)
     return manifest
@@ -518,7 +551,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises ValueError for whatever is wrong.
     """
     manifest = data.read_manifest(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = data.load_tokenizer(folder)
     if manifest:
         report(manifest)
         for split in manifest["splits"].values():

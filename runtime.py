@@ -58,7 +58,8 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        # Each weight is used once a step, so that a cache of casts only takes memory.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def seed_step(self, seed: int, step: int) -> None:
         """Make the randomness of a step (dropout) a pure function of (seed, step, rank)."""
@@ -192,11 +193,13 @@ def revision() -> str | None:
 
 
 def device_memory_gib(device: torch.device) -> float | None:
-    """All the memory of the device (on a CPU: of the machine), None where it does not tell."""
+    """All the memory of the device (on a CPU: this process's share of the machine's), None where it
+    does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        pages = os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return os.sysconf("SC_PAGE_SIZE") * pages / 2**30
     except (AttributeError, ValueError):
         return None
 

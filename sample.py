@@ -187,19 +187,20 @@ def typed() -> Iterator[str]:
 
 def ids_that_fit(messages: list[dict[str, str]], tokenizer: Tokenizer, room: int) -> list[int]:
     """The ids of a prompt for an answer; where they are more than `room`, its oldest turns are
-    removed, and if nothing is left, the last one, too."""
-    while True:
+    removed. [], and only the last one removed, where that alone is too long."""
+    first = int(messages[0]["role"] == "system")
+    for forgotten in range(0, len(messages) - first, 2):  # questions and their answers
+        kept = messages[:first] + messages[first + forgotten :]
         ids = []
-        for part in templates.prompt(messages, tokenizer.chat_template or ""):
+        for part in templates.prompt(kept, tokenizer.chat_template or ""):
             ids += tokenizer.encode(part.text) + [tokenizer.eot_id] * part.ended
         if len(ids) <= room:
+            if forgotten:
+                print("(the context is full: the oldest turns are forgotten)", file=sys.stderr)
+            messages[:] = kept
             return ids
-        first = int(messages[0]["role"] == "system")
-        if first + 1 == len(messages):
-            messages.pop()
-            return []
-        del messages[first : first + 2]  # a question and its answer
-        print("(the context is full: the oldest turn is forgotten)", file=sys.stderr)
+    messages.pop()
+    return []
 
 
 def print_answer(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> str:

@@ -114,7 +114,7 @@ def reopen(path: Path, size: int) -> IO[bytes]:
     """A file to append to behind its first `size` bytes; what follows them is cut off."""
     file = path.open("r+b", buffering=BUFFER)
     if file.seek(0, os.SEEK_END) < size:
-        raise ValueError(f"{path} has lost its end: --overwrite starts over")
+        raise ValueError(f"{path} has lost its end: remove {path.parent} to start over")
     file.truncate(size)
     file.seek(size)
     return file
@@ -189,14 +189,15 @@ def without_documents(
     whole = Split(partial, "val", MAX_VOCAB_SIZE)
     stops = np.cumsum(known["tokens"]).tolist()
     for stop, length, out in zip(stops, known["tokens"].tolist(), left_out):
+        if out:
+            continue
         for start in range(stop - length, stop, 1 << 20):
             end = min(start + (1 << 20), stop)
             mask = whole.mask(start, end) if split.shards.masked else None
-            if not out:
-                writer.write(
-                    whole[start:end].astype(np.uint16),
-                    None if mask is None else mask.astype(np.uint8),
-                )
+            writer.write(
+                whole[start:end].astype(np.uint16),
+                None if mask is None else mask.astype(np.uint8),
+            )
     kept = known[~left_out]
     return {
         "documents": len(kept),

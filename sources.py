@@ -20,7 +20,7 @@ import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +54,7 @@ class TextFile:
 
         Raises ValueError for bytes that are not UTF-8 (in a .py file: not what it declares).
         """
-        rest = ""
-        for block in clipped(read_text(self.path), self.start, self.stop):
-            rest += block
-            if len(rest) >= BLOCK and (cut := last_boundary(rest)):
-                yield rest[:cut]
-                rest = rest[cut:]
-        yield rest
+        return in_pieces(clipped(read_text(self.path), self.start, self.stop))
 
 
 class Row(NamedTuple):
@@ -128,8 +122,8 @@ def find_source(text: str) -> Source:
             raise ValueError(f"source {text!r}: write hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]")
         return Source(text, weight, hub=named.groupdict())
     paths = stdlib_paths() if text == "stdlib" else find_paths(text)
-    real = dict.fromkeys(os.path.realpath(path) for path in paths)  # none twice
-    files = tuple(TextFile(path, os.path.getsize(path)) for path in real)
+    real = {os.path.realpath(path): os.path.abspath(path) for path in reversed(paths)}  # none twice
+    files = tuple(TextFile(path, os.path.getsize(path)) for path in sorted(real.values()))
     empty = tuple(file.path for file in files if not file.size)
     return Source(text, weight, tuple(file for file in files if file.size), empty)
 
@@ -245,7 +239,7 @@ def clipped(blocks: Iterator[str], start: int, stop: int | None) -> Iterator[str
 
 def last_boundary(text: str) -> int:
     """The last place where BOUNDARY allows a cut, or 0."""
-    for tail in (1 << 12, BLOCK, len(text)):
+    for tail in (1 << 12, 2 * BLOCK + 2):  # what is before was searched when it was the end
         first = max(1, len(text) - tail)
         places = [match.start() for match in BOUNDARY.finditer(text, first)]
         if places:
@@ -253,13 +247,21 @@ def last_boundary(text: str) -> int:
     return 0
 
 
+def in_pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """A text that comes in blocks, in pieces of about BLOCK characters whose ids, joined, are those
+    of the whole."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        if len(rest) >= BLOCK and (cut := last_boundary(rest)):
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
 def cut_long(text: str) -> list[str]:
-    """A text in pieces of at most about BLOCK characters, as TextFile.pieces."""
-    parts = []
-    while len(text) > BLOCK and (cut := last_boundary(text[:BLOCK])):
-        parts.append(text[:cut])
-        text = text[cut:]
-    return [*parts, text]
+    """A text in pieces of about BLOCK characters, as TextFile.pieces."""
+    return list(in_pieces(text[at : at + BLOCK] for at in range(0, len(text) or 1, BLOCK)))
 
 
 # --- records
@@ -336,18 +338,21 @@ def text_lines(path: str) -> Iterator[str]:
 
 
 def parquet_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
-    import datasets  # not at the top: it takes a second
+    from pyarrow.parquet import ParquetFile  # not at the top: 0.2 s
 
     try:
-        builder = datasets.load_dataset_builder("parquet", data_files=path)
-        batches = streamed(builder, fields)["train"].iter(BATCH)
-        for number, value in enumerate((row for batch in batches for row in rows_of(batch)), 1):
-            yield Row(f"{path}, row {number:,}", value)
-    except Exception as error:  # pyarrow's and datasets' own kinds
+        with open_bytes(path) as file:
+            table = ParquetFile(file)
+            columns = [name for name in table.schema_arrow.names if name in fields] or None
+            batches = table.iter_batches(BATCH, columns=columns)
+            values = (value for batch in batches for value in batch.to_pylist())
+            for number, value in enumerate(values, 1):
+                yield Row(f"{path}, row {number:,}", value)
+    except Exception as error:  # pyarrow's own kinds
         raise ValueError(f"{path} is not a parquet file that can be read: {error}") from None
 
 
-# --- parquet and the hub, by the library `datasets`
+# --- the hub, by the library `datasets`
 
 
 def streamed(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -396,16 +401,27 @@ def hub_items(
         ) from error
 
 
+def hub_builder(hub: dict[str, str | None]) -> Any:
+    import datasets  # not at the top: it takes a second
+
+    return datasets.load_dataset_builder(hub["path"], hub["config"], revision=hub["revision"])
+
+
+def hub_hash(source: Source) -> str:
+    """The state of a dataset of the hub: another where its files are others."""
+    try:
+        return hub_builder(source.hub or {}).hash
+    except Exception as error:  # hub_stream says what is wrong, in its words
+        return type(error).__name__
+
+
 def hub_stream(name: str, hub: dict[str, str | None], fields: tuple[str, ...]) -> Any:
     """A dataset of the hub as a `datasets.IterableDataset`: the named split, else `train`, else
     all splits one after another."""
     import datasets  # not at the top: it takes a second
 
     try:
-        builder = datasets.load_dataset_builder(
-            hub["path"], hub["config"], revision=hub["revision"]
-        )
-        splits = streamed(builder, fields)
+        splits = streamed(hub_builder(hub), fields)
     except ConnectionError as error:
         raise ConnectionError(
             f"source {name!r}: {error}; is there a network? (a dataset that was downloaded "

@@ -30,6 +30,7 @@ ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 CHAT = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}"
+    "{% elif message['role'] == 'system' and message['content'] == '' %}"
     "{% elif message['role'] in ('system', 'user') %}"
     "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim + '\n\n' }}"
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
@@ -138,7 +139,7 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("messages are not JSON") from None
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ValueError("no list of messages")

@@ -12,7 +12,6 @@ the losses by rounding only.
 """
 
 import contextlib
-import io
 import math
 import os
 import shlex
@@ -102,7 +101,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     check_settings(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
     micro = plan.micro_batch_size(cfg, rt)
-    if cfg.plan and not Path(cfg.data_dir).is_dir():
+    if cfg.plan and cfg.init_from == "scratch" and not Path(cfg.data_dir).is_dir():
         print(f"{cfg.data_dir} is not there yet; taking GPT-2's vocabulary of 50,257 ids.")
         with torch.device("meta"):
             model = GPT(model_config(cfg, 50257))
@@ -120,9 +119,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if restarted and checkpoint.steps(out_dir):
         print(f"{out_dir} is this run, begun before: going on with it")
         cfg = replace(cfg, init_from="resume")
+        cfg = replace(cfg, **settings_so_far(cfg))
     fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = data.load_tokenizer(cfg.data_dir)
     model, state, saved = build_model(cfg, tokenizer, fingerprint)
+    cfg = with_shape(cfg, model.config, tokenizer)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
     split = data.Split(cfg.data_dir, "train", tokenizer.vocab_size)
@@ -161,6 +162,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         optim.load_optimizer_state(model, optimizers, saved["parameters"])
         if saved["scaler"]:  # {} of a run in another dtype
             scaler.load_state_dict(saved["scaler"])
+        saved = {}  # as large as the model, twice
     step_model = maybe_compiled(model, cfg, micro, rt)
     if rt.world_size > 1 and not cfg.fsdp:
         step_model = parallel.average_gradients(step_model, rt)
@@ -170,11 +172,27 @@ def train(cfg: TrainConfig) -> metrics.Record:
         this_start = describe_start(given, rt, start, fingerprint)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
     bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
+    if any(mask is not None for mask in val_split.masks):  # the loss is of answers only
+        bytes_per_token = None
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
     record: metrics.Record = {}
     bad_steps = timed_steps = 0
     seconds = 0.0
+
+    def validation(step: int) -> metrics.Record:
+        found = {"val_loss": evaluate(model, val_split, cfg.eval_tokens, micro, rt)}
+        text = f"step {step}: validation loss {found['val_loss']:.4f} nats per token"
+        if bytes_per_token:
+            found["val_bpb"] = found["val_loss"] / math.log(2) / bytes_per_token
+            text += f", {found['val_bpb']:.4f} bits per byte"
+        print(text)
+        return found
+
+    if start == 0 and cfg.init_from != "scratch":  # what there is to improve
+        before = {"step": 0, **validation(0)}
+        if log:
+            log.add(before)
 
     with runtime.stop_signals() as stop:
         coming = batches.ahead(range(start, cfg.max_steps), rt)
@@ -229,19 +247,14 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 print(metrics.console_line(record, cfg.max_steps, (cfg.max_steps - done) * dt))
                 seconds, timed_steps = 0.0, 0
             if evaluating:
-                record["val_loss"] = evaluate(model, val_split, cfg.eval_tokens, micro, rt)
-                text = f"step {done}: validation loss {record['val_loss']:.4f} nats per token"
-                if bytes_per_token:
-                    record["val_bpb"] = record["val_loss"] / math.log(2) / bytes_per_token
-                    text += f", {record['val_bpb']:.4f} bits per byte"
-                print(text)
+                record |= validation(done)
             if log and record.get("step") == done:
                 log.add(record)
                 if evaluating:
                     metrics.plot(log.records, out_dir / "loss.png")
             if tracker and record.get("step") == done:
                 tracker.log(record)
-            sound = bad_steps == 0 and math.isfinite(record.get("val_loss", 0))
+            sound = not (bad_steps or (evaluating and not math.isfinite(record["val_loss"])))
             if sound and due(done, cfg.sample_interval, evaluating):
                 print_sample(model, tokenizer, cfg.seed, rt)
             if last or due(done, cfg.save_interval, evaluating):
@@ -317,7 +330,7 @@ def begin_run(
         for folder in checkpoint.steps(out_dir):  # only with --overwrite
             checkpoint.remove(folder)
     checkpoint.write_json(out_dir / "run.json", {"starts": starts})
-    return metrics.MetricsLog(out_dir / "metrics.jsonl", start["step"]), tracker
+    return metrics.MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), tracker
 
 
 def check_settings(cfg: TrainConfig) -> None:
@@ -411,6 +424,15 @@ def build_model(
     return model, state, checkpoint.read_optimizer(folder)
 
 
+def with_shape(cfg: TrainConfig, shape: GPTConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The settings with the shape that a model opened from a folder has, for those who resume."""
+    names = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")
+    cfg = replace(cfg, **{name: getattr(shape, name) for name in names})
+    if model_config(cfg, tokenizer.vocab_size).vocab_size != shape.vocab_size:
+        cfg = replace(cfg, vocab_multiple=shape.vocab_size)
+    return cfg
+
+
 def maybe_compiled(
     model: GPT, cfg: TrainConfig, micro: int, rt: runtime.Runtime
 ) -> Callable[..., Tensor]:
@@ -428,9 +450,9 @@ def maybe_compiled(
     try:
         with rt.autocast():
             fast(tokens, tokens).backward()
-        model.zero_grad(set_to_none=True)
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    model.zero_grad(set_to_none=True)
     if not rt.any(bool(reason)):
         return fast
     reason = reason or "in another process"
@@ -483,7 +505,7 @@ def optimizer_step(
         part = slice(first, first + micro)
         part_mask = None if mask is None else mask[part]
         share = (x[part].numel() if part_mask is None else part_mask.sum()) / counted
-        parallel.share_gradients(model, step_model, first + micro == len(x))
+        parallel.share_gradients(step_model, first + micro == len(x))
         with rt.autocast():
             micro_loss = step_model(x[part], y[part], part_mask) * share
         scaler.scale(micro_loss * rt.world_size).backward()  # processes average their gradients
@@ -534,7 +556,10 @@ def save(
     rt: runtime.Runtime,
 ) -> None:
     """Write a checkpoint, from all processes: each may have a part of the tensors."""
-    weights = parallel.gathered(model.state_dict(), rt)
+    tensors = model.state_dict()
+    if model.config.tie_weights:
+        del tensors["lm_head.weight"]  # the same as the embedding
+    weights = parallel.gathered(tensors, rt)
     parameters = {
         name: parallel.gathered(moments, rt)
         for name, moments in optim.optimizer_state(model, optimizers).items()
@@ -576,7 +601,10 @@ def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: runtime.Runtim
 
 def main(argv: list[str] | None = None) -> int:
     quiet = os.environ.get("RANK", "0") != "0"  # one process of many speaks; errors all of them do
-    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere if quiet else sys.stdout),
+    ):
         status = configurator.command(TrainConfig, train, argv, settings_so_far)
     if status == 0:  # after an error the others may not be there to part from
         runtime.leave()

@@ -85,7 +85,10 @@ def test_every_config_loads_and_its_header_names_commands_that_parse(path, monke
         assert word in header
     for script, arguments in commands:
         configurator.resolve(CLASSES[script], arguments)
-    if "data_" not in path:
+    if "finetune_" in path:
+        assert train.main([path, "--plan"]) == 2  # for want of data
+        assert "there is no data in data/" in capsys.readouterr().err
+    elif "data_" not in path:
         assert train.main([path, "--plan"]) == 0
         assert "parameters" in capsys.readouterr().out
 

@@ -40,7 +40,7 @@ def nan_in_one_process(self, idx, targets=None, *rest):
 
 train.runtime.leave = lambda: None  # torchrun's store cannot be joined twice
 for run in json.loads(sys.argv[1]):
-    train.GPT.forward, calls = (nan_in_one_process if "nan" in run[0] else real), 0
+    train.GPT.forward, calls = (nan_in_one_process if run[0].endswith("_nan") else real), 0
     status = train.main(run)
     if status:
         sys.exit(status)
@@ -91,7 +91,8 @@ def assert_close(one: train.TrainConfig, other: train.TrainConfig) -> None:
         mine, theirs = read(checkpoint.find(one.out_dir)), read(checkpoint.find(other.out_dir))
         assert mine.keys() == theirs.keys()
         for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], atol=2e-3, rtol=2e-2, msg=name)
+            apart = (mine[name].float() - theirs[name].float()).norm()
+            assert apart <= 0.02 * theirs[name].float().norm(), name
 
 
 def moments(saved: dict) -> dict[str, torch.Tensor]:
@@ -241,5 +242,5 @@ def test_what_does_not_divide_or_combine_is_one_line(run_of, tmp_path):
     _, err = group.communicate(timeout=120)
     assert group.returncode != 0
     assert "error: batch_size=3 does not divide over 2 processes" in err
-    assert not re.search(r"^Traceback.*train\.py", err, re.DOTALL)
+    assert f'File "{REPO / "train.py"}"' not in err
     assert not Path(run.out_dir).exists()

@@ -900,3 +900,108 @@ def test_inspect_finds_every_kind_of_damage(texts, target, capsys):
         (target / name).write_bytes(content)
     assert prepare.main([f"--inspect={target}"]) == 0
     assert prepare.main([f"--inspect={target}/nothing"]) == 2
+
+
+# --- what a review found
+
+
+def run_in(folder, *arguments) -> int:
+    return prepare.main([f"--data_dir={folder}", "--tokenizer=bytes", *map(str, arguments)])
+
+
+def test_sources_that_changed_since_are_not_taken_for_prepared(tmp_path, capsys):
+    text = tmp_path / "novel.txt"
+    text.write_text("It was a night.\n" * 50)
+    source, folder = f"--sources={text}", tmp_path / "data"
+    assert run_in(folder, source) == run_in(folder, source) == 0
+    assert "is already prepared" in capsys.readouterr().out
+    text.write_text("It was a day.\n" * 50)
+    assert run_in(folder, source) == 2
+    assert "have changed since" in capsys.readouterr().err
+    assert run_in(folder, source, "--overwrite") == 0
+    text.unlink()  # what is not here cannot be compared
+    assert run_in(folder, source) == 0
+
+
+def test_overwriting_leaves_files_of_others(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 50)
+    folder = tmp_path / "data"
+    assert run_in(folder, f"--sources={tmp_path}/a.txt", "--shard_tokens=200") == 0
+    (folder / "pytorch_model.bin").write_bytes(b"mine")
+    assert run_in(folder, f"--sources={tmp_path}/a.txt", "--overwrite") == 0
+    assert sorted(path.name for path in folder.glob("*.bin")) == [
+        "pytorch_model.bin",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
+
+
+def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
+    blob = tmp_path / "blobs" / "3f2a"
+    blob.parent.mkdir()
+    blob.write_text('{"text": "hello there"}\n' * 40)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).symlink_to(blob)
+    assert run_in(tmp_path / "data", f"--sources={tmp_path}/*.jsonl") == 0
+    (source,) = data.read_manifest(tmp_path / "data")["sources"]
+    assert source["documents"] == 40
+
+
+def test_validation_is_about_what_was_asked_for(tmp_path):
+    long_line = tmp_path / "line.txt"
+    long_line.write_text("title\n" + "word " * 300_000)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, size in (("big", 400_000), ("small", 60), ("tiny", 50)):
+        (folder / f"{name}.txt").write_text("a line\n" * (size // 7))
+    for seed in range(4):
+        for number, source in enumerate((long_line, folder)):
+            data_dir = tmp_path / f"data{number}{seed}"
+            assert run_in(data_dir, f"--sources={source}", f"--seed={seed}") == 0
+            splits = data.statistics(data_dir)
+            share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
+            assert 0 < share < 0.06
+
+
+def test_a_weight_on_files_that_another_source_has_is_refused(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.txt").write_text("one\n" * 50)
+    sources = f"--sources={tmp_path}/notes/=3,{tmp_path}/notes/1.txt=1"
+    assert run_in(tmp_path / "data", sources) == 2
+    assert "has a weight, but no text of its own" in capsys.readouterr().err
+
+
+def test_a_record_that_the_tokenizer_refuses_is_skipped_like_others(tmp_path, capsys):
+    lines = [json.dumps({"text": text}) for text in ("one", " " * 1_200_000 + "x", "two", "three")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    bpe = ["--tokenizer=bpe", "--vocab_size=257", f"--sources={tmp_path}/a.jsonl"]
+    assert run_in(tmp_path / "data", *bpe) == 2
+    assert "a.jsonl, line 2: " in capsys.readouterr().err
+    assert run_in(tmp_path / "data", *bpe, "--bad_records=skip") == 0
+    (source,) = data.read_manifest(tmp_path / "data")["sources"]
+    assert source["documents"] == 3 and sum(n for n, _ in source["dropped"].values()) == 1
+
+
+def test_a_folder_of_nanogpt_can_be_inspected(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Tokenizer, "gpt2", Tokenizer.bytes)
+    np.frombuffer(b"To be, or not to be", np.uint8).astype("<u2").tofile(tmp_path / "train.bin")
+    assert prepare.main([f"--inspect={tmp_path}"]) == 0
+    assert "To be, or not to be" in capsys.readouterr().out
+
+
+def test_a_dataset_of_the_hub_that_changed_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    hashes = iter(["first", "first", "second"])
+    monkeypatch.setattr(prepare, "hub_hash", lambda source: next(hashes))
+    monkeypatch.setattr(documents, "CHUNK", 1)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    numbers = range(1, 100)
+    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), sources.Position(n)) for n in numbers]
+
+    def broken(*_):
+        yield from rows
+        raise OSError("the network is away")
+
+    monkeypatch.setattr(sources, "hub_items", broken)
+    for said in ("network is away", "network is away", "hf:own/er is new, has changed"):
+        assert run_in(tmp_path / "data", "--sources=hf:own/er") == 2
+        assert said in capsys.readouterr().err

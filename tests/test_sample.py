@@ -182,7 +182,7 @@ def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
     answers = talk(monkeypatch, talker, "/system Short.", *(f"Question {n}?" * 2 for n in range(9)))
     assert len(answers) == 9
     err = capsys.readouterr().err
-    assert ("the oldest turn is forgotten" in err) == ("chat" in str(talker))
+    assert ("the oldest turns are forgotten" in err) == ("chat" in str(talker))
     assert talk(monkeypatch, talker, "long " * 100, "Short?", "/reset", "x" * 300) != []
     assert capsys.readouterr().err.count("too long: it has to fit 226 tokens") == 2
 

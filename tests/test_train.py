@@ -224,6 +224,32 @@ def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
     assert first["val_loss"] == pytest.approx(records(tmp_path / "first")[-1]["val_loss"], abs=1e-3)
 
 
+def test_a_run_from_another_checkpoint_resumes(cfg, tmp_path, monkeypatch):
+    """Though its shape was never given, and the vocabulary is padded; and after a restart."""
+    first = replace(cfg, out_dir=str(tmp_path / "first"), max_steps=1, bias=False)
+    first = replace(first, vocab_multiple=64)
+    train.train(first)
+    warm = train.TrainConfig(
+        data_dir=cfg.data_dir,
+        init_from=first.out_dir,
+        out_dir=str(tmp_path / "warm"),
+        max_steps=3,
+        device="cpu",
+        batch_size=4,
+        log_interval=1,
+    )
+    assert train.train(warm)["step"] == 3
+    resume = [f"--out_dir={warm.out_dir}", "--init_from=resume", "--max_steps=4"]
+    assert train.main(resume) == 0
+    assert [r["step"] for r in records(warm.out_dir)] == [0, 1, 2, 3, 4]
+    train.train(replace(warm, overwrite=True))
+    assert [r["step"] for r in records(warm.out_dir)] == [0, 1, 2, 3]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    shutil.rmtree(Path(warm.out_dir))
+    train.train(warm)
+    assert train.train(warm) == {}
+
+
 def test_a_finished_run_is_not_buried(cfg, tmp_path):
     done = replace(cfg, out_dir=str(tmp_path), max_steps=3)
     train.train(done)
@@ -476,7 +502,9 @@ def test_wandb_gets_the_same_offline(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train.train(replace(cfg, out_dir=str(tmp_path), tracker="wandb", max_steps=3))
     (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = written.read_bytes()
+    deadline = time.monotonic() + 30  # a process of wandb's own writes
+    while b"safetensors" not in (content := written.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for word in (b"val_perplexity", b"grad_norm", b"tokens_per_s", b"splits", b"safetensors"):
         assert word in content
 

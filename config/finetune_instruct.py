@@ -1,0 +1,33 @@
+"""
+Teach a checkpoint to follow instructions: Alpaca's form, the loss on answers only.
+
+    python prepare.py config/data_alpaca.py
+    python train.py config/finetune_instruct.py
+    python sample.py --checkpoint=out/instruct --chat
+
+A checkpoint of your own, on data that its tokenizer made:
+
+    python prepare.py config/data_alpaca.py --sources=mine.json --tokenizer=out/stdlib/step_001500 \
+        --data_dir=data/mine
+    python train.py config/finetune_instruct.py --init_from=out/stdlib --data_dir=data/mine
+
+Hardware: one GPU of 16 GB; a CPU takes hours for GPT-2's size, minutes for the second form.
+Tokens: 3 epochs of the 5 million tokens of Stanford's 52,002 records.
+Expect: not run with OpenAI's weights; docs/finetuning.md has a run from a checkpoint of ours.
+"""
+
+data_dir = "data/alpaca"
+out_dir = "out/instruct"
+init_from = "gpt2"
+
+batch_size = 32
+micro_batch_size = 8
+epochs = 3
+optimizer = "adamw"
+learning_rate = 5e-5  # a tenth of pretraining's or less: more forgets what the weights know
+warmup_steps = 20
+schedule = "cosine"
+dropout = 0.1
+
+eval_interval = 100
+log_interval = 10

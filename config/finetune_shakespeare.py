@@ -1,0 +1,26 @@
+"""
+Continue the pretraining of GPT-2 on a text: tiny Shakespeare.
+
+    python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=gpt2 \
+        --data_dir=data/shakespeare_gpt2
+    python train.py config/finetune_shakespeare.py
+    python sample.py --checkpoint=out/shakespeare_gpt2 --start "ROMEO:"
+
+Text: as in config/shakespeare_cpu.py. Hardware: one GPU of 16 GB, or a patient CPU.
+Tokens: 3 epochs of 0.3 million.
+Expect: not run with OpenAI's weights; nanoGPT reports a validation loss of 2.8 to 2.9 from gpt2-xl.
+"""
+
+data_dir = "data/shakespeare_gpt2"
+out_dir = "out/shakespeare_gpt2"
+init_from = "gpt2"
+
+micro_batch_size = 2
+epochs = 3
+optimizer = "adamw"
+learning_rate = 3e-5
+schedule = "cosine"
+dropout = 0.1
+
+eval_interval = 40
+log_interval = 5
