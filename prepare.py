@@ -49,7 +49,7 @@ from templates import CHAT_TEMPLATES, TemplateName
 from tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
-SAVE_SECONDS = 10.0  # between two notes of how far it is
+SAVE_SECONDS = 5.0  # between two notes of how far it is
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PrepareConfig:
     max_record_tokens: int | None = None  # longer records are bad; None: no limit
     # how much of it
     val_fraction: float = 0.05  # share of the documents to validate on, without val_sources
-    val_tokens: int | None = None  # enough tokens to validate on: the rest is trained on
+    val_tokens: int | None = None  # at most so many tokens of those; the rest is trained on
     max_tokens: int | None = None  # tokens to take from sources; None: all
     max_documents: int | None = None  # documents to take from sources; None: all
     # tokens
@@ -541,8 +541,10 @@ def report(manifest: dict[str, Any]) -> None:
         )
         if split.get("trained_on"):
             print(f"  {split['trained_on']:,} documents left out, as they are trained on")
-    if not manifest["splits"].get("val", {}).get("tokens"):
-        print("val: nothing; train.py needs some: --val_fraction, or --val_sources")
+    missing = {"train": "more documents", "val": "--val_fraction, or --val_sources"}
+    for name, remedy in missing.items():
+        if not manifest["splits"].get(name, {}).get("tokens"):
+            print(f"{name}: nothing; train.py needs some: {remedy}")
 
 
 def inspect(folder: Path) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]
             raise ValueError(f"unknown role {role!r}")
         if role == "system" and content == "":  # some datasets give every chat one
             continue
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) and content is not None:
+            raise ValueError("a message's content is no text")
+        if not content or not content.strip():
             raise ValueError("empty message")
         unanswered += HEADINGS[ROLES[role]]
         if ROLES[role] == "assistant":
@@ -124,6 +126,8 @@ def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]
             unanswered = ""
         else:
             unanswered += content.strip() + "\n\n"
+    if not messages:
+        raise ValueError("no messages")
     if answered == bool(unanswered) or not (parts or unanswered):
         raise ValueError("the last message is " + ("no answer" if answered else "an answer"))
     if not answered:

@@ -82,7 +82,7 @@ def test_synth_thinks_before_it_answers():
         ("synth", {"query": "x", "synthetic_answer": "y"}, "no field 'synthetic_reasoning'"),
         ("chat", {"messages": [ASK]}, "the last message is no answer"),
         ("chat", {"messages": [ASK, ANSWER, ASK]}, "the last message is no answer"),
-        ("chat", {"messages": []}, "the last message is no answer"),
+        ("chat", {"messages": []}, "no messages"),
         ("chat", {"messages": [ASK, {"role": "assistant", "content": ""}]}, "empty message"),
         ("chat", {"messages": [ASK, {"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
         ("chat", {"messages": [{"role": ["user"], "content": "x"}]}, r"unknown role \['user'\]"),
