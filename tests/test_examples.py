@@ -1,0 +1,63 @@
+"""The example scripts run, and Hugging Face's Trainer sees the losses that we see."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_trainer
+import numpy as np
+import pytest
+import torch
+from conftest import write_shard
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+
+import checkpoint
+import data
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+REPO = Path(data.__file__).parent
+SHAPE = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint, and shards with a mask over some windows."""
+    base = tmp_path_factory.mktemp("trainer")
+    model = GPT(SHAPE).init_weights(1)
+    tokenizer = Tokenizer.bytes()
+    step = checkpoint.save(base, 1, SHAPE, model.state_dict(), tokenizer, {}, {})
+    data_dir = base / "data"
+    data_dir.mkdir()
+    tokenizer.save(data_dir)
+    rng = np.random.default_rng(0)
+    for name in ("train", "val"):
+        write_shard(data_dir / f"{name}_000000.bin", rng.integers(97, 105, 32 * 20))
+        mask = (rng.random(32 * 20) < 0.5).astype(np.uint8)
+        mask.tofile(data_dir / f"{name}_000000.mask.bin")
+    return step, data_dir
+
+
+def test_both_loops_have_the_same_loss_on_the_same_batch(folders, tmp_path):
+    step, data_dir = folders
+    windows = hf_trainer.Windows(str(data_dir), "train", 32)
+    assert len(windows) == 20
+    theirs = GPT2LMHeadModel.from_pretrained(step)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(theirs.train(), arguments, train_dataset=windows)
+    batch = trainer.data_collator([windows[n] for n in range(4)])
+    loss = trainer.compute_loss(theirs.eval(), batch)
+    split = data.Split(data_dir, "train", 257)
+    x, y, mask = data.windows_at(split, np.arange(4) * 32, 31)
+    ours = checkpoint.load_model(step).eval()(x, y, mask)
+    torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)
+
+
+def test_the_example_runs(folders, tmp_path):
+    step, data_dir = folders
+    command = [sys.executable, str(REPO / "examples" / "hf_trainer.py"), step, data_dir]
+    done = subprocess.run([*command, tmp_path / "out", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "before: " in done.stdout and "after: " in done.stdout
+    assert checkpoint.load_model(tmp_path / "out").config == SHAPE
+    assert Tokenizer.load(tmp_path / "out").vocab_size == 257
