@@ -1,5 +1,5 @@
 """
-Train a checkpoint of plainGPT further, and evaluate it, by Hugging Face's own Trainer on our shards.
+Train a checkpoint of plainGPT further, by Hugging Face's own Trainer, on plainGPT's shards.
 
     pip install transformers accelerate
     python examples/hf_trainer.py out/stdlib/step_001500 data/stdlib out/trainer 100
