@@ -138,8 +138,8 @@ def plot(records: list[Record], path: Path) -> None:
     losses.set_ylabel("loss (nats per token)")
     if losses.lines:
         losses.legend()
-    rates.set_ylabel("learning rate")
-    norms.set(xlabel="step", ylabel="gradient norm")
+    rates.set_ylabel("lr")
+    norms.set(xlabel="step", ylabel="norm")
     partial = path.with_name(path.name + ".partial")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)
