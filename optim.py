@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from parallel import sharded_as, whole
+from parallel import own, sharded_as, whole
 
 Schedule = Literal["cosine", "wsd"]
 OptimizerName = Literal["muon", "adamw"]
@@ -143,16 +143,18 @@ class Muon(Optimizer):
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-        stack = torch.stack([whole(tensor) for tensor in ahead])
+        mine = [own(grad) for grad in grads]
+        torch._foreach_lerp_([own(buffer) for buffer in buffers], mine, 1 - group["momentum"])
+        torch._foreach_lerp_(mine, [own(buffer) for buffer in buffers], group["momentum"])
+        stack = torch.stack([whole(grad) for grad in grads])  # with Nesterov's momentum now
         parts = group.get("parts", 1)
         rows, columns = stack.size(1) // parts, stack.size(2)
         updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        weights = [own(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        own = [sharded_as(p, update) for p, update in zip(parameters, updates.unbind())]
-        torch._foreach_add_(parameters, own, alpha=scale)
+        shards = [own(sharded_as(p, update)) for p, update in zip(parameters, updates.unbind())]
+        torch._foreach_add_(weights, shards, alpha=scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -60,6 +60,11 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own(tensor: Any) -> Tensor:
+    """This process's shard of a tensor, sharing its memory; a tensor that is whole as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def sharded_as(like: Any, tensor: Tensor) -> Tensor:
     """This process's shard of a tensor that all processes have, if `like` is sharded."""
     if not hasattr(like, "full_tensor"):
