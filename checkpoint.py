@@ -3,6 +3,7 @@ Checkpoint folders: written whole or not at all, found, checked and loaded.
 
 `out_dir/step_000500/` is a Hugging Face GPT-2 (config.json, model.safetensors,
 generation_config.json, the tokenizer's files) plus optimizer.pt and state.json for resuming.
+A run with LoRA saves an adapter of peft's in place of a model, which says what it is an adapter of.
 It is written under another name, flushed and renamed, so a folder with its final name is whole.
 Nothing here unpickles code: weights are safetensors, the optimizer's tensors a `weights_only` load.
 """
@@ -21,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import lora
 from configurator import one_line
 from model import EPSILON, GPT, INIT_STD, GPTConfig
 from tokenizer import Tokenizer
@@ -35,6 +37,7 @@ HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium"
 HUB_NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
 HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors*")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 # --- saving
@@ -48,11 +51,13 @@ def save(
     tokenizer: Tokenizer,
     optimizer: dict[str, Any],
     state: dict[str, Any],
+    adapter: lora.Adapter | None = None,
 ) -> Path:
     """Write `out_dir/step_<step>`, a new folder; return its path.
 
     `weights` are a model's state_dict, `optimizer` holds tensors by parameter name, `state` what
-    JSON can carry. Raises OSError where the disk does not take it all, and leaves nothing of it.
+    JSON can carry. With `adapter`, `weights` are only those of its layers.
+    Raises OSError where the disk does not take it all, and leaves nothing of it.
     """
     remove_leftovers(out_dir)
     folder = out_dir / f"step_{step:06d}"
@@ -61,16 +66,7 @@ def save(
     partial = out_dir / f"{PARTIAL}{folder.name}"
     try:
         partial.mkdir(parents=True)
-        safetensors.torch.save_file(
-            to_hugging_face(weights, config),
-            partial / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        tokenizer.save(partial)
-        ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-        write_json(partial / "config.json", {**config_to_hugging_face(config), **ids})
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # else 0600
-        write_json(partial / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
+        write_model(partial, config, weights, tokenizer, adapter)
         torch.save(optimizer, partial / "optimizer.pt")
         write_json(partial / "state.json", state)
         for path in [*partial.iterdir(), partial]:
@@ -83,6 +79,31 @@ def save(
     partial.rename(folder)
     flush(out_dir)
     return folder
+
+
+def write_model(
+    folder: Path,
+    config: GPTConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    adapter: lora.Adapter | None = None,
+) -> None:
+    """Write what `transformers` needs, or with `adapter` what peft does, into an empty folder."""
+    tokenizer.save(folder)
+    ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    metadata = {"format": "pt"}
+    if adapter:
+        about, file = (folder / name for name in ADAPTER_FILES)
+        write_json(about, lora.to_peft(adapter))
+        metadata["base_fingerprint"] = adapter.base_fingerprint or ""
+        weights = {lora.PREFIX + name: tensor for name, tensor in weights.items()}
+    else:
+        about, file = folder / "config.json", folder / "model.safetensors"
+        write_json(about, {**config_to_hugging_face(config), **ids})
+        weights = to_hugging_face(weights, config)
+    safetensors.torch.save_file(weights, file, metadata)
+    shutil.copymode(about, file)  # else 0600
+    write_json(folder / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,7 +170,7 @@ def find(where: Path | str) -> Path:
     folder = Path(where)
     if steps(folder):
         return steps(folder)[-1]
-    if (folder / "config.json").exists():
+    if any((folder / name).exists() for name in ("config.json", ADAPTER_FILES[0])):
         return folder
     what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
@@ -168,7 +189,9 @@ def download(name: str) -> Path:
         raise ValueError(f"{name} is not of the form hf:OWNER/NAME[@REVISION]")
     try:
         found = huggingface_hub.snapshot_download(
-            named["repo_id"], revision=named["revision"], allow_patterns=list(HUB_FILES)
+            named["repo_id"],
+            revision=named["revision"],
+            allow_patterns=[*HUB_FILES, *ADAPTER_FILES],
         )
     except Exception as error:  # of huggingface_hub's, httpx' and the cache's many kinds
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -182,13 +205,18 @@ def download(name: str) -> Path:
 # --- loading
 
 
-def load_model(where: Path | str, *, block_size: int | None = None, dropout: float = 0.0) -> GPT:
+def load_model(
+    where: Path | str, *, block_size: int | None = None, dropout: float = 0.0, merged: bool = True
+) -> GPT:
     """Open a checkpoint of ours or a Hugging Face GPT-2 folder as a float32 GPT on the CPU.
 
-    `block_size` may be shorter than the checkpoint's; the later positions are not read.
+    `block_size` may be shorter than the checkpoint's; the later positions are not read. The model
+    of a folder with an adapter has it `merged`, or added to its layers.
     Raises ValueError for a folder that is no GPT-2, or whose weights are damaged or do not match.
     """
     folder = find(where)
+    if (folder / ADAPTER_FILES[0]).exists():
+        return load_adapted(folder, block_size, dropout, merged)
     config = config_from_hugging_face(folder, block_size, dropout)
     saved = read_weights(folder)
     if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
@@ -202,6 +230,65 @@ def load_model(where: Path | str, *, block_size: int | None = None, dropout: flo
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     return model
+
+
+def load_adapted(folder: Path, block_size: int | None, dropout: float, merged: bool) -> GPT:
+    """The model that an adapter is for, with the adapter."""
+    adapter, tensors = read_adapter(folder)
+    base = find(base_of(folder, adapter))
+    if (base / ADAPTER_FILES[0]).exists():
+        raise ValueError(f"{folder} is an adapter for another adapter, {base}")
+    model = load_model(base, block_size=block_size, dropout=dropout)
+    if adapter.base_fingerprint not in (None, lora.fingerprint(model)):
+        raise ValueError(f"{folder} is an adapter for other weights than those of {base}")
+    try:
+        lora.add(model, adapter.config, seed=0)
+        lora.load(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder} is no adapter for {base}: {error}") from None
+    if merged:
+        lora.merge(model)
+    return model
+
+
+def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
+    """What the files of an adapter say of it, and its tensors. Raises ValueError for a missing or
+    damaged file, and for more than plain LoRA."""
+    about, file = (folder / name for name in ADAPTER_FILES)
+    found, tensors = read_json(about), read_tensors(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    return lora.from_peft(found, tensors, metadata, str(about)), tensors
+
+
+def adapter_for(where: str, model: GPT, config: lora.LoRAConfig) -> lora.Adapter:
+    """A new adapter for a model that was opened from `where`.
+
+    Raises ValueError where that is an adapter itself.
+    """
+    folder = find(where)
+    if (folder / ADAPTER_FILES[0]).exists():
+        raise ValueError(
+            f"{folder} is an adapter: merge it first, with export.py --checkpoint={where} "
+            "--out_dir=FOLDER, or go on with it, with --init_from=resume"
+        )
+    base, revision = str(folder.resolve()), None
+    if named := HUB_NAME.fullmatch(f"hf:{HUB_NAMES[where]}" if where in HUB_NAMES else where):
+        base, revision = named["repo_id"], named["revision"]
+    return lora.Adapter(config, base, revision, lora.fingerprint(model))
+
+
+def base_of(folder: Path, adapter: lora.Adapter) -> str:
+    """Where the model of an adapter is, as `find` takes it."""
+    if Path(adapter.base).is_dir():
+        return adapter.base
+    on_hub = f"hf:{adapter.base}" + (f"@{adapter.revision}" if adapter.revision else "")
+    if Path(adapter.base).is_absolute() or not HUB_NAME.fullmatch(on_hub):
+        raise ValueError(
+            f"{folder} is an adapter for {adapter.base}, which is not there; if it was moved, "
+            f"say where to in {ADAPTER_FILES[0]}: base_model_name_or_path"
+        )
+    return on_hub
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -264,11 +351,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             )
             hint = f" ({pickles[0]} is a pickle, which can run code: not read)" if pickles else ""
             raise ValueError(f"{folder} has no {path.name}{hint}")
-        try:
-            weights |= safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        weights |= read_tensors(path)
     return weights
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError for a file that is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
 # --- Hugging Face's layout

@@ -54,15 +54,16 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, frozen: bool = False) -> int:
         """Floating-point operations to train on one token of a full window, forward and backward.
 
-        6 per parameter that multiplies (positions only add) and 12·L·C·T for attention: the
-        count of PaLM (arXiv 2204.02311, appendix B), causal masking not deducted.
+        6 per parameter that multiplies (positions only add), 4 where all are `frozen`, and 12·L·C·T
+        for attention: the count of PaLM (arXiv 2204.02311, appendix B), causal masking not
+        deducted.
         """
         layer = 12 * self.n_embd**2
         matrices = self.n_layer * layer + self.vocab_size * self.n_embd
-        return 6 * matrices + 12 * self.n_layer * self.n_embd * self.block_size
+        return (4 if frozen else 6) * matrices + 12 * self.n_layer * self.n_embd * self.block_size
 
     def activation_bytes_per_token(self, half: bool, recompute: bool) -> int:
         """About what a training step keeps of each token for the backward pass, in bf16 or fp32.
@@ -262,8 +263,9 @@ class GPT(nn.Module):
             parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
         return self
 
-    def num_params(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_params(self, trained: bool = False) -> int:
+        """How many there are, or only those that are `trained`."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
     def forward(
         self,

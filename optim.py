@@ -184,7 +184,7 @@ def build_optimizers(
     momentum: float,
     embedding_lr_scale: float,
 ) -> list[Optimizer]:
-    """The optimizers that together train every parameter of a GPT.
+    """The optimizers that together train every parameter of a GPT that is not frozen.
 
     "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
     decay applies to matrices and embeddings, not to biases and LayerNorms. The learning
@@ -192,6 +192,8 @@ def build_optimizers(
     """
     qkv, matrices, decayed, plain = (list[nn.Parameter]() for _ in range(4))
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.dim() < 2:
             plain.append(parameter)
         elif optimizer == "adamw" or ".h." not in name:
@@ -207,7 +209,7 @@ def build_optimizers(
     if optimizer == "muon":
         groups = [{"params": qkv, "parts": 3}, {"params": matrices, "parts": 1}]
         optimizers.append(Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay))
-    return optimizers
+    return [each for each in optimizers if each.parameters()]
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:

@@ -24,16 +24,18 @@ def sentences(
     micro_steps = cfg.batch_size // micro // rt.world_size
     tokens_per_step = cfg.batch_size * config.block_size
     tokens = cfg.max_steps * tokens_per_step
+    flops = tokens * config.flops_per_token(frozen=cfg.lora_rank > 0)
     many = f"{rt.world_size} processes × " if rt.world_size > 1 else ""
     needed, there = memory_gib(model, micro, cfg, rt), runtime.device_memory_gib(rt.device)
     lines = [
         f"Model: {params:,} parameters; {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} wide, context {config.block_size:,}, vocabulary {config.vocab_size:,}.",
+        *lora_sentence(cfg, model),
         f"Step: {cfg.batch_size:,} sequences × {config.block_size:,} = {tokens_per_step:,} tokens, "
         f"in {many}{micro_steps:,} micro-step(s) of {micro:,} sequences.",
         f"Run: {cfg.max_steps:,} steps, {tokens:,} tokens, {tokens / params:.1f} per parameter"
         + (f", {tokens / (batches.windows * batches.stride):.2f} epochs." if batches else "."),
-        f"Compute: {tokens * config.flops_per_token():.3g} floating-point operations, "
+        f"Compute: {flops:.3g} floating-point operations, "
         f"on {rt.device} in {str(rt.dtype).removeprefix('torch.')}, {cfg.optimizer}.",
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {there:.0f} GiB of {rt.device}." if there else "."),
@@ -43,6 +45,14 @@ def sentences(
     if there and needed > there:
         lines.append("It will not fit. " + what_fits(cfg, rt, model, there))
     return lines
+
+
+def lora_sentence(cfg: "TrainConfig", model: GPT) -> list[str]:
+    if not cfg.lora_rank:
+        return []
+    trained, where = model.num_params(trained=True), ", ".join(cfg.lora_targets)
+    share = trained / model.num_params()
+    return [f"LoRA: {trained:,} of them train ({share:.1%}), of rank {cfg.lora_rank} on {where}."]
 
 
 def what_fits(cfg: "TrainConfig", rt: Runtime, model: GPT, there: float) -> str:
@@ -64,17 +74,18 @@ def memory_gib(model: GPT, micro_batch_size: int, cfg: "TrainConfig", rt: Runtim
     """An estimate of a training step's memory in a process: weights, gradients, optimizer,
     activations."""
     config, half = model.config, rt.dtype != torch.float32
-    params = model.num_params()
-    hidden = sum(
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name
-    )
-    state = 4 * (4 * params - (hidden if cfg.optimizer == "muon" else 0))
+    params, trained = model.num_params(), model.num_params(trained=True)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
+    hidden = sum(p.numel() for p in matrices)
+    state = 4 * (params + 3 * trained)
+    if cfg.optimizer == "muon":
+        state -= 4 * sum(p.numel() for p in matrices if p.requires_grad)
     if cfg.fsdp and rt.world_size > 1:  # and what is put together meanwhile: embeddings, two blocks
         state = state // rt.world_size + 8 * (params - hidden + 2 * hidden // config.n_layer)
         if cfg.optimizer == "muon":  # all matrices of a shape, their updates
             state += 8 * hidden // 3
     elif rt.world_size > 1 and micro_batch_size * rt.world_size < cfg.batch_size:
-        state += 4 * params  # gradients outside of DDP's buckets, until the last micro-step
+        state += 4 * trained  # gradients outside of DDP's buckets, until the last micro-step
     if half:
         state += 2 * params  # bf16 copies, kept for the backward pass
     per_token = config.activation_bytes_per_token(half, cfg.activation_checkpointing)

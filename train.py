@@ -5,6 +5,7 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
     python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
     python train.py --init_from=resume                         # go on from the newest checkpoint
+    python train.py config/finetune_instruct.py --lora_rank=16 --learning_rate=5e-4
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
 Ctrl-C and SIGTERM finish the step, save and end with exit status 0. The number of processes changes
@@ -12,13 +13,14 @@ the losses by rounding only.
 """
 
 import contextlib
+import json
 import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from torch import Tensor
 import checkpoint
 import configurator
 import data
+import lora
 import metrics
 import optim
 import parallel
@@ -56,6 +59,11 @@ class TrainConfig:
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # one matrix for token embedding and head
     vocab_multiple: int = 1  # round the vocabulary up to a multiple; 64 is faster on GPUs
+    # LoRA: a checkpoint's weights stay as they are, an adapter beside them trains
+    lora_rank: int = 0  # of the adapters; 0: none, all weights train
+    lora_alpha: float = 16.0  # they count lora_alpha / lora_rank times
+    lora_dropout: float = 0.0  # share of their inputs zeroed in training
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # ends of linear layers' names
     # the optimizer
     batch_size: int = 8  # sequences in a step, over all processes
     micro_batch_size: int | None = None  # sequences a device takes at once; None: its whole share
@@ -109,7 +117,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         return {}
 
     # data, model, optimizer
-    out_dir, given = Path(cfg.out_dir), asdict(cfg)
+    out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
     earlier = starts_of(out_dir)
     restarted = rt.restartable and earlier != [] and earlier[-1]["settings"] == given
     if rt.restartable and cfg.overwrite:
@@ -122,7 +130,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         cfg = replace(cfg, **settings_so_far(cfg))
     fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = data.load_tokenizer(cfg.data_dir)
-    model, state, saved = build_model(cfg, tokenizer, fingerprint)
+    model, adapter, state, saved = build_model(cfg, tokenizer, fingerprint)
     cfg = with_shape(cfg, model.config, tokenizer)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
@@ -176,6 +184,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         bytes_per_token = None
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
+    flops_per_token = model.config.flops_per_token(frozen=adapter is not None)
     record: metrics.Record = {}
     bad_steps = timed_steps = 0
     seconds = 0.0
@@ -242,7 +251,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "peak_mem_gib": runtime.peak_memory_gib(rt.device),
                 }
                 if peak_flops:
-                    flops = model.config.flops_per_token() * tokens_per_step
+                    flops = flops_per_token * tokens_per_step
                     record["mfu"] = flops / dt / (peak_flops * rt.world_size)
                 print(metrics.console_line(record, cfg.max_steps, (cfg.max_steps - done) * dt))
                 seconds, timed_steps = 0.0, 0
@@ -268,7 +277,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     "versions": runtime.versions(),
                     "settings": asdict(cfg),
                 }
-                save(cfg, model, optimizers, scaler, tokenizer, state, rt)
+                save(cfg, model, adapter, optimizers, scaler, tokenizer, state, rt)
             if stopping:
                 name = stop[0] if stop else "a signal"
                 print(f"stopped by {name}; --init_from=resume goes on from step {done}")
@@ -286,9 +295,16 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     given."""
     if cfg.init_from != "resume":
         return {}
-    settings = checkpoint.read_state(checkpoint.find(cfg.out_dir))["settings"]
-    known = {field.name for field in fields(TrainConfig)} & settings.keys()
-    return {name: settings[name] for name in known - {"init_from", "out_dir", "overwrite", "plan"}}
+    settings = saved_settings(checkpoint.find(cfg.out_dir))
+    own = {"init_from", "out_dir", "overwrite", "plan"}
+    return {name: settings[name] for name in settings.keys() - own}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint was trained with; the default of a setting that is newer than it."""
+    defaults, saved = asdict(TrainConfig()), checkpoint.read_state(folder)["settings"]
+    known = defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 
 
 def starts_of(out_dir: Path) -> list[dict[str, Any]]:
@@ -353,6 +369,13 @@ def check_settings(cfg: TrainConfig) -> None:
     for name in ("data_dir", "out_dir"):
         if not getattr(cfg, name):
             problems.append(f"{name} is empty")
+    if cfg.lora_rank:
+        try:
+            lora_config(cfg)
+        except ValueError as error:
+            problems.append(str(error))
+        if cfg.init_from == "scratch":
+            problems.append("lora_rank needs init_from: an adapter is for weights that are there")
     if cfg.seed >= 2**63:
         problems.append(f"seed must be below 2**63, not {cfg.seed}")
     if cfg.min_lr > cfg.learning_rate:
@@ -376,10 +399,15 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     )
 
 
+def lora_config(cfg: TrainConfig) -> lora.LoRAConfig:
+    return lora.LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+
+
 def build_model(
     cfg: TrainConfig, tokenizer: Tokenizer, data_fingerprint: str
-) -> tuple[GPT, dict[str, Any], dict[str, Any]]:
-    """The model on the CPU, and state.json and the optimizer file of a resumed run ({} otherwise).
+) -> tuple[GPT, lora.Adapter | None, dict[str, Any], dict[str, Any]]:
+    """The model on the CPU, with LoRA what its adapters are, and state.json and the optimizer file
+    of a resumed run ({} otherwise).
 
     Raises ValueError where a checkpoint is of another shape, tokenizer or data, or where a new
     run would bury one.
@@ -394,9 +422,9 @@ def build_model(
     wanted = model_config(cfg, tokenizer.vocab_size)
     if cfg.init_from == "scratch" and cfg.plan:
         with torch.device("meta"):
-            return GPT(wanted), {}, {}
+            return GPT(wanted), None, {}, {}
     if cfg.init_from == "scratch":
-        return GPT(wanted).init_weights(cfg.seed), {}, {}
+        return GPT(wanted).init_weights(cfg.seed), None, {}, {}
 
     folder = checkpoint.find(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
     if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
@@ -405,15 +433,22 @@ def build_model(
         if cfg.overwrite and folder in checkpoint.steps(cfg.out_dir):
             raise ValueError(f"--overwrite would remove {folder}, which init_from starts from")
         model = checkpoint.load_model(folder, block_size=cfg.block_size, dropout=cfg.dropout)
-        return model, {}, {}
+        if not cfg.lora_rank:
+            return model, None, {}, {}
+        adapter = checkpoint.adapter_for(cfg.init_from, model, lora_config(cfg))
+        lora.add(model, adapter.config, cfg.seed)
+        return model, adapter, {}, {}
 
-    model = checkpoint.load_model(folder, dropout=cfg.dropout)
     state = checkpoint.read_state(folder)
+    settings = saved_settings(folder)
+    shape = {"block_size": settings["block_size"], "dropout": cfg.dropout}
+    model = checkpoint.load_model(folder, **shape, merged=False)
     here, there = asdict(wanted), asdict(model.config)
     if cfg.block_size is None:
         here["block_size"] = there["block_size"]
-    for name in ("seed", "batch_size", "stride"):  # which window a sequence number means
-        here[name], there[name] = getattr(cfg, name), state["settings"][name]
+    # which window a sequence number means, and what an adapter is
+    for name in ("seed", "batch_size", "stride", "lora_rank", "lora_alpha", "lora_targets"):
+        here[name], there[name] = getattr(cfg, name), settings[name]
     other = [
         f"{name} is {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
@@ -421,7 +456,10 @@ def build_model(
         raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(other)}")
     if state["data"] != data_fingerprint:
         raise ValueError(f"cannot resume {folder} on other data than it was trained on")
-    return model, state, checkpoint.read_optimizer(folder)
+    resumed = None
+    if cfg.lora_rank:
+        resumed = replace(checkpoint.read_adapter(folder)[0], config=lora_config(cfg))
+    return model, resumed, state, checkpoint.read_optimizer(folder)
 
 
 def with_shape(cfg: TrainConfig, shape: GPTConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -549,6 +587,7 @@ def evaluate(
 def save(
     cfg: TrainConfig,
     model: GPT,
+    adapter: lora.Adapter | None,
     optimizers: list[optim.Optimizer],
     scaler: torch.amp.GradScaler,
     tokenizer: Tokenizer,
@@ -559,7 +598,7 @@ def save(
     tensors = model.state_dict()
     if model.config.tie_weights:
         del tensors["lm_head.weight"]  # the same as the embedding
-    weights = parallel.gathered(tensors, rt)
+    weights = parallel.gathered(lora.adapter(tensors) if adapter else tensors, rt)
     parameters = {
         name: parallel.gathered(moments, rt)
         for name, moments in optim.optimizer_state(model, optimizers).items()
@@ -568,7 +607,9 @@ def save(
         return
     optimizer_file = {"parameters": parameters, "scaler": scaler.state_dict()}
     out_dir, step = Path(cfg.out_dir), state["step"]
-    folder = checkpoint.save(out_dir, step, model.config, weights, tokenizer, optimizer_file, state)
+    folder = checkpoint.save(
+        out_dir, step, model.config, weights, tokenizer, optimizer_file, state, adapter
+    )
     checkpoint.prune(out_dir, cfg.keep_checkpoints)
     print(f"step {step}: saved {folder}")
 

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
+import export
 import prepare
 import sample
 import train
@@ -21,6 +22,7 @@ CLASSES = {
     "prepare.py": prepare.PrepareConfig,
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
+    "export.py": export.ExportConfig,
 }
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 
@@ -67,7 +69,7 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path):
         done = run(script, "--no_such_setting=1", cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: command line: unknown setting 'no_such_setting'")
-    for script in ("train.py", "sample.py"):
+    for script in ("train.py", "sample.py", "export.py"):
         done = run(script, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and "stdlib" in done.stderr

@@ -87,12 +87,18 @@ def assert_close(one: train.TrainConfig, other: train.TrainConfig) -> None:
     """Losses, gradient norms, weights and moments that differ by rounding only."""
     for mine, theirs in zip(records(one.out_dir), records(other.out_dir), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
-    for read in (checkpoint.read_weights, lambda at: moments(checkpoint.read_optimizer(at))):
+    for read in (weights, lambda at: moments(checkpoint.read_optimizer(at))):
         mine, theirs = read(checkpoint.find(one.out_dir)), read(checkpoint.find(other.out_dir))
         assert mine.keys() == theirs.keys()
         for name in mine:
             apart = (mine[name].float() - theirs[name].float()).norm()
             assert apart <= 0.02 * theirs[name].float().norm(), name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / "model.safetensors").exists():
+        return checkpoint.read_weights(folder)
+    return checkpoint.read_adapter(folder)[1]
 
 
 def moments(saved: dict) -> dict[str, torch.Tensor]:
@@ -115,11 +121,14 @@ def masked_copy(data_dir: str, folder: Path) -> str:
 
 
 def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
-    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, steps that are skipped."""
+    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps."""
     data_dir = masked_copy(cfg.data_dir, tmp_path / "masked")
-    variants = {
+    base = run_of("base", max_steps=1)
+    train.train(base)
+    variants: dict[str, dict] = {
         "ddp": {"micro_batch_size": 1},
         "ddp_adamw_masks": {"optimizer": "adamw", "data_dir": data_dir},
+        "ddp_lora": {"init_from": base.out_dir, "lora_rank": 4, "micro_batch_size": 1},
         "ddp_nan": {},
         "fsdp": {"fsdp": True, "sample_interval": 4},
         "fsdp_adamw_masks": {
@@ -129,6 +138,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
             "micro_batch_size": 1,
             "activation_checkpointing": True,
         },
+        "fsdp_lora": {"init_from": base.out_dir, "lora_rank": 4, "fsdp": True},
         "fsdp_nan": {"fsdp": True},
     }
     many = {name: run_of(name, **changes) for name, changes in variants.items()}

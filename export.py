@@ -1,0 +1,200 @@
+"""
+Make of a checkpoint what others take: an ordinary Hugging Face folder with a model card, LoRA's
+adapter merged, and nothing of the training.
+
+    python export.py --checkpoint=out/instruct --out_dir=out/instruct_merged
+    python export.py --checkpoint=out/instruct --push_to_hub=OWNER/NAME --dry_run
+    python export.py --checkpoint=out/instruct --push_to_hub=OWNER/NAME      # after `hf auth login`
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+import configurator
+import data
+import metrics
+from model import GPT
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
+    out_dir: str = "out/exported"  # the new folder
+    push_to_hub: str | None = None  # OWNER/NAME of the hub that the folder is uploaded to
+    private: bool = False  # if that is new, nobody else sees it
+    dry_run: bool = False  # say what would be uploaded, and do not
+
+
+def export(cfg: ExportConfig) -> Path:
+    """Write `out_dir`, and upload it if asked to; return it.
+
+    Raises ValueError for a checkpoint that cannot be opened, an `out_dir` that holds something and
+    a hub that does not take it; OSError where the disk does not.
+    """
+    out_dir = Path(cfg.out_dir)
+    check_settings(cfg)
+    folder = checkpoint.find(cfg.checkpoint)
+    tokenizer, model = Tokenizer.load(folder), checkpoint.load_model(folder)
+    name = (cfg.push_to_hub or out_dir.name).rpartition("/")[2]
+    partial = out_dir.with_name(f"{checkpoint.PARTIAL}{out_dir.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        checkpoint.write_model(partial, model.config, model.state_dict(), tokenizer)
+        text = model_card(name, cfg.push_to_hub or cfg.out_dir, folder, model, tokenizer)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        if out_dir.exists():
+            out_dir.rmdir()  # it is empty
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{out_dir}: " + ", ".join(f"{path.name} {size}" for path, size in sizes(out_dir)))
+    if cfg.push_to_hub and cfg.dry_run:
+        print(f"would be uploaded to {cfg.push_to_hub}, with this README.md:\n\n{text}")
+    elif cfg.push_to_hub:
+        print(f"uploaded: {upload(out_dir, cfg.push_to_hub, cfg.private)}")
+    return out_dir
+
+
+def check_settings(cfg: ExportConfig) -> None:
+    """Raises ValueError that lists all settings that do not go."""
+    problems = []
+    out_dir = Path(cfg.out_dir)
+    if not out_dir.name:
+        problems.append(f"out_dir={cfg.out_dir!r} is no name for a new folder")
+    elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        problems.append(f"{out_dir} is there already: --out_dir=OTHER")
+    if cfg.dry_run and not cfg.push_to_hub:
+        problems.append("dry_run is for push_to_hub")
+    named = checkpoint.HUB_NAME.fullmatch(f"hf:{cfg.push_to_hub}")
+    if cfg.push_to_hub is not None and (not named or named["revision"]):
+        problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def sizes(folder: Path) -> list[tuple[Path, str]]:
+    return [(path, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir())]
+
+
+def upload(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder to the hub as a model; return where it is. Raises ValueError where the hub
+    does not take it."""
+    import huggingface_hub  # not at the top: 0.3 s
+
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+    except Exception as error:  # of huggingface_hub's and httpx' many kinds
+        reason = f"{type(error).__name__}: {configurator.one_line(error)}"
+        raise ValueError(
+            f"the hub did not take {repo_id} ({reason}); {folder} is written, and "
+            f"`hf upload {repo_id} {folder}` tries again"
+        ) from None
+
+
+# --- the model card
+
+
+def model_card(name: str, where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> str:
+    """README.md of a model: what it is, how it was trained as far as its folder tells, its use."""
+    import huggingface_hub
+
+    about = huggingface_hub.ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "plaingpt"],
+        base_model=base_model(folder),
+    )
+    config = model.config
+    lines = [
+        f"# {name}",
+        "",
+        f"A GPT-2 of {model.num_params():,} parameters ({config.n_layer} layers, {config.n_head} "
+        f"heads, {config.n_embd} wide, context {config.block_size:,}, vocabulary "
+        f"{tokenizer.vocab_size:,}), trained with plainGPT.",
+        "",
+        *training(folder),
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'write = pipeline("text-generation", model="{where}")',
+    ]
+    if tokenizer.chat_template:
+        lines += [
+            'messages = [{"role": "user", "content": "Name the capital of France."}]',
+            'print(write(messages, max_new_tokens=100)[0]["generated_text"][-1])',
+        ]
+    else:
+        lines += ['print(write("Once upon", max_new_tokens=100)[0]["generated_text"])']
+    return f"---\n{about.to_yaml()}\n---\n\n" + "\n".join([*lines, "```", ""])
+
+
+def base_model(folder: Path) -> str | None:
+    """The model of the hub that a checkpoint was trained from, if it was one."""
+    if not (folder / "state.json").exists():
+        return None
+    start = checkpoint.read_state(folder)["settings"].get("init_from", "")
+    found = checkpoint.HUB_NAME.fullmatch(f"hf:{checkpoint.HUB_NAMES.get(start, '')}")
+    found = found or checkpoint.HUB_NAME.fullmatch(start)
+    return found["repo_id"] if found else None
+
+
+def training(folder: Path) -> list[str]:
+    """The lines of a model card on how it was trained, none without a state.json."""
+    if not (folder / "state.json").exists():
+        return []
+    state = checkpoint.read_state(folder)
+    settings, step = state["settings"], state["step"]
+    log = folder.parent / "metrics.jsonl"
+    records = metrics.read_records(log) if log.exists() else []
+    figures = {name: value for r in records if r["step"] == step for name, value in r.items()}
+    rows = {
+        "steps": f"{step:,}",
+        "tokens": f"{figures['tokens']:,}" if "tokens" in figures else None,
+        "training loss": number(state.get("loss"), "nats per token"),
+        "validation loss": number(state.get("val_loss"), "nats per token"),
+        "validation, bits per byte": number(figures.get("val_bpb"), ""),
+        "optimizer": settings.get("optimizer"),
+        "learning rate": f"{settings.get('learning_rate')}, {settings.get('schedule')}",
+        "batch": f"{settings.get('batch_size')} sequences",
+        "started from": settings.get("init_from"),
+        "LoRA": f"rank {settings['lora_rank']}" if settings.get("lora_rank") else None,
+        "data": data_of(settings.get("data_dir", ""), state["data"]),
+        "seed": settings.get("seed"),
+        "software": ", ".join(f"{name} {v}" for name, v in state.get("versions", {}).items()),
+    }
+    table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return ["## Training", "", "| | |", "|---|---|", *table, ""]
+
+
+def number(value: float | None, unit: str) -> str | None:
+    return None if value is None else f"{value:.4f} {unit}".strip()
+
+
+def data_of(data_dir: str, fingerprint: str) -> str | None:
+    """What a run was trained on, as long as the folder is still there and the same."""
+    try:
+        if data.data_fingerprint(data_dir) != fingerprint:
+            return None
+        manifest = data.read_manifest(data_dir)
+    except ValueError:
+        return None
+    sources = ", ".join(str(source) for source in manifest.get("settings", {}).get("sources", []))
+    tokens = data.statistics(data_dir).get("train", {}).get("tokens")
+    return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    return configurator.command(ExportConfig, export, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

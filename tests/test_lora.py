@@ -1,0 +1,292 @@
+"""Adapters: only they train, they are peft's, and merged they are an ordinary model."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import torch.nn as nn
+from test_train import assert_same_end, cfg, records, same  # noqa: F401
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+import checkpoint
+import export
+import lora
+import optim
+import sample
+import train
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
+CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("c_attn", "mlp.c_proj"))
+IDX = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def adapted(seed=1, config=CONFIG) -> GPT:
+    """A model with adapters that have learned something."""
+    model = GPT(SHAPE).init_weights(seed)
+    lora.add(model, config, seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def base(cfg, tmp_path_factory):  # noqa: F811
+    """The folder of a checkpoint to start from."""
+    out_dir = tmp_path_factory.mktemp("base")
+    train.train(replace(cfg, out_dir=str(out_dir), max_steps=10))
+    return checkpoint.find(out_dir)
+
+
+@pytest.fixture
+def run(cfg, base, tmp_path):  # noqa: F811
+    """A run of an adapter."""
+    settings = {"init_from": str(base), "lora_rank": 4, "lora_dropout": 0.1, "max_steps": 12}
+    return replace(cfg, **settings, save_interval=4, out_dir=str(tmp_path / "lora"))
+
+
+# --- the layers
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_trains():
+    model = GPT(SHAPE).init_weights(1)
+    before = model(IDX)
+    lora.add(model, CONFIG, seed=1)
+    assert torch.equal(model(IDX), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == lora.adapter(model.state_dict()).keys()
+    assert len(trained) == 2 * 2 * SHAPE.n_layer
+    model(IDX, IDX).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_merged_is_unmerged():
+    model = adapted()
+    before, plain = model(IDX), GPT(SHAPE).init_weights(1)
+    assert (before - plain(IDX)).abs().max() > 0.1
+    lora.merge(model)
+    torch.testing.assert_close(model(IDX), before, atol=1e-5, rtol=0)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_any_linear_layer_takes_one_but_not_one_whose_weight_is_shared():
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+    lora.add(model, replace(CONFIG, targets=("0", "2")), seed=0)
+    assert model(torch.ones(3, 4)).shape == (3, 2)
+    assert set(lora.adapter(model.state_dict())) == {
+        f"{layer}.lora_{part}.weight" for layer in "02" for part in "AB"
+    }
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        lora.add(GPT(SHAPE), replace(CONFIG, targets=("lm_head",)), seed=0)
+    untied = GPT(replace(SHAPE, tie_weights=False)).init_weights(0)
+    lora.add(untied, replace(CONFIG, targets=("lm_head",)), seed=0)
+
+
+def test_a_target_that_is_nowhere_is_refused_with_the_closest():
+    with pytest.raises(ValueError, match="named 'c_atn'; did you mean 'c_attn'"):
+        lora.add(GPT(SHAPE), replace(CONFIG, targets=("c_atn",)), seed=0)
+    with pytest.raises(ValueError, match="named 'q'; there are c_attn, c_fc, c_proj, lm_head"):
+        lora.add(GPT(SHAPE), replace(CONFIG, targets=("q",)), seed=0)
+
+
+@pytest.mark.parametrize("name, moments", [("adamw", 2), ("muon", 1)])
+def test_the_optimizer_has_the_adapters_alone(name, moments):
+    model = adapted()
+    rates = {"weight_decay": 0.0, "betas": (0.9, 0.99), "momentum": 0.9, "embedding_lr_scale": 1.0}
+    optimizers = optim.build_optimizers(model, name, **rates)
+    assert len(optimizers) == 1
+    optim.set_learning_rate(optimizers, 0.01)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(IDX, IDX).backward()
+    optimizers[0].step()
+    changed = {
+        name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
+    }
+    assert changed == lora.adapter(before).keys() == optim.optimizer_state(model, optimizers).keys()
+
+
+# --- peft
+
+
+def save(folder: Path, base: Path, model: GPT) -> Path:
+    adapter = checkpoint.adapter_for(str(base), checkpoint.load_model(base), CONFIG)
+    weights = lora.adapter(model.state_dict())
+    return checkpoint.save(folder, 1, SHAPE, weights, Tokenizer.bytes(), {}, {}, adapter)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The folder of the model that `adapted` has adapters of."""
+    weights = GPT(SHAPE).init_weights(1).state_dict()
+    return checkpoint.save(tmp_path / "plain", 1, SHAPE, weights, Tokenizer.bytes(), {}, {})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+def test_peft_opens_our_adapters(plain, tmp_path):
+    model = adapted()
+    folder = save(tmp_path / "ours", plain, model)
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(plain), folder).eval()
+    torch.testing.assert_close(theirs(IDX).logits, model(IDX), atol=1e-4, rtol=0)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(merged(IDX).logits, model(IDX), atol=1e-4, rtol=0)
+    by_itself = AutoModelForCausalLM.from_pretrained(folder).eval()  # finds the base
+    torch.testing.assert_close(by_itself(IDX).logits, model(IDX), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
+@pytest.mark.parametrize("targets", [["c_attn", "mlp.c_proj"], r".*\.1\..*c_fc"])
+def test_we_open_pefts_adapters(plain, tmp_path, targets):
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(plain), settings)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    logits = theirs.eval()(IDX).logits
+    for merged in (True, False):
+        ours = checkpoint.load_model(tmp_path / "theirs", merged=merged).eval()
+        torch.testing.assert_close(ours(IDX), logits, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
+    folder = save(tmp_path / "ours", plain, adapted())
+    about = folder / "adapter_config.json"
+    said = json.loads(about.read_text())
+
+    def refused(**changes) -> str:
+        about.write_text(json.dumps({**said, **changes}))
+        assert sample.main([f"--checkpoint={folder}", "--device=cpu"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("error: ") == 1
+        return err.rpartition("error: ")[2]
+
+    for name, shape in {"weights": SHAPE, "width": replace(SHAPE, n_embd=64)}.items():
+        weights = GPT(shape).init_weights(2).state_dict()
+        checkpoint.save(tmp_path / name, 1, shape, weights, Tokenizer.bytes(), {}, {})
+        other = str(checkpoint.find(tmp_path / name))
+        assert "is an adapter for other weights than" in refused(base_model_name_or_path=other)
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(tensors, file)  # as made elsewhere: by whom is not known
+    error = refused(base_model_name_or_path=other)
+    assert "is no adapter for" in error and "has shape (4, 32), not (4, 64)" in error
+    assert "which is not there; if it was moved" in refused(base_model_name_or_path="/no/where")
+    assert "neither in the cache" in refused(base_model_name_or_path="owner/name")
+    assert "is an adapter for another adapter" in refused(base_model_name_or_path=str(folder))
+    assert "use_dora=True is more than plain LoRA" in refused(use_dora=True)
+    assert "bias='all' is more than plain LoRA" in refused(bias="all")
+    assert "peft_type is 'IA3'" in refused(peft_type="IA3")
+    assert "r must be" in refused(r=0) or "rank must be" in refused(r=0)
+    assert "is damaged" in refused(lora_alpha=None)
+    renamed = {name.replace("c_attn", "q_proj"): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(renamed, file)
+    assert "no linear layer is named" in refused()
+    safetensors.torch.save_file(dict(list(tensors.items())[1:]), file)
+    assert "it has no base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in refused()
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "is damaged or no safetensors file" in refused()
+    file.unlink()
+    assert "has no adapter_model.safetensors" in refused()
+
+
+# --- training
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_4_steps_and_8_more_are_12_steps(run, tmp_path, optimizer):
+    whole = replace(run, optimizer=optimizer, out_dir=str(tmp_path / "whole"))
+    last = train.train(whole)
+    assert records(whole.out_dir)[0]["val_loss"] > last["val_loss"]
+    parts = replace(run, optimizer=optimizer, block_size=None)
+    train.train(parts)
+    for step in ("step_000008", "step_000012"):
+        shutil.rmtree(Path(run.out_dir) / step)
+    train.train(replace(parts, init_from="resume"))
+    one, other = checkpoint.find(tmp_path / "whole"), checkpoint.find(run.out_dir)
+    assert checkpoint.read_adapter(one)[0] == checkpoint.read_adapter(other)[0]
+    assert same(checkpoint.read_adapter(one)[1], checkpoint.read_adapter(other)[1])
+    assert same(checkpoint.read_optimizer(one), checkpoint.read_optimizer(other))
+    assert records(whole.out_dir) == records(run.out_dir)
+    assert not (one / "model.safetensors").exists() and not (one / "config.json").exists()
+
+
+def test_shorter_windows_are_kept_when_a_run_resumes(run):
+    short = replace(run, block_size=8)
+    train.train(short)
+    assert train.main([f"--out_dir={run.out_dir}", "--init_from=resume", "--max_steps=13"]) == 0
+    assert checkpoint.load_model(run.out_dir).config.block_size == 16  # the model's own
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lora_rank=8"], "lora_rank is 4, not 8"),
+        (["--lora_alpha=8"], "lora_alpha is 16.0, not 8.0"),
+        (["--lora_targets=c_fc"], "lora_targets is ('c_attn', 'c_proj', 'c_fc'), not ('c_fc',)"),
+        (["--lora_rank=0"], "lora_rank is 4, not 0"),
+    ],
+)
+def test_another_adapter_does_not_resume(run, capsys, arguments, message):
+    train.train(replace(run, max_steps=4))
+    resume = [f"--out_dir={run.out_dir}", "--init_from=resume", "--max_steps=8"]
+    assert train.main([*resume, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"init_from": "scratch"}, "lora_rank needs init_from"),
+        ({"lora_rank": -1}, "rank must be at least 1, not -1"),
+        ({"lora_alpha": 0.0}, "alpha must be a number above 0"),
+        ({"lora_dropout": 1.0}, "dropout must be in"),
+        ({"lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
+        ({"lora_targets": ()}, "no targets"),
+    ],
+)
+def test_bad_settings(run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(replace(run, **changes))
+    assert not Path(run.out_dir).exists()
+
+
+def test_the_plan_says_what_trains(run, capsys):
+    train.train(replace(run, plan=True))
+    assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in (
+        capsys.readouterr().out
+    )
+
+
+def test_merged_by_one_command_it_is_an_ordinary_checkpoint(run, tmp_path, capsys):
+    train.train(run)
+    merged = tmp_path / "merged"
+    assert export.main([f"--checkpoint={run.out_dir}", f"--out_dir={merged}"]) == 0
+    logits = checkpoint.load_model(run.out_dir, merged=False).eval()(IDX)
+    theirs = GPT2LMHeadModel.from_pretrained(merged).eval()
+    torch.testing.assert_close(theirs(IDX).logits, logits, atol=1e-4, rtol=0)
+    capsys.readouterr()
+    texts = []
+    for where in (run.out_dir, merged):
+        command = [f"--checkpoint={where}", "--device=cpu", "--dtype=float32", "--start=al"]
+        assert sample.main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_an_adapter_starts_no_other_adapter_but_a_whole_run(run, tmp_path):
+    train.train(run)
+    after = replace(run, init_from=run.out_dir, out_dir=str(tmp_path / "after"))
+    with pytest.raises(ValueError, match="is an adapter: merge it first"):
+        train.train(after)
+    train.train(replace(after, lora_rank=0))
+    before = records(run.out_dir)[-1]["val_loss"]
+    assert records(tmp_path / "after")[0]["val_loss"] == pytest.approx(before, abs=1e-3)
