@@ -9,7 +9,6 @@ Let a trained model write, or talk to one.
 Text goes to stdout as it is drawn, everything else to stderr.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
+import generation
 import runtime
 import templates
 from tokenizer import Tokenizer
@@ -51,14 +50,7 @@ def sample(cfg: SampleConfig) -> list[str]:
     check_settings(cfg)
     prompt = prompt_of(cfg.start)
     rt = runtime.start(cfg.device, cfg.dtype)
-    folder = checkpoint.find(cfg.checkpoint)
-    tokenizer = Tokenizer.load(folder)
-    model = checkpoint.load_model(folder).to(rt.device, rt.dtype).eval()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only "
-            f"{model.config.vocab_size:,}"
-        )
+    model, tokenizer = generation.open_model(cfg.checkpoint, rt)
     generator = torch.Generator(rt.device).manual_seed(cfg.seed)
 
     def draw(ids: list[int], count: int = 1) -> Iterator[Tensor]:
@@ -94,17 +86,11 @@ def sample(cfg: SampleConfig) -> list[str]:
 
 def check_settings(cfg: SampleConfig) -> None:
     """Raises ValueError that lists all settings out of range."""
-    problems = []
-    for name in ("num_samples", "max_new_tokens", "top_k"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            problems.append(f"{name} must be at least 1, not {value}")
-    if cfg.temperature != 0 and not 1e-3 <= cfg.temperature < math.inf:
-        problems.append(f"temperature must be 0, or from 0.001 on, not {cfg.temperature}")
-    for name in ("top_p", "min_p"):
-        value = getattr(cfg, name)
-        if value is not None and not 0 < value <= 1:
-            problems.append(f"{name} must be above 0 and at most 1, not {value}")
+    problems = generation.out_of_range(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p
+    )
+    if cfg.num_samples < 1:
+        problems.append(f"num_samples must be at least 1, not {cfg.num_samples}")
     if not 0 <= cfg.seed < 2**63:
         problems.append(f"seed must be from 0 to 2**63 - 1, not {cfg.seed}")
     if cfg.chat and (cfg.start or cfg.num_samples > 1):
@@ -148,8 +134,7 @@ def converse(
 
     Once the conversation takes more than `room` tokens, its oldest turns are forgotten.
     """
-    template = tokenizer.chat_template
-    if template not in templates.CHAT_TEMPLATES.values():
+    if not generation.holds_conversations(tokenizer):
         raise ValueError(
             "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
             "alpaca or synth): this one's tokenizer has no such chat_template"
@@ -160,16 +145,21 @@ def converse(
     for line in typed():
         if line == "/reset":
             messages.clear()
+        elif line.startswith("/system ") and tokenizer.chat_template == templates.INSTRUCTION:
+            print(templates.NO_SYSTEM, file=sys.stderr)
         elif line.startswith("/system "):
             messages[:] = [{"role": "system", "content": line.removeprefix("/system ")}]
         elif line.startswith("/"):
             print(f"no command {line.split()[0]}: /reset or /system TEXT", file=sys.stderr)
         elif line:
-            messages.append({"role": "user", "content": line})
-            ids = ids_that_fit(messages, tokenizer, room)
-            if not ids:
-                print(f"too long: it has to fit {room:,} tokens", file=sys.stderr)
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                ids, messages = generation.prompt_ids(asked, tokenizer, room)
+            except ValueError as error:
+                print(error, file=sys.stderr)
                 continue
+            if messages != asked:
+                print("(the context is full: the oldest turns are forgotten)", file=sys.stderr)
             answers.append(print_answer(draw(ids), tokenizer))
             messages.append({"role": "assistant", "content": answers[-1]})
     return answers
@@ -183,24 +173,6 @@ def typed() -> Iterator[str]:
             yield input(asking).encode(errors="replace").decode().strip()
     except (EOFError, KeyboardInterrupt):
         print()
-
-
-def ids_that_fit(messages: list[dict[str, str]], tokenizer: Tokenizer, room: int) -> list[int]:
-    """The ids of a prompt for an answer; where they are more than `room`, its oldest turns are
-    removed. [], and only the last one removed, where that alone is too long."""
-    first = int(messages[0]["role"] == "system")
-    for forgotten in range(0, len(messages) - first, 2):  # questions and their answers
-        kept = messages[:first] + messages[first + forgotten :]
-        ids = []
-        for part in templates.prompt(kept, tokenizer.chat_template or ""):
-            ids += tokenizer.encode(part.text) + [tokenizer.eot_id] * part.ended
-        if len(ids) <= room:
-            if forgotten:
-                print("(the context is full: the oldest turns are forgotten)", file=sys.stderr)
-            messages[:] = kept
-            return ids
-    messages.pop()
-    return []
 
 
 def print_answer(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> str:

@@ -28,16 +28,24 @@ ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 # The same as the Jinja that `transformers` renders in apply_chat_template.
 CHAT = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}"
-    "{% elif message['role'] == 'system' and message['content'] == '' %}"
-    "{% elif message['role'] in ('system', 'user') %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim + '\n\n' }}"
-    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
+    "{% set next = namespace(role='user') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' and loop.first and message['content'] == '' %}"
+    "{% elif message['role'] == 'system' and loop.first %}"
+    "{{ '### System:\n' + message['content'] | trim + '\n\n' }}"
+    "{% elif message['role'] != next.role %}"
+    "{{ raise_exception('after a system message, users and assistants take turns') }}"
+    "{% elif message['role'] == 'user' %}{% set next.role = 'assistant' %}"
+    "{{ '### User:\n' + message['content'] | trim + '\n\n' }}"
+    "{% else %}{% set next.role = 'user' %}"
+    "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
-INSTRUCTION = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+NO_SYSTEM = "this model was trained without system messages"
+INSTRUCTION = (  # each stands for itself: what was said before is left out
+    "{% if messages[0]['role'] == 'system' and messages[0]['content'] != '' %}"
+    "{{ raise_exception('" + NO_SYSTEM + "') }}{% endif %}"
+    "{% for message in (messages[-1:] if add_generation_prompt else messages[-2:]) %}"
+    "{% if message['role'] == 'assistant' %}"
     "{{ message['content'] | trim + eos_token }}{% else %}{{ '"
     + ALPACA.format(paired="", instruction="' + message['content'] | trim + '").replace("\n", "\\n")
     + "\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
@@ -95,21 +103,26 @@ def alpaca(record: Any) -> list[Segment]:
 def prompt(messages: list[dict[str, Any]], chat_template: str) -> list[Segment]:
     """What a model is given that is to answer the last of `messages`, by one of CHAT_TEMPLATES.
 
-    Of instructions, each stands for itself: what was said before is left out.
+    Of instructions, each stands for itself: what was said before is left out. Raises ValueError for
+    messages that are no conversation, and for a system message that they have no place for.
     """
-    if chat_template == INSTRUCTION:
-        return alpaca({"instruction": messages[-1]["content"], "output": "…"})[:1]
-    return chat(messages, answered=False)
+    conversation = chat(messages, answered=False)
+    if chat_template != INSTRUCTION:
+        return conversation
+    if messages[0].get("role") == "system" and messages[0]["content"]:
+        raise ValueError(NO_SYSTEM)
+    return alpaca({"instruction": messages[-1]["content"], "output": "…"})[:1]
 
 
 def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]:
     """Messages as text: a heading a turn, `<|endoftext|>` behind each answer; if the last is not
     `answered`, up to where its answer begins.
 
-    Raises ValueError for an unknown role, an empty message, and where the last is (no) answer.
+    Raises ValueError for an unknown role, an empty message, roles out of turn (the system's may be
+    first, then user and assistant take turns), and where the last is no answer (or no question).
     """
-    parts, unanswered = [], ""
-    for message in messages:
+    parts, unanswered, expected = [], "", "user"
+    for place, message in enumerate(messages):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in ROLES:
@@ -120,6 +133,10 @@ def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]
             raise ValueError("a message's content is no text")
         if not content or not content.strip():
             raise ValueError("empty message")
+        if ROLES[role] == expected:
+            expected = "assistant" if expected == "user" else "user"
+        elif ROLES[role] != "system" or place > 0:
+            raise ValueError(f"message {place + 1} is out of turn: {role!r}, not {expected!r}")
         unanswered += HEADINGS[ROLES[role]]
         if ROLES[role] == "assistant":
             parts += [Segment(unanswered, counted=False, ended=False), Segment(content.strip())]
@@ -128,8 +145,8 @@ def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]
             unanswered += content.strip() + "\n\n"
     if not messages:
         raise ValueError("no messages")
-    if answered == bool(unanswered) or not (parts or unanswered):
-        raise ValueError("the last message is " + ("no answer" if answered else "an answer"))
+    if answered != (expected == "user") or (answered and not parts):
+        raise ValueError("the last message is no " + ("answer" if answered else "question"))
     if not answered:
         parts.append(Segment(unanswered + HEADINGS["assistant"], counted=False, ended=False))
     return parts

@@ -1,13 +1,16 @@
 """The command that lets a model write."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
+import jinja2
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 import checkpoint
+import generation
 import sample
 from model import GPT, GPTConfig
 from templates import CHAT_TEMPLATES, segments
@@ -165,6 +168,7 @@ def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
     monkeypatch.setattr(GPT, "generate", noted)
     lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/nothing", "/system x"]
     first, *_ = talk(monkeypatch, talker, *lines)
+    err = capsys.readouterr().err
     if "chat" in str(talker):
         assert prompts[0] == "### System:\nBe brief.\n\n### User:\nOne?\n\n### Assistant:\n"
         assert prompts[1] == (
@@ -172,10 +176,11 @@ def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
         )
         assert prompts[2] == "### User:\nThree?\n\n### Assistant:\n"
     else:
+        assert err.count("trained without system messages") == 2
         assert [p.split("### Instruction:\n")[1] for p in prompts] == [
             f"{word}?\n\n### Response:\n" for word in ("One", "Two", "Three")
         ]
-    assert "no command /nothing" in capsys.readouterr().err
+    assert "no command /nothing" in err
 
 
 def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
@@ -184,7 +189,7 @@ def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert ("the oldest turns are forgotten" in err) == ("chat" in str(talker))
     assert talk(monkeypatch, talker, "long " * 100, "Short?", "/reset", "x" * 300) != []
-    assert capsys.readouterr().err.count("too long: it has to fit 226 tokens") == 2
+    assert capsys.readouterr().err.count("tokens where 226 fit") == 2
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(talker, monkeypatch, capsys):
@@ -206,6 +211,7 @@ def test_apply_chat_template_gives_our_ids(talker):
     template = "chat" if "chat" in str(talker) else "alpaca"
     turns = [("system", "Be brief. é"), ("user", " Say <b>\n\nit</b>!\n"), ("assistant", "\nIt. ")]
     messages = [{"role": role, "content": content} for role, content in turns]
+    system = messages[0]
     if template == "chat":
         record = {"messages": [*messages, *messages[1:]]}
     else:
@@ -216,9 +222,16 @@ def test_apply_chat_template_gives_our_ids(talker):
     for part in segments(record, template, ""):
         wanted += ours.encode(part.text) + [ours.eot_id] * part.ended
     assert theirs.apply_chat_template(whole)["input_ids"] == wanted
-    asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert asked == sample.ids_that_fit(list(messages[:-1]), ours, 10_000)
-    assert theirs.decode(asked) == ours.decode(asked)
+    for said in (messages[:-1], [*messages, messages[-2]]):
+        asked = theirs.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+        assert asked == generation.prompt_ids(said, ours, 10_000)[0]
+        assert theirs.decode(asked) == ours.decode(asked)
+    with pytest.raises(jinja2.TemplateError) if template == "alpaca" else nullcontext():
+        theirs.apply_chat_template([system, *messages[-2:-1]], add_generation_prompt=True)
+    if template == "chat":
+        for wrong in (messages[1:2] * 2, [*messages[1:], messages[0]]):
+            with pytest.raises(jinja2.TemplateError, match="take turns"):
+                theirs.apply_chat_template(wrong, add_generation_prompt=True)
 
 
 def test_a_model_without_conversations_does_not_chat(folder, capsys):

@@ -8,6 +8,7 @@ from templates import Segment, segments
 
 ASK = {"role": "user", "content": " What? \n"}
 ANSWER = {"role": "assistant", "content": "\nThat.\n"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def text_of(parts):
@@ -38,12 +39,11 @@ def test_alpaca_in_its_own_words():
 
 
 def test_every_answer_of_a_chat_counts_and_nothing_else():
-    system = {"role": "system", "content": "Be brief."}
     wanted = (
         "### System:\nBe brief.\n\n### User:\nWhat?\n\n### Assistant:\n[That.|]"
         "### User:\nWhat?\n\n### Assistant:\n[That.|]"
     )
-    messages = [system, ASK, ANSWER, ASK, ANSWER]
+    messages = [SYSTEM, ASK, ANSWER, ASK, ANSWER]
     assert text_of(segments({"messages": messages}, "chat", "")) == wanted
     assert text_of(segments({"messages": json.dumps(messages)}, "chat", "")) == wanted
     messages[0] = {"role": "system", "content": ""}
@@ -51,7 +51,7 @@ def test_every_answer_of_a_chat_counts_and_nothing_else():
         text_of(segments({"messages": messages}, "chat", ""))
         == wanted.partition("Be brief.\n\n")[2]
     )
-    messages[0] = system
+    messages[0] = SYSTEM
     roles = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [{"from": roles[each["role"]], "value": each["content"]} for each in messages]
     assert text_of(segments({"conversations": shared}, "chat", "")) == wanted
@@ -84,6 +84,23 @@ def test_synth_thinks_before_it_answers():
         ("chat", {"messages": [ASK, ANSWER, ASK]}, "the last message is no answer"),
         ("chat", {"messages": []}, "no messages"),
         ("chat", {"messages": [ASK, {"role": "assistant", "content": ""}]}, "empty message"),
+        ("chat", {"messages": [SYSTEM]}, "the last message is no answer"),
+        ("chat", {"messages": [ANSWER]}, "message 1 is out of turn: 'assistant', not 'user'"),
+        (
+            "chat",
+            {"messages": [SYSTEM, ANSWER]},
+            "message 2 is out of turn: 'assistant', not 'user'",
+        ),
+        (
+            "chat",
+            {"messages": [ASK, ASK, ANSWER]},
+            "message 2 is out of turn: 'user', not 'assistant'",
+        ),
+        (
+            "chat",
+            {"messages": [ASK, SYSTEM, ANSWER]},
+            "message 2 is out of turn: 'system', not 'assistant'",
+        ),
         ("chat", {"messages": [ASK, {"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
         ("chat", {"messages": [{"role": ["user"], "content": "x"}]}, r"unknown role \['user'\]"),
         ("chat", {"messages": "[{"}, "messages are not JSON"),
