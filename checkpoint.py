@@ -103,7 +103,10 @@ def write_model(
         weights = to_hugging_face(weights, config)
     safetensors.torch.save_file(weights, file, metadata)
     shutil.copymode(about, file)  # else 0600
-    write_json(folder / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
+    # Without these, transformers takes the likeliest token always, and 256 of them whatever fits.
+    how = {"do_sample": True, "max_new_tokens": max(config.block_size // 2, 1)}
+    ids |= {"pad_token_id": tokenizer.eot_id}
+    write_json(folder / "generation_config.json", ids | how)
 
 
 def write_json(path: Path, value: Any) -> None:

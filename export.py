@@ -9,8 +9,10 @@ adapter merged, and nothing of the training.
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import configurator
@@ -44,6 +46,7 @@ def export(cfg: ExportConfig) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        model = without_padding(model, tokenizer.vocab_size)
         checkpoint.write_model(partial, model.config, model.state_dict(), tokenizer)
         text = model_card(name, cfg.push_to_hub or cfg.out_dir, folder, model, tokenizer)
         (partial / "README.md").write_text(text, encoding="utf-8")
@@ -79,6 +82,18 @@ def check_settings(cfg: ExportConfig) -> None:
 
 def sizes(folder: Path) -> list[tuple[Path, str]]:
     return [(path, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir())]
+
+
+def without_padding(model: GPT, vocab_size: int) -> GPT:
+    """The model without rows for ids that no tokenizer gives and nobody draws."""
+    config = replace(model.config, vocab_size=vocab_size)
+    with torch.device("meta"):
+        smaller = GPT(config)
+    weights = model.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][:vocab_size].clone()
+    smaller.load_state_dict(weights, assign=True)
+    return smaller
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:

@@ -171,6 +171,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.eot,
             "eos_token": self.eot,
+            "unk_token": self.eot,  # as GPT-2's own; never given, but CTranslate2 asks for one
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # as here, text never encodes to one
         }

@@ -137,3 +137,8 @@ def no_gpt2_files(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(empty))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     return empty
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
