@@ -225,10 +225,15 @@ def load_model(
     if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
         config = replace(config, bias=True)  # trained elsewhere since, where biases always are
     weights = from_hugging_face(saved, config, folder)
-    with torch.device("meta"):
-        model = GPT(config)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError(f"{folder} holds weights that are not finite numbers")
+    return with_weights(config, weights)
+
+
+def with_weights(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model that has these tensors as its own, without a copy."""
+    with torch.device("meta"):
+        model = GPT(config)
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight

@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import checkpoint
 import configurator
 import data
@@ -86,14 +84,10 @@ def sizes(folder: Path) -> list[tuple[Path, str]]:
 
 def without_padding(model: GPT, vocab_size: int) -> GPT:
     """The model without rows for ids that no tokenizer gives and nobody draws."""
-    config = replace(model.config, vocab_size=vocab_size)
-    with torch.device("meta"):
-        smaller = GPT(config)
     weights = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = weights[name][:vocab_size].clone()
-    smaller.load_state_dict(weights, assign=True)
-    return smaller
+    return checkpoint.with_weights(replace(model.config, vocab_size=vocab_size), weights)
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:
