@@ -1,6 +1,7 @@
 """What `sample.py` and `serve.py` share: a model that writes, its settings, and its prompts."""
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import checkpoint
@@ -59,11 +60,19 @@ def prompt_ids(
     Raises ValueError for messages that are no conversation, and where not even the last one fits.
     """
     first = int(bool(messages) and messages[0].get("role") == "system")
-    for forgotten in range(0, max(len(messages) - first, 1), 2):  # questions and their answers
-        kept = messages[:first] + messages[first + forgotten :]
+
+    def without(oldest: int) -> tuple[list[int], list[dict[str, Any]]]:
+        kept = messages[:first] + messages[first + oldest :]
         ids = []
         for part in templates.prompt(kept, tokenizer.chat_template or ""):
             ids += tokenizer.encode(part.text) + [tokenizer.eot_id] * part.ended
-        if len(ids) <= room:
-            return ids, kept
-    raise ValueError(f"too long: {len(ids):,} tokens where {room:,} fit")
+        return ids, kept
+
+    ids, kept = without(oldest=0)
+    if len(ids) > room:
+        fewer = range(0, len(messages) - first, 2)  # questions and their answers
+        at = bisect_left(fewer, True, key=lambda oldest: len(without(oldest)[0]) <= room)
+        ids, kept = without(fewer[min(at, len(fewer) - 1)])
+    if len(ids) > room:
+        raise ValueError(f"too long: {len(ids):,} tokens where {room:,} fit")
+    return ids, kept

@@ -10,7 +10,7 @@ D channels per head (C / H), V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,6 +301,7 @@ class GPT(nn.Module):
         stop_id: int | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        watch: Callable[[Tensor], Any] | None = None,
     ) -> Iterator[Tensor]:
         """Yield the next id of each sequence, (B,), again and again, continuing `idx` (B, T).
 
@@ -308,7 +309,8 @@ class GPT(nn.Module):
         Ids from `vocab_size` on (the padding of a vocabulary) are never drawn. Positions are
         learned, so a full context cannot slide: once block_size tokens are in, the last
         block_size // 2 (at least one) are read anew from position 0, and likewise a prompt
-        longer than block_size keeps its last block_size tokens.
+        longer than block_size keeps its last block_size tokens. `watch` is called with the logits
+        (B, V) that an id is going to be drawn from.
         """
         block_size = self.config.block_size
         cache = KVCache(self, idx.size(0))
@@ -319,8 +321,10 @@ class GPT(nn.Module):
             if cache.length + unread.size(1) > block_size:
                 tokens = tokens[:, -max(block_size // 2, 1) :]
                 cache.length, unread = 0, tokens
-            logits = self.lm_head(self.transformer(unread, cache)[:, -1])[:, :vocab_size]  # (B, V)
-            drawn = sample(logits.float(), temperature, top_k, top_p, min_p, generator)
+            logits = self.lm_head(self.transformer(unread, cache)[:, -1])[:, :vocab_size].float()
+            if watch:
+                watch(logits)  # (B, V)
+            drawn = sample(logits, temperature, top_k, top_p, min_p, generator)
             if stop_id is not None:
                 drawn = torch.where(done, stop_id, drawn)
                 done |= drawn == stop_id

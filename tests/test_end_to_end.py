@@ -15,6 +15,7 @@ import configurator
 import export
 import prepare
 import sample
+import serve
 import train
 
 REPO = Path(train.__file__).parent
@@ -23,6 +24,7 @@ CLASSES = {
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
     "export.py": export.ExportConfig,
+    "serve.py": serve.ServeConfig,
 }
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 
@@ -69,7 +71,7 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path):
         done = run(script, "--no_such_setting=1", cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: command line: unknown setting 'no_such_setting'")
-    for script in ("train.py", "sample.py", "export.py"):
+    for script in ("train.py", "sample.py", "export.py", "serve.py"):
         done = run(script, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and "stdlib" in done.stderr

@@ -1,5 +1,6 @@
 """The example scripts run, and Hugging Face's Trainer sees the losses that we see."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,36 @@ def test_both_loops_have_the_same_loss_on_the_same_batch(folders, tmp_path):
     x, y, mask = data.windows_at(split, np.arange(4) * 32, 31)
     ours = checkpoint.load_model(step).eval()(x, y, mask)
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)
+
+
+CONVERTER = """
+import json, sys
+from conversion.base import TextModel
+def main():
+    told = {"arguments": sys.argv[1:], "splits as": TextModel().get_vocab_base_pre(None)}
+    json.dump(told, open(sys.argv[-1], "w"))
+"""
+
+
+def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path, tiny_text):
+    """Its place is taken by one that writes what it is told; a real one takes 2 s (README)."""
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "conversion" / "base.py").write_text("class TextModel: pass")
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    step = tmp_path / "step"
+    step.mkdir()
+    Tokenizer.train([tiny_text], 300).save(step)
+    command = [sys.executable, str(REPO / "examples" / "to_gguf.py"), str(tmp_path)]
+    subprocess.run([*command, step, tmp_path / "x.gguf"], check=True)
+    told = json.loads((tmp_path / "x.gguf").read_text())
+    assert told["splits as"] == "gpt-2" and told["arguments"][0] == str(step)
+    for bad, reason in (
+        ([*command, folders[0], "y"], "GGUF takes a BPE with merges"),  # bytes have none
+        ([*command, "nowhere", "y"], "nowhere has no tokenizer.json"),
+        ([*command[:2], "nowhere", step, "y"], "is no copy of llama.cpp"),
+    ):
+        done = subprocess.run(bad, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and reason in done.stderr
 
 
 def test_the_example_runs(folders, tmp_path):
