@@ -130,9 +130,12 @@ def statistics(data_dir: Path | str) -> dict[str, dict[str, int]]:
     return {name: {key: split[key] for key in names} for name, split in splits.items()}
 
 
-def bytes_per_token(data_dir: Path | str, name: str) -> float | None:
-    """Bytes of UTF-8 text per token of a split, or None where no manifest counted them."""
-    counts = statistics(data_dir).get(name)
+def bytes_per_token(data_dir: Path | str, split: Split) -> float | None:
+    """Bytes of UTF-8 text per token of a split; None where no manifest counted them, and where a
+    mask leaves tokens out."""
+    counts = statistics(data_dir).get(split.name)
+    if any(mask is not None for mask in split.masks):
+        return None
     return counts["bytes"] / counts["tokens"] if counts and counts["tokens"] else None
 
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+import data
+from model import GPT
+from runtime import Runtime
+
 # One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu,
 # peak_mem_gib; and where it was evaluated val_loss and val_bpb.
 Record = dict[str, Any]
@@ -182,3 +186,33 @@ class Tracker:
             artifact.add_dir(str(checkpoint))
             self.library.log_artifact(artifact)
         self.library.finish()
+
+
+# --- the loss on held-out text
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GPT, split: data.Split, max_tokens: int | None, batch_size: int, rt: Runtime
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the fixed windows of a split, and how many tokens counted;
+    the work shared over the processes. Leaves the model in training mode."""
+    model.eval()
+    total, counted = torch.zeros(2, dtype=torch.float64)
+    windows = data.validation_batches(
+        split, batch_size, model.config.block_size, max_tokens, rt.rank, rt.world_size
+    )
+    for batch in windows:
+        x, y, mask = (part.to(rt.device) for part in batch)
+        with rt.autocast():
+            loss = model(x, y, mask)
+        total += (loss * mask.sum()).cpu()
+        counted += mask.sum().cpu()
+    model.train()
+    total, counted = rt.sum(total), rt.sum(counted)
+    return (total / counted).item(), int(counted)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token, in a unit that does not depend on the tokenizer."""
+    return loss / math.log(2) / bytes_per_token

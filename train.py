@@ -179,9 +179,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if rt.is_main:
         this_start = describe_start(given, rt, start, fingerprint)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
-    bytes_per_token = data.bytes_per_token(cfg.data_dir, "val")
-    if any(mask is not None for mask in val_split.masks):  # the loss is of answers only
-        bytes_per_token = None
+    bytes_per_token = data.bytes_per_token(cfg.data_dir, val_split)
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
     flops_per_token = model.config.flops_per_token(frozen=adapter is not None)
@@ -190,10 +188,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
     seconds = 0.0
 
     def validation(step: int) -> metrics.Record:
-        found = {"val_loss": evaluate(model, val_split, cfg.eval_tokens, micro, rt)}
-        text = f"step {step}: validation loss {found['val_loss']:.4f} nats per token"
+        loss, _ = metrics.validation_loss(model, val_split, cfg.eval_tokens, micro, rt)
+        found = {"val_loss": loss}
+        text = f"step {step}: validation loss {loss:.4f} nats per token"
         if bytes_per_token:
-            found["val_bpb"] = found["val_loss"] / math.log(2) / bytes_per_token
+            found["val_bpb"] = metrics.bits_per_byte(loss, bytes_per_token)
             text += f", {found['val_bpb']:.4f} bits per byte"
         print(text)
         return found
@@ -562,26 +561,6 @@ def optimizer_step(
         each.zero_grad()
     scaler.update()
     return loss.item(), norm.item()
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, split: data.Split, max_tokens: int | None, micro: int, rt: runtime.Runtime
-) -> float:
-    """Mean loss in nats per token over the fixed windows of a split, shared over the processes."""
-    model.eval()
-    total, counted = torch.zeros(2, dtype=torch.float64)
-    windows = data.validation_batches(
-        split, micro, model.config.block_size, max_tokens, rt.rank, rt.world_size
-    )
-    for batch in windows:
-        x, y, mask = (part.to(rt.device) for part in batch)
-        with rt.autocast():
-            loss = model(x, y, mask)
-        total += (loss * mask.sum()).cpu()
-        counted += mask.sum().cpu()
-    model.train()
-    return (rt.sum(total) / rt.sum(counted)).item()
 
 
 def save(

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
+import eval
 import export
 import prepare
 import sample
@@ -25,6 +26,7 @@ CLASSES = {
     "sample.py": sample.SampleConfig,
     "export.py": export.ExportConfig,
     "serve.py": serve.ServeConfig,
+    "eval.py": eval.EvalConfig,
 }
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 
@@ -71,7 +73,7 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path):
         done = run(script, "--no_such_setting=1", cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: command line: unknown setting 'no_such_setting'")
-    for script in ("train.py", "sample.py", "export.py", "serve.py"):
+    for script in ("train.py", "sample.py", "export.py", "serve.py", "eval.py"):
         done = run(script, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and "stdlib" in done.stderr
