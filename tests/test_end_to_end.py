@@ -68,16 +68,19 @@ def test_from_nothing_to_text_with_the_default_paths(tmp_path):
     assert model.generate(**ids, max_new_tokens=5).shape[1] == ids["input_ids"].shape[1] + 5
 
 
-def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path):
-    for script in CLASSES:
-        done = run(script, "--no_such_setting=1", cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: command line: unknown setting 'no_such_setting'")
-    for script in ("train.py", "sample.py", "export.py", "serve.py", "eval.py"):
-        done = run(script, cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and "stdlib" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for script, cls in CLASSES.items():
+        main = sys.modules[cls.__module__].main
+        assert main(["--no_such_setting=1"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: command line: unknown setting 'no_such_setting'")
+        if script != "prepare.py":
+            assert main([]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and "stdlib" in err and len(err.splitlines()) == 1
+    done = run("sample.py", cwd=tmp_path)  # and as a process
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -336,7 +336,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
-    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+    monkeypatch.setattr(metrics, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))
     state = json.loads(
