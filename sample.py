@@ -139,7 +139,10 @@ def converse(
             "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
             "alpaca or synth): this one's tokenizer has no such chat_template"
         )
-    print("/reset begins anew, /system TEXT says how to answer, Ctrl-D ends", file=sys.stderr)
+    if tokenizer.chat_template == templates.INSTRUCTION:
+        print("each question stands for itself; Ctrl-D ends", file=sys.stderr)
+    else:
+        print("/reset begins anew, /system TEXT says how to answer, Ctrl-D ends", file=sys.stderr)
     messages: list[dict[str, str]] = []
     answers: list[str] = []
     for line in typed():

@@ -137,7 +137,7 @@ def build_app(
 
     async def about(request: Request) -> JSONResponse:
         shape = {"parameters": model.num_params(), "block_size": block_size}
-        kind = {"chat": chat, "system": tokenizer.chat_template == templates.CHAT}
+        kind = {"chat": chat, "remembers": tokenizer.chat_template == templates.CHAT}
         return JSONResponse({"name": name, **kind, **shape, "defaults": asdict(defaults)})
 
     async def answer(request: Request) -> StreamingResponse:

@@ -348,6 +348,13 @@ def test_a_conversation_streams_into_the_page(talk, slow, open_page):
     send(page, "And then?")
     page.wait_for_selector("#send:visible")
     assert page.locator(".asked").count() == page.locator(".answer").count() == 2
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json))
+    send(page, "And?")
+    page.wait_for_selector("#send:visible")
+    roles = [message["role"] for message in sent[0]["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+    assert sent[0]["messages"][1]["content"] == first.removesuffix(" ∎")
     page.click("#reset")
     assert page.inner_text("#log") == ""
 
