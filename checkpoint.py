@@ -8,11 +8,13 @@ It is written under another name, flushed and renamed, so a folder with its fina
 Nothing here unpickles code: weights are safetensors, the optimizer's tensors a `weights_only` load.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,11 @@ BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
 # GPT-2's Conv1D keeps these as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
-HUB_NAMES["gpt2-xl"] = "openai-community/gpt2-xl"
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_NAMES = {name: f"hf:openai-community/{name}" for name in OPENAI}
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
-HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors*")
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+HUB_FILES += ["model*.safetensors*", "adapter_config.json", "adapter_model.safetensors"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -63,22 +66,33 @@ def save(
     folder = out_dir / f"step_{step:06d}"
     if folder.exists():  # two renames would leave a moment with neither
         raise OSError(f"{folder} is in the way of a checkpoint")
-    partial = out_dir / f"{PARTIAL}{folder.name}"
-    try:
-        partial.mkdir(parents=True)
+    with whole_or_not_at_all(folder) as partial:
         write_model(partial, config, weights, tokenizer, adapter)
         torch.save(optimizer, partial / "optimizer.pt")
         write_json(partial / "state.json", state)
+    return folder
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets the name `folder` in the end, once the disk has all of it.
+
+    Raises OSError where the disk does not take it, and leaves nothing.
+    """
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         for path in [*partial.iterdir(), partial]:
             flush(path)
+        partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (safetensors.SafetensorError, RuntimeError, OSError)):
             raise OSError(f"could not write {folder}: {error}") from error
         raise
-    partial.rename(folder)
-    flush(out_dir)
-    return folder
+    flush(folder.parent)
 
 
 def write_model(
@@ -169,7 +183,7 @@ def find(where: Path | str) -> Path:
     """
     name = str(where)
     if name in HUB_NAMES or name.startswith("hf:"):
-        return download(HUB_NAMES.get(name, name))
+        return download(name)
     folder = Path(where)
     if steps(folder):
         return steps(folder)[-1]
@@ -177,6 +191,12 @@ def find(where: Path | str) -> Path:
         return folder
     what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
+
+
+def on_hub(where: str) -> re.Match[str] | None:
+    """The repo_id and revision that gpt2 … gpt2-xl and hf:OWNER/NAME[@REVISION] stand for; None for
+    other names."""
+    return HUB_NAME.fullmatch(HUB_NAMES.get(where, where))
 
 
 def download(name: str) -> Path:
@@ -187,14 +207,12 @@ def download(name: str) -> Path:
     """
     import huggingface_hub  # not at the top: 0.3 s
 
-    named = HUB_NAME.fullmatch(name if name.startswith("hf:") else f"hf:{name}")
+    named = on_hub(name)
     if not named:
         raise ValueError(f"{name} is not of the form hf:OWNER/NAME[@REVISION]")
     try:
         found = huggingface_hub.snapshot_download(
-            named["repo_id"],
-            revision=named["revision"],
-            allow_patterns=[*HUB_FILES, *ADAPTER_FILES],
+            named["repo_id"], revision=named["revision"], allow_patterns=HUB_FILES
         )
     except Exception as error:  # of huggingface_hub's, httpx' and the cache's many kinds
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -206,6 +224,26 @@ def download(name: str) -> Path:
 
 
 # --- loading
+
+
+def load(
+    where: Path | str, *, block_size: int | None = None, dropout: float = 0.0, merged: bool = True
+) -> tuple[GPT, Tokenizer]:
+    """As `load_model`, and the tokenizer; that of its model for an adapter that comes without.
+
+    Raises ValueError, too, where the tokenizer is missing or has ids that the model has not.
+    """
+    folder = tokenizer_folder = find(where)
+    if (folder / ADAPTER_FILES[0]).exists() and not (folder / "tokenizer.json").exists():
+        tokenizer_folder = find(base_of(folder, read_adapter(folder)[0]))
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    model = load_model(folder, block_size=block_size, dropout=dropout, merged=merged)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only "
+            f"{model.config.vocab_size:,}"
+        )
+    return model, tokenizer
 
 
 def load_model(
@@ -269,20 +307,19 @@ def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
     return lora.from_peft(found, tensors, metadata, str(about)), tensors
 
 
-def adapter_for(where: str, model: GPT, config: lora.LoRAConfig) -> lora.Adapter:
-    """A new adapter for a model that was opened from `where`.
+def adapter_for(folder: Path, where: str, model: GPT, config: lora.LoRAConfig) -> lora.Adapter:
+    """A new adapter for a model that was opened from `folder`, which `where` stood for.
 
     Raises ValueError where that is an adapter itself.
     """
-    folder = find(where)
     if (folder / ADAPTER_FILES[0]).exists():
         raise ValueError(
             f"{folder} is an adapter: merge it first, with export.py --checkpoint={where} "
             "--out_dir=FOLDER, or go on with it, with --init_from=resume"
         )
-    base, revision = str(folder.resolve()), None
-    if named := HUB_NAME.fullmatch(f"hf:{HUB_NAMES[where]}" if where in HUB_NAMES else where):
-        base, revision = named["repo_id"], named["revision"]
+    named = on_hub(where)
+    base = named["repo_id"] if named else str(folder.resolve())
+    revision = named["revision"] if named else None
     return lora.Adapter(config, base, revision, lora.fingerprint(model))
 
 
@@ -290,13 +327,14 @@ def base_of(folder: Path, adapter: lora.Adapter) -> str:
     """Where the model of an adapter is, as `find` takes it."""
     if Path(adapter.base).is_dir():
         return adapter.base
-    on_hub = f"hf:{adapter.base}" + (f"@{adapter.revision}" if adapter.revision else "")
-    if Path(adapter.base).is_absolute() or not HUB_NAME.fullmatch(on_hub):
+    where = HUB_NAMES.get(adapter.base, f"hf:{adapter.base}")
+    where += f"@{adapter.revision}" if adapter.revision else ""
+    if Path(adapter.base).is_absolute() or not on_hub(where):
         raise ValueError(
             f"{folder} is an adapter for {adapter.base}, which is not there; if it was moved, "
             f"say where to in {ADAPTER_FILES[0]}: base_model_name_or_path"
         )
-    return on_hub
+    return where
 
 
 def read_json(path: Path) -> dict[str, Any]:

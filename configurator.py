@@ -239,7 +239,7 @@ def check(value: Any, hint: Any) -> Any:
                     return items
         elif type(value) is option or (value is None and option is type(None)):
             return value
-    if float in options and type(value) is int:
+    if float in options and type(value) is int and abs(value) < 1e300:
         return float(value)
     return INVALID
 

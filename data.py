@@ -41,7 +41,8 @@ class Split:
 
     def __init__(self, data_dir: Path | str, name: str, vocab_size: int) -> None:
         """Raises ValueError for missing or truncated shards, and for ids from vocab_size on."""
-        self.name, folder = name, Path(data_dir)
+        self.name, self.folder = name, Path(data_dir)
+        folder = self.folder
         manifest = read_manifest(folder)
         paths = shard_paths(folder, name)
         if manifest:
@@ -130,10 +131,10 @@ def statistics(data_dir: Path | str) -> dict[str, dict[str, int]]:
     return {name: {key: split[key] for key in names} for name, split in splits.items()}
 
 
-def bytes_per_token(data_dir: Path | str, split: Split) -> float | None:
+def bytes_per_token(split: Split) -> float | None:
     """Bytes of UTF-8 text per token of a split; None where no manifest counted them, and where a
     mask leaves tokens out."""
-    counts = statistics(data_dir).get(split.name)
+    counts = statistics(split.folder).get(split.name)
     if any(mask is not None for mask in split.masks):
         return None
     return counts["bytes"] / counts["tokens"] if counts and counts["tokens"] else None

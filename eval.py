@@ -11,9 +11,11 @@ with a mask only the answers count.
 
 answers: the likeliest answer to each held-out question (by itself, without the turns before it),
 compared with the one that is there: the share of equal ones, and the mean F1 of their words, both
-without case, punctuation and articles, as for SQuAD (arXiv 1606.05250).
+without case, punctuation and articles, as for SQuAD (arXiv 1606.05250). Of a question that is longer
+than the context the model sees the end.
 """
 
+import math
 import re
 import string
 import sys
@@ -34,7 +36,7 @@ import runtime
 from model import GPT
 from tokenizer import Tokenizer
 
-ANSWER_TOKENS = 100  # of an answer at most
+ANSWER_TOKENS = 100  # that an answer may be longer than the one that is there
 EXAMPLES = 3  # answers that are printed
 BATCH_SIZE = 8  # windows that are scored at once
 
@@ -60,17 +62,21 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     if not cfg.tasks:
         raise ValueError("tasks is empty")
     rt = runtime.start(cfg.device, cfg.dtype)
-    folder = checkpoint.find(cfg.checkpoint)
     tokenizer = data.load_tokenizer(cfg.data_dir)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
     split = data.Split(cfg.data_dir, "val", tokenizer.vocab_size)
-    model = checkpoint.load_model(folder).to(rt.device)
+    if "answers" in cfg.tasks and all(mask is None for mask in split.masks):
+        raise ValueError(
+            f"there are no questions in {cfg.data_dir}: prepare.py --template=alpaca, chat or synth"
+        )
+    model, own_tokenizer = checkpoint.load(cfg.checkpoint)
+    if own_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{cfg.checkpoint} has another tokenizer than {cfg.data_dir}")
+    model.to(rt.device).eval()
     scores: dict[str, float] = {}
     if "perplexity" in cfg.tasks:
         scores |= perplexity(cfg, model, split, rt)
     if "answers" in cfg.tasks:
-        scores |= answers(cfg, model.eval(), split, tokenizer, rt)
+        scores |= answers(cfg, model.to(rt.dtype), split, tokenizer, rt)
     return scores
 
 
@@ -79,9 +85,11 @@ def perplexity(
 ) -> dict[str, float]:
     max_tokens = cfg.limit and cfg.limit * model.config.block_size
     loss, tokens = metrics.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
-    found = {"loss": loss, "perplexity": float(np.exp(loss)), "tokens": tokens}
+    if not tokens:
+        raise ValueError(f"no token of {cfg.data_dir} counts in the loss, as far as limit goes")
+    found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
-    if bytes_per_token := data.bytes_per_token(cfg.data_dir, split):
+    if bytes_per_token := data.bytes_per_token(split):
         found["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
         text += f", {found['bits_per_byte']:.4f} bits per byte"
     of_answers = " of answers" if split.mask(0, 1) is not None else ""
@@ -99,7 +107,7 @@ def answers(
     for number, (question, answer) in enumerate(islice(asked(split, tokenizer), cfg.limit)):
         drawn = model.generate(
             torch.tensor([question], device=rt.device),
-            ANSWER_TOKENS,
+            len(answer) + ANSWER_TOKENS,
             temperature=0,
             stop_id=tokenizer.eot_id,
             vocab_size=tokenizer.vocab_size,
@@ -120,24 +128,18 @@ def asked(split: data.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
     """Each question and answer of a split, as ids: a run of tokens that do not count in the loss,
     and the one that does behind it, up to the end of a text.
 
-    Raises ValueError for a split without a mask, and for one without answers.
+    Raises ValueError where there are none.
     """
-    mask = split.mask(0, len(split))
-    if mask is None:
-        raise ValueError(
-            "there are no questions in this data: prepare.py --template=alpaca, chat or synth"
-        )
-    ids = split[0 : len(split)]
-    changes = np.flatnonzero(np.diff(mask)) + 1
-    edges = [0, *changes.tolist(), len(ids)]
+    counts = np.asarray(split.mask(0, len(split)), dtype=bool)
+    edges = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1).tolist(), len(split)]
     found = False
     for start, middle, end in zip(edges, edges[1:], edges[2:]):
-        if mask[start] == 0:
-            answer = ids[middle:end].tolist()
+        if not counts[start]:
+            answer = split[middle:end].tolist()
             if tokenizer.eot_id in answer:  # the next text may begin with what counts
                 answer = answer[: answer.index(tokenizer.eot_id)]
             found = True
-            yield ids[start:middle].tolist(), answer
+            yield split[start:middle].tolist(), answer
     if not found:
         raise ValueError("no answer of this data counts in the loss")
 

@@ -7,7 +7,6 @@ adapter merged, and nothing of the training.
     python export.py --checkpoint=out/instruct --push_to_hub=OWNER/NAME      # after `hf auth login`
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +25,11 @@ class ExportConfig:
     out_dir: str = "out/exported"  # the new folder
     push_to_hub: str | None = None  # OWNER/NAME of the hub that the folder is uploaded to
     private: bool = False  # if that is new, nobody else sees it
-    dry_run: bool = False  # say what would be uploaded, and do not
+    dry_run: bool = False  # show the model card that would be uploaded, and write nothing
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write `out_dir`, and upload it if asked to; return it.
+    """Write `out_dir`, and upload it if asked to; return it. A dry run writes nothing.
 
     Raises ValueError for a checkpoint that cannot be opened, an `out_dir` that holds something and
     a hub that does not take it; OSError where the disk does not.
@@ -38,25 +37,19 @@ def export(cfg: ExportConfig) -> Path:
     out_dir = Path(cfg.out_dir)
     check_settings(cfg)
     folder = checkpoint.find(cfg.checkpoint)
-    tokenizer, model = Tokenizer.load(folder), checkpoint.load_model(folder)
-    name = (cfg.push_to_hub or out_dir.name).rpartition("/")[2]
-    partial = out_dir.with_name(f"{checkpoint.PARTIAL}{out_dir.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        model = without_padding(model, tokenizer.vocab_size)
+    model, tokenizer = checkpoint.load(folder)
+    model = without_padding(model, tokenizer.vocab_size)
+    card = model_card(cfg.push_to_hub or cfg.out_dir, folder, model, tokenizer)
+    if cfg.dry_run:
+        print(f"would be uploaded to {cfg.push_to_hub}, with this README.md:\n\n{card}")
+        return out_dir
+    with checkpoint.whole_or_not_at_all(out_dir) as partial:
         checkpoint.write_model(partial, model.config, model.state_dict(), tokenizer)
-        text = model_card(name, cfg.push_to_hub or cfg.out_dir, folder, model, tokenizer)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if out_dir.exists():
             out_dir.rmdir()  # it is empty
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out_dir}: " + ", ".join(f"{path.name} {size}" for path, size in sizes(out_dir)))
-    if cfg.push_to_hub and cfg.dry_run:
-        print(f"would be uploaded to {cfg.push_to_hub}, with this README.md:\n\n{text}")
-    elif cfg.push_to_hub:
+    print(f"{out_dir} is written")
+    if cfg.push_to_hub:
         print(f"uploaded: {upload(out_dir, cfg.push_to_hub, cfg.private)}")
     return out_dir
 
@@ -71,15 +64,11 @@ def check_settings(cfg: ExportConfig) -> None:
         problems.append(f"{out_dir} is there already: --out_dir=OTHER")
     if cfg.dry_run and not cfg.push_to_hub:
         problems.append("dry_run is for push_to_hub")
-    named = checkpoint.HUB_NAME.fullmatch(f"hf:{cfg.push_to_hub}")
+    named = checkpoint.on_hub(f"hf:{cfg.push_to_hub}")
     if cfg.push_to_hub is not None and (not named or named["revision"]):
         problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def sizes(folder: Path) -> list[tuple[Path, str]]:
-    return [(path, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir())]
 
 
 def without_padding(model: GPT, vocab_size: int) -> GPT:
@@ -110,8 +99,9 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
 # --- the model card
 
 
-def model_card(name: str, where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> str:
-    """README.md of a model: what it is, how it was trained as far as its folder tells, its use."""
+def model_card(where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> str:
+    """README.md of a model that is going to be at `where`: what it is, how it was trained as far as
+    its folder tells, its use."""
     import huggingface_hub
 
     about = huggingface_hub.ModelCardData(
@@ -120,15 +110,15 @@ def model_card(name: str, where: str, folder: Path, model: GPT, tokenizer: Token
         tags=["gpt2", "plaingpt"],
         base_model=base_model(folder),
     )
-    config = model.config
+    config, by_us = model.config, (folder / "state.json").exists()
     lines = [
-        f"# {name}",
+        f"# {Path(where).name}",
         "",
         f"A GPT-2 of {model.num_params():,} parameters ({config.n_layer} layers, {config.n_head} "
         f"heads, {config.n_embd} wide, context {config.block_size:,}, vocabulary "
-        f"{tokenizer.vocab_size:,}), trained with plainGPT.",
+        f"{tokenizer.vocab_size:,})" + (", trained with plainGPT." if by_us else "."),
         "",
-        *training(folder),
+        *(training(folder) if by_us else []),
         "## Use",
         "",
         "```python",
@@ -148,22 +138,23 @@ def model_card(name: str, where: str, folder: Path, model: GPT, tokenizer: Token
 
 def base_model(folder: Path) -> str | None:
     """The model of the hub that a checkpoint was trained from, if it was one."""
-    if not (folder / "state.json").exists():
+    named = checkpoint.on_hub(started_from(folder) or "")
+    return named["repo_id"] if named else None
+
+
+def started_from(folder: Path) -> str | None:
+    """What the run of a checkpoint began with, before it was resumed."""
+    run = folder.parent / "run.json"
+    if not run.exists():
         return None
-    start = checkpoint.read_state(folder)["settings"].get("init_from", "")
-    found = checkpoint.HUB_NAME.fullmatch(f"hf:{checkpoint.HUB_NAMES.get(start, '')}")
-    found = found or checkpoint.HUB_NAME.fullmatch(start)
-    return found["repo_id"] if found else None
+    return str(checkpoint.read_json(run)["starts"][0]["settings"]["init_from"])
 
 
 def training(folder: Path) -> list[str]:
-    """The lines of a model card on how it was trained, none without a state.json."""
-    if not (folder / "state.json").exists():
-        return []
+    """The lines of a model card on how it was trained."""
     state = checkpoint.read_state(folder)
     settings, step = state["settings"], state["step"]
-    log = folder.parent / "metrics.jsonl"
-    records = metrics.read_records(log) if log.exists() else []
+    records = metrics.read_records(folder.parent / "metrics.jsonl")
     figures = {name: value for r in records if r["step"] == step for name, value in r.items()}
     rows = {
         "steps": f"{step:,}",
@@ -172,9 +163,10 @@ def training(folder: Path) -> list[str]:
         "validation loss": number(state.get("val_loss"), "nats per token"),
         "validation, bits per byte": number(figures.get("val_bpb"), ""),
         "optimizer": settings.get("optimizer"),
-        "learning rate": f"{settings.get('learning_rate')}, {settings.get('schedule')}",
-        "batch": f"{settings.get('batch_size')} sequences",
-        "started from": settings.get("init_from"),
+        "learning rate": settings.get("learning_rate"),
+        "schedule": settings.get("schedule"),
+        "sequences in a step": settings.get("batch_size"),
+        "started from": public(started_from(folder)),
         "LoRA": f"rank {settings['lora_rank']}" if settings.get("lora_rank") else None,
         "data": data_of(settings.get("data_dir", ""), state["data"]),
         "seed": settings.get("seed"),
@@ -182,6 +174,11 @@ def training(folder: Path) -> list[str]:
     }
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return ["## Training", "", "| | |", "|---|---|", *table, ""]
+
+
+def public(where: str | None) -> str | None:
+    """A source without the folders of this machine."""
+    return Path(where).name if where and Path(where).is_absolute() else where
 
 
 def number(value: float | None, unit: str) -> str | None:
@@ -196,7 +193,7 @@ def data_of(data_dir: str, fingerprint: str) -> str | None:
         manifest = data.read_manifest(data_dir)
     except ValueError:
         return None
-    sources = ", ".join(str(source) for source in manifest.get("settings", {}).get("sources", []))
+    sources = ", ".join(str(public(s)) for s in manifest.get("settings", {}).get("sources", []))
     tokens = data.statistics(data_dir).get("train", {}).get("tokens")
     return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
 

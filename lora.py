@@ -57,9 +57,8 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, device=device)
-        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, device=device)
+        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False)
+        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,8 +75,8 @@ class LoRALinear(nn.Linear):
 
 
 def add(model: nn.Module, config: LoRAConfig, seed: int) -> None:
-    """Freeze a model and give its linear layers that `config` targets an adapter, which changes
-    nothing yet: A is drawn as PyTorch draws linear layers, B is zero.
+    """Freeze a model on the CPU and give the linear layers that `config` targets an adapter, which
+    changes nothing yet: A is drawn as PyTorch draws linear layers, B is zero.
 
     Raises ValueError for a target that no linear layer's name ends with, and for a layer whose
     weight another layer shares.
@@ -96,14 +95,9 @@ def add(model: nn.Module, config: LoRAConfig, seed: int) -> None:
             continue
         if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             raise ValueError(f"LoRA: {name} shares its weight with another layer")
-        new = LoRALinear(layer, config)
-        if not new.weight.is_meta:
-            bound = 1 / math.sqrt(new.in_features)
-            drawn = torch.empty(new.lora_A.weight.shape).uniform_(
-                -bound, bound, generator=generator
-            )
-            nn.init.zeros_(new.lora_B.weight)
-            new.lora_A.weight.data.copy_(drawn)
+        new, bound = LoRALinear(layer, config), 1 / math.sqrt(layer.in_features)
+        nn.init.uniform_(new.lora_A.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(new.lora_B.weight)
         model.set_submodule(name, new)
 
 
@@ -119,7 +113,7 @@ def merge(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def adapter(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def adapter_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a model's tensors those of its adapters."""
     return {
         name: tensor
@@ -133,7 +127,7 @@ def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
     Raises ValueError that lists what is missing, foreign, or of another shape.
     """
-    wanted = {PREFIX + name: each for name, each in adapter(model.state_dict()).items()}
+    wanted = {PREFIX + name: each for name, each in adapter_tensors(model.state_dict()).items()}
     problems = [f"it has {name}" for name in sorted(tensors.keys() - wanted.keys())]
     problems += [f"it has no {name}" for name in sorted(wanted.keys() - tensors.keys())]
     for name in sorted(tensors.keys() & wanted.keys()):
@@ -150,11 +144,10 @@ def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The same for two models exactly if adapters of the one are adapters of the other: a hash of
-    their matrices, but for that of positions, of which a model may be opened with fewer."""
+    """A hash of a model's weights without adapters, nor positions: it may be opened with fewer."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.dim() == 2 and ".lora_" not in name and not name.endswith("wpe.weight"):
+        if ".lora_" not in name and not name.endswith("wpe.weight"):
             digest.update(name.encode())
             digest.update(parameter.detach().float().contiguous().numpy().data)
     return digest.hexdigest()[:16]
@@ -193,15 +186,19 @@ def from_peft(
         plain = value in (None, False, "none") or value == {} or value == []
         if name == "init_lora_weights":  # some ways change the base, too
             plain = value in (True, False, "gaussian", "orthogonal")
-        if name not in KNOWN and not plain:
+        if not (plain or name in KNOWN):
             raise ValueError(f"{where}: {name}={value!r} is more than plain LoRA")
     try:
         base, revision = str(found["base_model_name_or_path"]), found.get("revision")
-        rank, alpha, dropout = int(found["r"]), found["lora_alpha"], found["lora_dropout"]
-        names = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
-        config = LoRAConfig(rank, float(alpha), float(dropout), tuple(names))
+        rank, alpha = int(found["r"]), float(found["lora_alpha"])
+        dropout = float(found["lora_dropout"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: {error!r}") from None
+    names = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
+    try:
+        config = LoRAConfig(rank, alpha, dropout, tuple(names))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return Adapter(config, base, revision, metadata.get("base_fingerprint") or None)
 
 

@@ -1,4 +1,5 @@
-"""What a run tells: the console line, metrics.jsonl, the plot, and an optional tracker."""
+"""What a run tells: the console line, metrics.jsonl, the plot, an optional tracker, and the loss on
+held-out text."""
 
 import importlib
 import json
@@ -196,7 +197,8 @@ def validation_loss(
     model: GPT, split: data.Split, max_tokens: int | None, batch_size: int, rt: Runtime
 ) -> tuple[float, int]:
     """Mean loss in nats per token over the fixed windows of a split, and how many tokens counted;
-    the work shared over the processes. Leaves the model in training mode."""
+    the work shared over the processes."""
+    was_training = model.training
     model.eval()
     total, counted = torch.zeros(2, dtype=torch.float64)
     windows = data.validation_batches(
@@ -208,7 +210,7 @@ def validation_loss(
             loss = model(x, y, mask)
         total += (loss * mask.sum()).cpu()
         counted += mask.sum().cpu()
-    model.train()
+    model.train(was_training)
     total, counted = rt.sum(total), rt.sum(counted)
     return (total / counted).item(), int(counted)
 

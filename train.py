@@ -5,7 +5,7 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
     python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
     python train.py --init_from=resume                         # go on from the newest checkpoint
-    python train.py config/finetune_instruct.py --lora_rank=16 --learning_rate=5e-4
+    python train.py config/finetune_instruct.py --lora_rank=16 # LoRA: adapters beside the weights
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
 Ctrl-C and SIGTERM finish the step, save and end with exit status 0. The number of processes changes
@@ -142,6 +142,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
         max_steps = max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size))
         cfg = replace(cfg, max_steps=max_steps)
     print("\n".join(plan.sentences(cfg, rt, model, batches)))
+    if adapter:
+        print(f"The adapters are for {adapter.base}, and useless without it.")
     if cfg.plan:
         return {}
     if start >= cfg.max_steps:
@@ -179,7 +181,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
     if rt.is_main:
         this_start = describe_start(given, rt, start, fingerprint)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
-    bytes_per_token = data.bytes_per_token(cfg.data_dir, val_split)
+    bytes_per_token = data.bytes_per_token(val_split)
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
     flops_per_token = model.config.flops_per_token(frozen=adapter is not None)
@@ -425,28 +427,30 @@ def build_model(
     if cfg.init_from == "scratch":
         return GPT(wanted).init_weights(cfg.seed), None, {}, {}
 
-    folder = checkpoint.find(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+    resuming = cfg.init_from == "resume"
+    folder = checkpoint.find(cfg.out_dir if resuming else cfg.init_from)
+    settings = saved_settings(folder) if resuming else asdict(cfg)
+    model, own_tokenizer = checkpoint.load(
+        folder, block_size=settings["block_size"], dropout=cfg.dropout, merged=not resuming
+    )
+    if own_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
-    if cfg.init_from != "resume":
+    if not resuming:
         if cfg.overwrite and folder in checkpoint.steps(cfg.out_dir):
             raise ValueError(f"--overwrite would remove {folder}, which init_from starts from")
-        model = checkpoint.load_model(folder, block_size=cfg.block_size, dropout=cfg.dropout)
         if not cfg.lora_rank:
             return model, None, {}, {}
-        adapter = checkpoint.adapter_for(cfg.init_from, model, lora_config(cfg))
+        adapter = checkpoint.adapter_for(folder, cfg.init_from, model, lora_config(cfg))
         lora.add(model, adapter.config, cfg.seed)
         return model, adapter, {}, {}
 
     state = checkpoint.read_state(folder)
-    settings = saved_settings(folder)
-    shape = {"block_size": settings["block_size"], "dropout": cfg.dropout}
-    model = checkpoint.load_model(folder, **shape, merged=False)
     here, there = asdict(wanted), asdict(model.config)
     if cfg.block_size is None:
         here["block_size"] = there["block_size"]
     # which window a sequence number means, and what an adapter is
-    for name in ("seed", "batch_size", "stride", "lora_rank", "lora_alpha", "lora_targets"):
+    kept = ("seed", "batch_size", "stride", *(name for name in settings if "lora_" in name))
+    for name in kept:
         here[name], there[name] = getattr(cfg, name), settings[name]
     other = [
         f"{name} is {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
@@ -577,7 +581,7 @@ def save(
     tensors = model.state_dict()
     if model.config.tie_weights:
         del tensors["lm_head.weight"]  # the same as the embedding
-    weights = parallel.gathered(lora.adapter(tensors) if adapter else tensors, rt)
+    weights = parallel.gathered(lora.adapter_tensors(tensors) if adapter else tensors, rt)
     parameters = {
         name: parallel.gathered(moments, rt)
         for name, moments in optim.optimizer_state(model, optimizers).items()

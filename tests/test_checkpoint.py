@@ -468,7 +468,7 @@ def hub_cache(tmp_path, monkeypatch, in_the_wild):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "hf:someone/some-gpt2", "hf:an/other@v1.0"])
 def test_a_model_of_the_hub_opens_from_the_cache(hub_cache, name):
-    repo_id, _, revision = checkpoint.HUB_NAMES.get(name, name.removeprefix("hf:")).partition("@")
+    repo_id, _, revision = checkpoint.HUB_NAMES.get(name, name).removeprefix("hf:").partition("@")
     theirs = hub_cache(repo_id, revision or "main")
     ours = checkpoint.load_model(name)
     torch.testing.assert_close(ours(IDX), theirs(IDX).logits, atol=1e-4, rtol=0)

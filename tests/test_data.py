@@ -209,11 +209,11 @@ def test_bytes_per_token_come_from_the_manifest(shard_folder):
     manifest = json.loads((folder / "dataset.json").read_text())
     manifest["splits"]["train"]["bytes"] = 35
     (folder / "dataset.json").write_text(json.dumps(manifest))
-    train = data.Split(folder, "train", 257)
-    assert data.bytes_per_token(folder, train) == 3.5
-    assert data.bytes_per_token(shard_folder(train=[[1]], manifest=False), train) is None
+    train, bare = data.Split(folder, "train", 257), shard_folder(train=[[1]], manifest=False)
+    assert data.bytes_per_token(train) == 3.5
+    assert data.bytes_per_token(data.Split(bare, "train", 257)) is None
     (folder / "train_000000.mask.bin").write_bytes(bytes(len(train)))
-    assert data.bytes_per_token(folder, data.Split(folder, "train", 257)) is None
+    assert data.bytes_per_token(data.Split(folder, "train", 257)) is None
 
 
 # --- the order of batches

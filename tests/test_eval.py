@@ -111,7 +111,7 @@ def test_each_question_has_its_own_answer(shard_folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tasks=answers"], "there are no questions in this data"),
+        (["--tasks=answers"], "there are no questions in "),
         (["--tasks=hellaswag"], "tasks expects perplexity or answers"),
         (["--tasks="], "tasks is empty"),
         (["--limit=0"], "limit must be at least 1"),

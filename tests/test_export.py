@@ -7,6 +7,7 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 from test_train import cfg, same  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -80,9 +81,8 @@ def test_a_card_for_the_hub_says_where_it_is_and_what_it_was_made_from(run, tmp_
     tuned.mkdir(parents=True)
     for path in step.iterdir():
         (tuned / path.name).write_bytes(path.read_bytes())
-    state = checkpoint.read_state(tuned)
-    state["settings"]["init_from"] = "gpt2"
-    checkpoint.write_json(tuned / "state.json", state)
+    starts = [{"settings": {"init_from": name}} for name in ("gpt2", "resume")]
+    checkpoint.write_json(tuned.parent / "run.json", {"starts": starts})
     tokenizer = Tokenizer.load(tuned)
     tokenizer.chat_template = CHAT_TEMPLATES["chat"]
     tokenizer.save(tuned)
@@ -93,6 +93,8 @@ def test_a_card_for_the_hub_says_where_it_is_and_what_it_was_made_from(run, tmp_
     out = capsys.readouterr().out
     assert "would be uploaded to me/talker" in out and "base_model: openai-community/gpt2" in out
     assert 'model="me/talker"' in out and "# talker" in out and '{"role": "user"' in out
+    assert "| started from | gpt2 |" in out and not (tmp_path / "x").exists()
+    assert export.main(arguments[:2]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template == CHAT_TEMPLATES["chat"]
 
 
@@ -135,4 +137,27 @@ def test_a_folder_of_someone_else_has_a_card_without_figures(run, tmp_path):
     Tokenizer.bytes().save(tmp_path / "theirs")
     (tmp_path / "mine").mkdir()  # empty: taken
     out_dir = export.export(export.ExportConfig(str(tmp_path / "theirs"), str(tmp_path / "mine")))
-    assert "## Training" not in (out_dir / "README.md").read_text()
+    card = (out_dir / "README.md").read_text()
+    assert "## Training" not in card and "plainGPT" not in card
+
+
+def test_data_that_changed_since_is_not_named_and_folders_of_this_machine_never(run, tmp_path):
+    manifest = Path(train.saved_settings(checkpoint.find(run))["data_dir"]) / "dataset.json"
+    before = manifest.read_text()
+    for changes, row in (
+        ({"settings": {"sources": ["/home/me/private/tales.txt", "hf:owner/tales"]}}, True),
+        ({"splits": {"train": {"shards": []}}}, False),
+    ):
+        manifest.write_text(json.dumps(json.loads(before) | changes))
+        text = "\n".join(export.training(checkpoint.find(run)))
+        assert ("| data | tales.txt, hf:owner/tales (" in text) == row and "private" not in text
+    manifest.write_text(before)
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert export.main([f"--checkpoint={run}", f"--out_dir={tmp_path}/x"]) == 2
+    assert "could not write" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -61,7 +61,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains():
     lora.add(model, CONFIG, seed=1)
     assert torch.equal(model(IDX), before)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == lora.adapter(model.state_dict()).keys()
+    assert trained == lora.adapter_tensors(model.state_dict()).keys()
     assert len(trained) == 2 * 2 * SHAPE.n_layer
     model(IDX, IDX).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -81,7 +81,7 @@ def test_any_linear_layer_takes_one_but_not_one_whose_weight_is_shared():
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
     lora.add(model, replace(CONFIG, targets=("0", "2")), seed=0)
     assert model(torch.ones(3, 4)).shape == (3, 2)
-    assert set(lora.adapter(model.state_dict())) == {
+    assert set(lora.adapter_tensors(model.state_dict())) == {
         f"{layer}.lora_{part}.weight" for layer in "02" for part in "AB"
     }
     with pytest.raises(ValueError, match="lm_head shares its weight"):
@@ -110,15 +110,19 @@ def test_the_optimizer_has_the_adapters_alone(name, moments):
     changed = {
         name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
     }
-    assert changed == lora.adapter(before).keys() == optim.optimizer_state(model, optimizers).keys()
+    assert (
+        changed
+        == lora.adapter_tensors(before).keys()
+        == optim.optimizer_state(model, optimizers).keys()
+    )
 
 
 # --- peft
 
 
 def save(folder: Path, base: Path, model: GPT) -> Path:
-    adapter = checkpoint.adapter_for(str(base), checkpoint.load_model(base), CONFIG)
-    weights = lora.adapter(model.state_dict())
+    adapter = checkpoint.adapter_for(base, str(base), checkpoint.load_model(base), CONFIG)
+    weights = lora.adapter_tensors(model.state_dict())
     return checkpoint.save(folder, 1, SHAPE, weights, Tokenizer.bytes(), {}, {}, adapter)
 
 

@@ -117,7 +117,7 @@ def test_the_manifest_counts_what_is_there(run, texts, target):
         content = (target / shard["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
         assert len(content) == 1024 + 2 * shard["tokens"]
-    assert data.bytes_per_token(target, data.Split(target, "val", 257)) == 7 / 8
+    assert data.bytes_per_token(data.Split(target, "val", 257)) == 7 / 8
 
 
 def test_val_sources_are_the_validation(run, texts, target):
