@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import checkpoint
 import configurator
 import generation
 import runtime
@@ -50,25 +51,16 @@ def sample(cfg: SampleConfig) -> list[str]:
     check_settings(cfg)
     prompt = prompt_of(cfg.start)
     rt = runtime.start(cfg.device, cfg.dtype)
-    model, tokenizer = generation.open_model(cfg.checkpoint, rt)
-    generator = torch.Generator(rt.device).manual_seed(cfg.seed)
+    model, tokenizer = checkpoint.load(cfg.checkpoint)
+    model.to(rt.device, rt.dtype).eval()
+    sampling = generation.sampling_of(cfg)
+    generator = sampling.generator(rt.device)
 
     def draw(ids: list[int], count: int = 1) -> Iterator[Tensor]:
-        return model.generate(
-            torch.tensor([ids] * count, device=rt.device),
-            cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            min_p=cfg.min_p,
-            stop_id=tokenizer.eot_id,
-            vocab_size=tokenizer.vocab_size,
-            generator=generator,
-        )
+        return generation.draw(model, tokenizer, ids, sampling, generator, count)
 
     if cfg.chat:
-        room = model.config.block_size - min(cfg.max_new_tokens, model.config.block_size // 2)
-        return converse(tokenizer, draw, room)
+        return converse(tokenizer, draw, model.config.block_size, cfg.max_new_tokens)
     tokens = draw(tokenizer.encode(prompt) or [tokenizer.eot_id], cfg.num_samples)
     if cfg.num_samples == 1 and cfg.stream:
         pieces = [prompt]
@@ -86,13 +78,9 @@ def sample(cfg: SampleConfig) -> list[str]:
 
 def check_settings(cfg: SampleConfig) -> None:
     """Raises ValueError that lists all settings out of range."""
-    problems = generation.out_of_range(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p
-    )
+    problems = generation.sampling_of(cfg).problems()
     if cfg.num_samples < 1:
         problems.append(f"num_samples must be at least 1, not {cfg.num_samples}")
-    if not 0 <= cfg.seed < 2**63:
-        problems.append(f"seed must be from 0 to 2**63 - 1, not {cfg.seed}")
     if cfg.chat and (cfg.start or cfg.num_samples > 1):
         problems.append("chat goes with neither start nor num_samples")
     if not cfg.checkpoint:
@@ -128,11 +116,14 @@ def print_stream(tokens: Iterable[Tensor], tokenizer: Tokenizer, pieces: list[st
 
 
 def converse(
-    tokenizer: Tokenizer, draw: Callable[[list[int]], Iterator[Tensor]], room: int
+    tokenizer: Tokenizer,
+    draw: Callable[[list[int]], Iterator[Tensor]],
+    block_size: int,
+    max_new_tokens: int,
 ) -> list[str]:
     """Answer what is typed until it ends (Ctrl-D, Ctrl-C); return the answers.
 
-    Once the conversation takes more than `room` tokens, its oldest turns are forgotten.
+    Once the context is full, the oldest turns of the conversation are forgotten.
     """
     if not generation.holds_conversations(tokenizer):
         raise ValueError(
@@ -157,7 +148,7 @@ def converse(
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                ids, messages = generation.prompt_ids(asked, tokenizer, room)
+                ids, messages = generation.prompt_ids(asked, tokenizer, block_size, max_new_tokens)
             except ValueError as error:
                 print(error, file=sys.stderr)
                 continue

@@ -26,29 +26,37 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-# The same as the Jinja that `transformers` renders in apply_chat_template.
-CHAT = (
+# The same as Jinja, which `transformers` renders in apply_chat_template.
+NO_SYSTEM = "this model was trained without system messages"
+CHECKED = (
     "{% set next = namespace(role='user') %}{% for message in messages %}"
     "{% if message['role'] == 'system' and loop.first and message['content'] == '' %}"
+    "{% elif not (message['content'] or '') | trim %}{{ raise_exception('empty message') }}"
     "{% elif message['role'] == 'system' and loop.first %}"
-    "{{ '### System:\n' + message['content'] | trim + '\n\n' }}"
     "{% elif message['role'] != next.role %}"
     "{{ raise_exception('after a system message, users and assistants take turns') }}"
-    "{% elif message['role'] == 'user' %}{% set next.role = 'assistant' %}"
-    "{{ '### User:\n' + message['content'] | trim + '\n\n' }}"
-    "{% else %}{% set next.role = 'user' %}"
-    "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+    "{% else %}{% set next.role = 'assistant' if next.role == 'user' else 'user' %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and next.role == 'user' %}"
+    "{{ raise_exception('the last message is no question') }}{% endif %}"
 )
-NO_SYSTEM = "this model was trained without system messages"
-INSTRUCTION = (  # each stands for itself: what was said before is left out
-    "{% if messages[0]['role'] == 'system' and messages[0]['content'] != '' %}"
-    "{{ raise_exception('" + NO_SYSTEM + "') }}{% endif %}"
-    "{% for message in (messages[-1:] if add_generation_prompt else messages[-2:]) %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ message['content'] | trim + eos_token }}{% else %}{{ '"
-    + ALPACA.format(paired="", instruction="' + message['content'] | trim + '").replace("\n", "\\n")
-    + "\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
+CHAT = CHECKED + (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '### Assistant:\n' + message['content'] | trim + eos_token }}"
+    "{% elif message['content'] != '' %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim + '\n\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+QUESTION = ALPACA.format(paired="", instruction="' + message['content'] | trim + '")
+INSTRUCTION = (
+    CHECKED
+    + (  # each stands for itself: what was said before is left out
+        "{% if messages[0]['role'] == 'system' and messages[0]['content'] != '' %}"
+        "{{ raise_exception('" + NO_SYSTEM + "') }}{% endif %}"
+        "{% for message in (messages[-1:] if add_generation_prompt else messages[-2:]) %}"
+        "{% if message['role'] == 'assistant' %}{{ message['content'] | trim + eos_token }}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ '" + QUESTION.replace("\n", "\\n") + "\\n\\n### Response:\\n' }}{% endif %}{% endfor %}"
+    )
 )
 CHAT_TEMPLATES = {"chat": CHAT, "synth": CHAT, "alpaca": INSTRUCTION}
 
@@ -109,36 +117,35 @@ def prompt(messages: list[dict[str, Any]], chat_template: str) -> list[Segment]:
     conversation = chat(messages, answered=False)
     if chat_template != INSTRUCTION:
         return conversation
-    if messages[0].get("role") == "system" and messages[0]["content"]:
+    if messages[0]["role"] == "system" and messages[0]["content"]:
         raise ValueError(NO_SYSTEM)
     return alpaca({"instruction": messages[-1]["content"], "output": "…"})[:1]
 
 
 def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]:
-    """Messages as text: a heading a turn, `<|endoftext|>` behind each answer; if the last is not
-    `answered`, up to where its answer begins.
+    """Messages (role and content) as text: a heading a turn, `<|endoftext|>` behind each answer; if
+    the last is not `answered`, up to where its answer begins.
 
     Raises ValueError for an unknown role, an empty message, roles out of turn (the system's may be
     first, then user and assistant take turns), and where the last is no answer (or no question).
     """
     parts, unanswered, expected = [], "", "user"
     for place, message in enumerate(messages):
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in HEADINGS:
             raise ValueError(f"unknown role {role!r}")
-        if role == "system" and content == "":  # some datasets give every chat one
+        if role == "system" and content == "" and place == 0:  # some datasets give every chat one
             continue
         if not isinstance(content, str) and content is not None:
             raise ValueError("a message's content is no text")
         if not content or not content.strip():
             raise ValueError("empty message")
-        if ROLES[role] == expected:
+        if role == expected:
             expected = "assistant" if expected == "user" else "user"
-        elif ROLES[role] != "system" or place > 0:
+        elif role != "system" or place > 0:
             raise ValueError(f"message {place + 1} is out of turn: {role!r}, not {expected!r}")
-        unanswered += HEADINGS[ROLES[role]]
-        if ROLES[role] == "assistant":
+        unanswered += HEADINGS[role]
+        if role == "assistant":
             parts += [Segment(unanswered, counted=False, ended=False), Segment(content.strip())]
             unanswered = ""
         else:
@@ -164,7 +171,14 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
             raise ValueError("messages are not JSON") from None
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ValueError("no list of messages")
-    return messages
+    return [said(message) for message in messages]
+
+
+def said(message: dict[str, Any]) -> dict[str, Any]:
+    """A message, ShareGPT's too, as role and content."""
+    role = message.get("role", message.get("from"))
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": message.get("content", message.get("value"))}
 
 
 def filled(record: Any, name: str) -> str:

@@ -1,7 +1,7 @@
 """The command that lets a model write."""
 
+import itertools
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 
 import jinja2
@@ -211,7 +211,6 @@ def test_apply_chat_template_gives_our_ids(talker):
     template = "chat" if "chat" in str(talker) else "alpaca"
     turns = [("system", "Be brief. é"), ("user", " Say <b>\n\nit</b>!\n"), ("assistant", "\nIt. ")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    system = messages[0]
     if template == "chat":
         record = {"messages": [*messages, *messages[1:]]}
     else:
@@ -224,14 +223,32 @@ def test_apply_chat_template_gives_our_ids(talker):
     assert theirs.apply_chat_template(whole)["input_ids"] == wanted
     for said in (messages[:-1], [*messages, messages[-2]]):
         asked = theirs.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-        assert asked == generation.prompt_ids(said, ours, 10_000)[0]
+        assert asked == generation.prompt_ids(said, ours, 10_000, 10)[0]
         assert theirs.decode(asked) == ours.decode(asked)
-    with pytest.raises(jinja2.TemplateError) if template == "alpaca" else nullcontext():
-        theirs.apply_chat_template([system, *messages[-2:-1]], add_generation_prompt=True)
-    if template == "chat":
-        for wrong in (messages[1:2] * 2, [*messages[1:], messages[0]]):
-            with pytest.raises(jinja2.TemplateError, match="take turns"):
-                theirs.apply_chat_template(wrong, add_generation_prompt=True)
+
+
+def test_apply_chat_template_refuses_what_we_refuse(talker):
+    """All lists of up to three of these messages: the same ids, or an error from both."""
+    theirs, ours = AutoTokenizer.from_pretrained(talker), Tokenizer.load(talker)
+    roles = ("system", "user", "assistant", "tool")
+    each = [{"role": role, "content": text} for role in roles for text in ("Yes.", "", " ", None)]
+    agreed = refused = 0
+    for count in (1, 2, 3):
+        for said in itertools.product(each, repeat=count):
+            if count == 3 and sum(message["content"] != "Yes." for message in said) > 1:
+                continue
+            try:
+                wanted = generation.prompt_ids(list(said), ours, 10_000, 10)[0]
+            except ValueError:
+                wanted = None
+            try:
+                asked = theirs.apply_chat_template(list(said), add_generation_prompt=True)
+                found = asked["input_ids"]
+            except jinja2.TemplateError:
+                found = None
+            assert found == wanted, said
+            agreed, refused = agreed + (wanted is not None), refused + (wanted is None)
+    assert agreed >= 3 and refused > 200
 
 
 def test_a_model_without_conversations_does_not_chat(folder, capsys):

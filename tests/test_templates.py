@@ -96,6 +96,7 @@ def test_synth_thinks_before_it_answers():
             {"messages": [ASK, ASK, ANSWER]},
             "message 2 is out of turn: 'user', not 'assistant'",
         ),
+        ("chat", {"messages": [ASK, {"role": "system", "content": ""}, ANSWER]}, "empty message"),
         (
             "chat",
             {"messages": [ASK, SYSTEM, ANSWER]},
