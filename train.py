@@ -5,7 +5,7 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
     python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
     python train.py --init_from=resume                         # go on from the newest checkpoint
-    python train.py config/finetune_instruct.py --lora_rank=16 # LoRA: adapters beside the weights
+    python train.py config/finetune_instruct.py --lora_rank=16  # train adapters, not the weights
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
 Ctrl-C and SIGTERM finish the step, save and end with exit status 0. The number of processes changes

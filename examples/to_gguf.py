@@ -2,7 +2,7 @@
 Turn a checkpoint into a GGUF file, with llama.cpp's own converter:
 
     git clone https://github.com/ggml-org/llama.cpp
-    python examples/to_gguf.py llama.cpp out/stdlib/step_001500 stdlib.gguf
+    python examples/to_gguf.py llama.cpp out/stdlib stdlib.gguf
     llama-server -m stdlib.gguf                             # or any other program of llama.cpp
 
 The converter knows tokenizers by a hash of the ids that they give to a text, and so none that was
@@ -14,11 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # plainGPT's files
 
+import checkpoint
 from tokenizer import Tokenizer
 
 
-def main(llama_cpp: str, folder: str, out_file: str) -> None:
-    """Raises ValueError where there is no converter, or a tokenizer that GGUF cannot say."""
+def main(llama_cpp: str, where: str, out_file: str) -> None:
+    """Raises ValueError where there is no converter, an adapter (export.py merges it), or a tokenizer
+    that GGUF cannot say."""
+    folder = checkpoint.find(where)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is an adapter: merge it first, with export.py")
     if not (Path(llama_cpp) / "convert_hf_to_gguf.py").exists():
         raise ValueError(f"{llama_cpp} is no copy of llama.cpp: it has no convert_hf_to_gguf.py")
     tokenizer = Tokenizer.load(folder)
@@ -29,7 +34,7 @@ def main(llama_cpp: str, folder: str, out_file: str) -> None:
     from conversion.base import TextModel
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out_file]
+    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out_file]
     convert_hf_to_gguf.main()
 
 

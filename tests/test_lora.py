@@ -17,6 +17,8 @@ import checkpoint
 import export
 import lora
 import optim
+import plan
+import runtime
 import sample
 import train
 from model import GPT, GPTConfig
@@ -157,8 +159,9 @@ def test_we_open_pefts_adapters(plain, tmp_path, targets):
     theirs.save_pretrained(tmp_path / "theirs")
     logits = theirs.eval()(IDX).logits
     for merged in (True, False):
-        ours = checkpoint.load_model(tmp_path / "theirs", merged=merged).eval()
-        torch.testing.assert_close(ours(IDX), logits, atol=1e-4, rtol=0)
+        ours, tokenizer = checkpoint.load(tmp_path / "theirs", merged=merged)
+        torch.testing.assert_close(ours.eval()(IDX), logits, atol=1e-4, rtol=0)
+        assert tokenizer.vocab_size == 257  # the model's: peft saves none
 
 
 def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
@@ -189,8 +192,10 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     assert "use_dora=True is more than plain LoRA" in refused(use_dora=True)
     assert "bias='all' is more than plain LoRA" in refused(bias="all")
     assert "peft_type is 'IA3'" in refused(peft_type="IA3")
-    assert "r must be" in refused(r=0) or "rank must be" in refused(r=0)
+    assert "LoRA's rank must be at least 1, not 0" in refused(r=0)
     assert "is damaged" in refused(lora_alpha=None)
+    safetensors.torch.save_file({name: each / 0 for name, each in tensors.items()}, file)
+    assert "is not finite" in refused()
     renamed = {name.replace("c_attn", "q_proj"): tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(renamed, file)
     assert "no linear layer is named" in refused()
@@ -200,6 +205,23 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     assert "is damaged or no safetensors file" in refused()
     file.unlink()
     assert "has no adapter_model.safetensors" in refused()
+
+
+@pytest.mark.parametrize(
+    "where, base, again",
+    [
+        ("gpt2", "openai-community/gpt2", "hf:openai-community/gpt2"),
+        ("hf:owner/name", "owner/name", "hf:owner/name"),
+        ("hf:owner/name@v1", "owner/name", "hf:owner/name@v1"),
+    ],
+)
+def test_an_adapter_of_a_model_of_the_hub_names_it_as_the_hub_does(plain, where, base, again):
+    adapter = checkpoint.adapter_for(plain, where, checkpoint.load_model(plain), CONFIG)
+    assert adapter.base == base
+    assert checkpoint.base_of(plain, adapter) == again
+    assert checkpoint.base_of(plain, replace(adapter, base="gpt2", revision=None)) == (
+        "hf:openai-community/gpt2"  # as most of those for it say
+    )
 
 
 # --- training
@@ -237,6 +259,7 @@ def test_shorter_windows_are_kept_when_a_run_resumes(run):
         (["--lora_alpha=8"], "lora_alpha is 16.0, not 8.0"),
         (["--lora_targets=c_fc"], "lora_targets is ('c_attn', 'c_proj', 'c_fc'), not ('c_fc',)"),
         (["--lora_rank=0"], "lora_rank is 4, not 0"),
+        (["--lora_dropout=0.5"], "lora_dropout is 0.1, not 0.5"),
     ],
 )
 def test_another_adapter_does_not_resume(run, capsys, arguments, message):
@@ -263,11 +286,22 @@ def test_bad_settings(run, changes, message):
     assert not Path(run.out_dir).exists()
 
 
-def test_the_plan_says_what_trains(run, capsys):
+def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     train.train(replace(run, plan=True))
-    assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in out
+    assert f"The adapters are for {base}, and useless without it." in out
+    model = checkpoint.load_model(base)
+    rt, memory = runtime.start("cpu", "float32"), []
+    for _ in range(2):
+        memory.append(plan.memory_gib(model, 1, replace(run, optimizer="adamw"), rt) * 2**30)
+        lora.add(model, CONFIG, seed=0) if len(memory) == 1 else None
+    params = 34_208  # of each all but the adapters' lose gradient and moments
+    adapters = model.num_params() - params
+    assert memory[0] - memory[1] == pytest.approx(12 * params - 16 * adapters)
+    flops = [model.config.flops_per_token(frozen) for frozen in (False, True)]
+    matrices = 2 * 12 * 32**2 + 257 * 32
+    assert flops[0] - flops[1] == 2 * matrices
 
 
 def test_merged_by_one_command_it_is_an_ordinary_checkpoint(run, tmp_path, capsys):
