@@ -40,6 +40,7 @@ HUB_NAMES = {name: f"hf:openai-community/{name}" for name in OPENAI}
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 HUB_FILES += ["model*.safetensors*", "adapter_config.json", "adapter_model.safetensors"]
+BASE = "base"  # where a run keeps the model that its adapters are for
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -307,8 +308,11 @@ def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
     return lora.from_peft(found, tensors, metadata, str(about)), tensors
 
 
-def adapter_for(folder: Path, where: str, model: GPT, config: lora.LoRAConfig) -> lora.Adapter:
-    """A new adapter for a model that was opened from `folder`, which `where` stood for.
+def adapter_for(
+    folder: Path, where: str, out_dir: Path, model: GPT, config: lora.LoRAConfig
+) -> lora.Adapter:
+    """A new adapter, of a run in `out_dir`, for a model that was opened from `folder`, for which
+    `where` stood. A model that is not on the hub the run keeps (`keep_base`).
 
     Raises ValueError where that is an adapter itself.
     """
@@ -318,23 +322,38 @@ def adapter_for(folder: Path, where: str, model: GPT, config: lora.LoRAConfig) -
             "--out_dir=FOLDER, or go on with it, with --init_from=resume"
         )
     named = on_hub(where)
-    base = named["repo_id"] if named else str(folder.resolve())
+    base = named["repo_id"] if named else str((out_dir / BASE).resolve())
     revision = named["revision"] if named else None
     return lora.Adapter(config, base, revision, lora.fingerprint(model))
 
 
+def keep_base(folder: Path, out_dir: Path) -> None:
+    """Have the model in `folder` in `out_dir`, too, as links where the disk has them: the run that
+    made it may remove it."""
+    if folder.resolve() == (out_dir / BASE).resolve():
+        return
+    shutil.rmtree(out_dir / BASE, ignore_errors=True)
+    with whole_or_not_at_all(out_dir / BASE) as partial:
+        for path in sorted(path for pattern in HUB_FILES for path in folder.glob(pattern)):
+            try:
+                os.link(path.resolve(), partial / path.name)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(path, partial / path.name)
+
+
 def base_of(folder: Path, adapter: lora.Adapter) -> str:
-    """Where the model of an adapter is, as `find` takes it."""
-    if Path(adapter.base).is_dir():
-        return adapter.base
-    where = HUB_NAMES.get(adapter.base, f"hf:{adapter.base}")
-    where += f"@{adapter.revision}" if adapter.revision else ""
-    if Path(adapter.base).is_absolute() or not on_hub(where):
+    """Where the model of an adapter is, as `find` takes it: where it says, or in its run."""
+    for where in (Path(adapter.base), folder.parent / BASE):
+        if where.is_dir():
+            return str(where)
+    name = HUB_NAMES.get(adapter.base, f"hf:{adapter.base}")
+    name += f"@{adapter.revision}" if adapter.revision else ""
+    if Path(adapter.base).is_absolute() or not on_hub(name):
         raise ValueError(
             f"{folder} is an adapter for {adapter.base}, which is not there; if it was moved, "
             f"say where to in {ADAPTER_FILES[0]}: base_model_name_or_path"
         )
-    return where
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -343,7 +362,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
@@ -409,6 +428,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.parent} has no {path.name}") from None
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 # --- Hugging Face's layout
@@ -444,7 +465,7 @@ def config_from_hugging_face(folder: Path, block_size: int | None, dropout: floa
         raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, not 'gpt2'")
     sizes = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
     sizes |= {name: found[name] for name in sizes if name in found}
-    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+    if wrong := [n for n, size in sizes.items() if type(size) is not int or not 0 < size < 2**20]:
         raise ValueError(f"{path}: {wrong[0]}={sizes[wrong[0]]!r} is no size")
     # What else a GPT-2 config can say, and the one value of it that this GPT-2 has.
     fixed = {
@@ -493,15 +514,16 @@ def from_hugging_face(
     Raises ValueError that lists what is missing or of another shape.
     """
     last = f"h.{config.n_layer - 1}.ln_1.weight"
-    if last not in saved and f"transformer.{last}" not in saved:
-        raise ValueError(
-            f"{folder} has fewer than the {config.n_layer:,} layers of its config.json"
-        )
+    beyond = f"h.{config.n_layer}.ln_1.weight"
+    for name, wanted, words in ((last, True, "fewer"), (beyond, False, "more")):
+        if (name in saved or f"transformer.{name}" in saved) != wanted:
+            layers = f"the {config.n_layer:,} layers of its config.json"
+            raise ValueError(f"{folder} has {words} than {layers}")
     with torch.device("meta"):
-        wanted = GPT(config).state_dict()
+        shapes_of = GPT(config).state_dict()
     weights: dict[str, Tensor] = {}
     problems = []
-    for name, like in wanted.items():
+    for name, like in shapes_of.items():
         if name == "lm_head.weight" and config.tie_weights:
             if "transformer.wte.weight" in weights:
                 weights[name] = weights["transformer.wte.weight"]

@@ -62,11 +62,18 @@ def check_settings(cfg: ExportConfig) -> None:
         problems.append(f"out_dir={cfg.out_dir!r} is no name for a new folder")
     elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         problems.append(f"{out_dir} is there already: --out_dir=OTHER")
-    if cfg.dry_run and not cfg.push_to_hub:
-        problems.append("dry_run is for push_to_hub")
-    named = checkpoint.on_hub(f"hf:{cfg.push_to_hub}")
-    if cfg.push_to_hub is not None and (not named or named["revision"]):
-        problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
+    if cfg.push_to_hub is None:
+        without = [name for name in ("dry_run", "private") if getattr(cfg, name)]
+        problems += [f"{name} is for push_to_hub" for name in without]
+    else:
+        import huggingface_hub  # not at the top: 0.3 s
+
+        try:
+            huggingface_hub.utils.validate_repo_id(cfg.push_to_hub)
+        except huggingface_hub.errors.HFValidationError:
+            problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
+        if cfg.push_to_hub.count("/") != 1:
+            problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -95,6 +95,9 @@ def add(model: nn.Module, config: LoRAConfig, seed: int) -> None:
             continue
         if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             raise ValueError(f"LoRA: {name} shares its weight with another layer")
+        if config.rank > min(layer.in_features, layer.out_features):
+            size = f"{layer.in_features:,} → {layer.out_features:,}"
+            raise ValueError(f"LoRA: rank {config.rank:,} is beyond that of {name}, {size}")
         new, bound = LoRALinear(layer, config), 1 / math.sqrt(layer.in_features)
         nn.init.uniform_(new.lora_A.weight, -bound, bound, generator=generator)
         nn.init.zeros_(new.lora_B.weight)
@@ -134,8 +137,8 @@ def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if tensors[name].shape != wanted[name].shape:
             shapes = f"{tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
             problems.append(f"{name} has shape {shapes}")
-        elif not tensors[name].isfinite().all():
-            problems.append(f"{name} is not finite")
+        elif not (tensors[name].is_floating_point() and tensors[name].isfinite().all()):
+            problems.append(f"{name} holds what are no finite fractions")
         else:
             wanted[name].copy_(tensors[name])
     if problems:

@@ -358,6 +358,7 @@ def sample(
     if top_p is not None:
         ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # mass of the likelier ones
+        beyond[:, 0] = False  # not even where top_p is too small for a float
         probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), 0.0)
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)

@@ -85,7 +85,8 @@ def build_app(
                 raise HTTPException(400, str(error)) from None
             raise
         first = {"prompt_tokens": len(ids), "forgotten": forgotten}
-        lines = json_lines(first, considered(model, tokenizer, ids, sampling))
+        tokens = considered(model, tokenizer, ids, sampling)
+        lines = json_lines(first, tokens, request.app.state.stopping)
         response = StreamingResponse(lines, media_type="application/x-ndjson")
 
         async def respond(*arguments: Any) -> None:
@@ -105,7 +106,7 @@ def build_app(
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", page),
             Route("/model", about),
@@ -114,11 +115,15 @@ def build_app(
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={HTTPException: failed},
     )
+    app.state.stopping = lambda: False  # who runs it knows better
+    return app
 
 
-async def json_lines(first: dict[str, int], tokens: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def json_lines(
+    first: dict[str, int], tokens: Iterator[dict[str, Any]], stopping: Callable[[], bool]
+) -> AsyncIterator[str]:
     yield json.dumps(first) + "\n"
-    while token := await run_in_threadpool(next, tokens, None):
+    while not stopping() and (token := await run_in_threadpool(next, tokens, None)):
         yield json.dumps(token) + "\n"
 
 
@@ -132,7 +137,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY:
-                raise HTTPException(413, f"a request may have {MAX_BODY:,} bytes")
+                raise HTTPException(413, f"a request may have {MAX_BODY:,} bytes at most")
         asked = json.loads(body)
     except ClientDisconnect:
         raise HTTPException(400, "the request was cut off") from None
@@ -160,7 +165,7 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
     sampling = replace(defaults, **given)
     problems += sampling.problems()
     if sampling.max_new_tokens > defaults.max_new_tokens:
-        problems.append(f"max_new_tokens may be {defaults.max_new_tokens:,}")
+        problems.append(f"max_new_tokens may be {defaults.max_new_tokens:,} at most")
     if problems:
         raise ValueError("; ".join(problems))
     return sampling

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sentences(
-    cfg: "TrainConfig", rt: Runtime, model: GPT, batches: data.Batches | None
+    cfg: "TrainConfig", rt: Runtime, model: GPT, batches: data.Batches | None, max_steps: int
 ) -> list[str]:
     """What the run is going to do, in sentences."""
     config = model.config
@@ -23,7 +23,7 @@ def sentences(
     micro = micro_batch_size(cfg, rt)
     micro_steps = cfg.batch_size // micro // rt.world_size
     tokens_per_step = cfg.batch_size * config.block_size
-    tokens = cfg.max_steps * tokens_per_step
+    tokens = max_steps * tokens_per_step
     flops = tokens * config.flops_per_token(frozen=cfg.lora_rank > 0)
     many = f"{rt.world_size} processes × " if rt.world_size > 1 else ""
     needed, there = memory_gib(model, micro, cfg, rt), runtime.device_memory_gib(rt.device)
@@ -33,13 +33,15 @@ def sentences(
         *lora_sentence(cfg, model),
         f"Step: {cfg.batch_size:,} sequences × {config.block_size:,} = {tokens_per_step:,} tokens, "
         f"in {many}{micro_steps:,} micro-step(s) of {micro:,} sequences.",
-        f"Run: {cfg.max_steps:,} steps, {tokens:,} tokens, {tokens / params:.1f} per parameter"
+        f"Run: {max_steps:,} steps, {tokens:,} tokens, {tokens / params:.1f} per parameter"
         + (f", {tokens / (batches.windows * batches.stride):.2f} epochs." if batches else "."),
         f"Compute: {flops:.3g} floating-point operations, "
         f"on {rt.device} in {str(rt.dtype).removeprefix('torch.')}, {cfg.optimizer}.",
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {there:.0f} GiB of {rt.device}." if there else "."),
     ]
+    if cfg.warmup_steps >= max_steps:
+        lines.append(f"{cfg.warmup_steps:,} steps of warm-up do not end: lower --warmup_steps.")
     if cfg.fsdp and rt.world_size == 1:
         lines.append("One process has nobody to share with: --fsdp does nothing here.")
     if there and needed > there:

@@ -8,6 +8,7 @@ A page on this machine to talk to a model, and to see what it considered at each
 For other programs there is `transformers serve` (README).
 """
 
+import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def serve(cfg: ServeConfig) -> None:
     problems = sampling.problems()
     if cfg.max_requests < 1:
         problems.append(f"max_requests must be at least 1, not {cfg.max_requests}")
+    if not cfg.host:
+        problems.append("host is empty")
     if not 0 <= cfg.port < 2**16:
         problems.append(f"port must be from 0 to 65535, not {cfg.port}")
     if problems:
@@ -63,15 +66,16 @@ def serve(cfg: ServeConfig) -> None:
     try:
         listening = socket.create_server((cfg.host, cfg.port))
     except OSError as error:
-        raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({error.strerror})") from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({reason})") from None
     hosts = ["*"] if cfg.host in ("0.0.0.0", "::") else [*LOOPBACK, cfg.host]
     app = page.build_app(model, tokenizer, sampling, cfg.max_requests, cfg.checkpoint, hosts)
-    settings = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=MAX_CONNECTIONS
-    )
+    settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    server = uvicorn.Server(settings)
+    app.state.stopping = lambda: server.should_exit  # answers end then, too
     try:
         print(f"http://{cfg.host}:{listening.getsockname()[1]}  (Ctrl-C ends)")
-        uvicorn.Server(settings).run(sockets=[listening])
+        server.run(sockets=[listening])
     except KeyboardInterrupt:
         print("ended")
 

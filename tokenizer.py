@@ -207,11 +207,12 @@ class Tokenizer:
             digits = [part for part in parts if part["type"] == "Digits"]
             rest = [part for part in parts if part["type"] != "Digits"]
             in_text = [token["content"] for token in added if not token.get("special")]
+            ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+            largest = max(*ranks.values(), *special.values(), 0)
         except FileNotFoundError:
             raise ValueError(f"{folder} has no tokenizer.json") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a byte-level BPE, or damaged ({error})") from None
-        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         like_gpt2 = [part["type"] for part in rest] == ["ByteLevel"] and rest[-1:] == parts[-1:]
         like_gpt2 = like_gpt2 and rest[0].get("use_regex", True)
         like_gpt2 = like_gpt2 and not rest[0].get("add_prefix_space")
@@ -223,7 +224,7 @@ class Tokenizer:
         learned = [token for token in ranks if token not in singles]
         if not singles <= ranks.keys() or learned != list(dict.fromkeys(merged)):
             raise ValueError(f"{path}: it must have all 256 bytes, and ids in the order of merges")
-        if max(*ranks.values(), *special.values(), 0) >= MAX_VOCAB_SIZE:
+        if largest >= MAX_VOCAB_SIZE:
             raise ValueError(
                 f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
             )
@@ -242,7 +243,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it holds no object")

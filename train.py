@@ -40,6 +40,7 @@ from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 100  # of the sample at an evaluation
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")  # what init_from=FOLDER decides
 MAX_BAD_STEPS = 20  # steps in a row without a finite gradient that end a run
 
 
@@ -67,8 +68,8 @@ class TrainConfig:
     # the optimizer
     batch_size: int = 8  # sequences in a step, over all processes
     micro_batch_size: int | None = None  # sequences a device takes at once; None: its whole share
-    max_steps: int = 1500  # optimizer steps
-    epochs: float | None = None  # passes over the data; sets max_steps
+    max_steps: int | None = None  # optimizer steps; None: 1500, or as many as epochs takes
+    epochs: float | None = None  # passes over the data; of both, what ends first
     optimizer: optim.OptimizerName = "muon"  # muon (with AdamW on embeddings) or adamw
     learning_rate: float = 0.01  # peak
     min_lr: float = 0.0  # at the last step
@@ -113,7 +114,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
         print(f"{cfg.data_dir} is not there yet; taking GPT-2's vocabulary of 50,257 ids.")
         with torch.device("meta"):
             model = GPT(model_config(cfg, 50257))
-        print("\n".join(plan.sentences(cfg, rt, model, None)))
+        max_steps = steps_to_do(cfg, None)
+        print("\n".join(plan.sentences(cfg, rt, model, None, max_steps)))
         return {}
 
     # data, model, optimizer
@@ -130,7 +132,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         cfg = replace(cfg, **settings_so_far(cfg))
     fingerprint = data.data_fingerprint(cfg.data_dir)
     tokenizer = data.load_tokenizer(cfg.data_dir)
-    model, adapter, state, saved = build_model(cfg, tokenizer, fingerprint)
+    model, folder, adapter, state, saved = build_model(cfg, tokenizer, fingerprint)
     cfg = with_shape(cfg, model.config, tokenizer)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
@@ -138,18 +140,15 @@ def train(cfg: TrainConfig) -> metrics.Record:
     batches = data.Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
     val_split = data.Split(cfg.data_dir, "val", tokenizer.vocab_size)
     data.check_length(val_split, block_size)
-    if cfg.epochs is not None:
-        max_steps = max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size))
-        cfg = replace(cfg, max_steps=max_steps)
-    print("\n".join(plan.sentences(cfg, rt, model, batches)))
-    if adapter:
-        print(f"The adapters are for {adapter.base}, and useless without it.")
+    max_steps = steps_to_do(cfg, batches)
+    print("\n".join(plan.sentences(cfg, rt, model, batches, max_steps)))
     if cfg.plan:
         return {}
-    if start >= cfg.max_steps:
-        it_is_done = f"{out_dir} is at step {start:,}, max_steps={cfg.max_steps:,}: it is done"
+    if start >= max_steps:
+        it_is_done = f"{out_dir} is at step {start:,}, max_steps={max_steps:,}: it is done"
         if not restarted:
-            raise ValueError(f"{it_is_done}; a larger --max_steps goes on")
+            larger = "--max_steps" if cfg.epochs is None else "--epochs (and --max_steps, if given)"
+            raise ValueError(f"{it_is_done}; a larger {larger} goes on")
         print(it_is_done)
         return {}
     if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
@@ -180,6 +179,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
     log, tracker = None, None
     if rt.is_main:
         this_start = describe_start(given, rt, start, fingerprint)
+        if adapter and start == 0 and not checkpoint.on_hub(cfg.init_from):
+            checkpoint.keep_base(folder, out_dir)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
     bytes_per_token = data.bytes_per_token(val_split)
     tokens_per_step = cfg.batch_size * block_size
@@ -205,11 +206,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
             log.add(before)
 
     with runtime.stop_signals() as stop:
-        coming = batches.ahead(range(start, cfg.max_steps), rt)
-        for step in range(start, cfg.max_steps):
+        coming = batches.ahead(range(start, max_steps), rt)
+        for step in range(start, max_steps):
             began = time.perf_counter()
             rt.seed_step(cfg.seed, step)
-            lr = learning_rate(step, cfg)
+            lr = learning_rate(step, max_steps, cfg)
             batch = next(coming)
             loss, norm = optimizer_step(
                 model, step_model, batch, optimizers, scaler, lr, micro, cfg.grad_clip, rt
@@ -219,7 +220,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
 
             done = step + 1
             stopping = rt.any(bool(stop))  # asked once: a signal may come at any line
-            last = stopping or done == cfg.max_steps
+            last = stopping or done == max_steps
             bad_steps = 0 if math.isfinite(loss + norm) else bad_steps + 1
             skipped += bad_steps > 0
             if bad_steps:
@@ -234,9 +235,9 @@ def train(cfg: TrainConfig) -> metrics.Record:
             if done == start + 1:
                 warm = time.perf_counter()
             if done == start + 6:
-                left = (time.perf_counter() - warm) / 5 * (cfg.max_steps - done)
+                left = (time.perf_counter() - warm) / 5 * (max_steps - done)
                 print(f"Time: about {metrics.duration(left)} for the steps that are left.")
-            evaluating = done == cfg.max_steps or done % cfg.eval_interval == 0
+            evaluating = done == max_steps or done % cfg.eval_interval == 0
             if evaluating or done % cfg.log_interval == 0:
                 dt = seconds / timed_steps
                 record = {
@@ -254,7 +255,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 if peak_flops:
                     flops = flops_per_token * tokens_per_step
                     record["mfu"] = flops / dt / (peak_flops * rt.world_size)
-                print(metrics.console_line(record, cfg.max_steps, (cfg.max_steps - done) * dt))
+                print(metrics.console_line(record, max_steps, (max_steps - done) * dt))
                 seconds, timed_steps = 0.0, 0
             if evaluating:
                 record |= validation(done)
@@ -281,7 +282,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 save(cfg, model, adapter, optimizers, scaler, tokenizer, state, rt)
             if stopping:
                 name = stop[0] if stop else "a signal"
-                print(f"stopped by {name}; --init_from=resume goes on from step {done}")
+                again = f"python train.py --init_from=resume --out_dir={cfg.out_dir}"
+                print(f"stopped by {name}; {again} goes on from step {done}")
                 break
     if tracker:
         tracker.finish(checkpoint.find(out_dir))
@@ -298,7 +300,7 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
         return {}
     settings = saved_settings(checkpoint.find(cfg.out_dir))
     own = {"init_from", "out_dir", "overwrite", "plan"}
-    return {name: settings[name] for name in settings.keys() - own}
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -311,7 +313,12 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def starts_of(out_dir: Path) -> list[dict[str, Any]]:
     """What run.json tells of the starts of a run: the first, and each resumption."""
     path = out_dir / "run.json"
-    return checkpoint.read_json(path)["starts"] if path.exists() else []
+    if not path.exists():
+        return []
+    starts = checkpoint.read_json(path).get("starts")
+    if not isinstance(starts, list) or not all("settings" in start for start in starts):
+        raise ValueError(f"{path} is damaged: it tells of no starts")
+    return starts
 
 
 def describe_start(
@@ -387,6 +394,14 @@ def check_settings(cfg: TrainConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
+def steps_to_do(cfg: TrainConfig, batches: data.Batches | None) -> int:
+    """Steps of the whole run: max_steps or epochs, whichever ends first."""
+    steps = [cfg.max_steps] if cfg.max_steps else []
+    if cfg.epochs is not None and batches:
+        steps.append(max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size)))
+    return min(steps, default=1500)
+
+
 def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(
         vocab_size=math.ceil(vocab_size / cfg.vocab_multiple) * cfg.vocab_multiple,
@@ -406,9 +421,9 @@ def lora_config(cfg: TrainConfig) -> lora.LoRAConfig:
 
 def build_model(
     cfg: TrainConfig, tokenizer: Tokenizer, data_fingerprint: str
-) -> tuple[GPT, lora.Adapter | None, dict[str, Any], dict[str, Any]]:
-    """The model on the CPU, with LoRA what its adapters are, and state.json and the optimizer file
-    of a resumed run ({} otherwise).
+) -> tuple[GPT, Path, lora.Adapter | None, dict[str, Any], dict[str, Any]]:
+    """The model on the CPU, the folder that it is from, with LoRA what its adapters are, and
+    state.json and the optimizer file of a resumed run ({} otherwise).
 
     Raises ValueError where a checkpoint is of another shape, tokenizer or data, or where a new
     run would bury one.
@@ -423,9 +438,9 @@ def build_model(
     wanted = model_config(cfg, tokenizer.vocab_size)
     if cfg.init_from == "scratch" and cfg.plan:
         with torch.device("meta"):
-            return GPT(wanted), None, {}, {}
+            return GPT(wanted), Path(), None, {}, {}
     if cfg.init_from == "scratch":
-        return GPT(wanted).init_weights(cfg.seed), None, {}, {}
+        return GPT(wanted).init_weights(cfg.seed), Path(), None, {}, {}
 
     resuming = cfg.init_from == "resume"
     folder = checkpoint.find(cfg.out_dir if resuming else cfg.init_from)
@@ -436,13 +451,15 @@ def build_model(
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
     if not resuming:
+        check_shape(cfg, model.config, folder)
         if cfg.overwrite and folder in checkpoint.steps(cfg.out_dir):
             raise ValueError(f"--overwrite would remove {folder}, which init_from starts from")
         if not cfg.lora_rank:
-            return model, None, {}, {}
-        adapter = checkpoint.adapter_for(folder, cfg.init_from, model, lora_config(cfg))
-        lora.add(model, adapter.config, cfg.seed)
-        return model, adapter, {}, {}
+            return model, folder, None, {}, {}
+        out_dir, config = Path(cfg.out_dir), lora_config(cfg)
+        adapter = checkpoint.adapter_for(folder, cfg.init_from, out_dir, model, config)
+        lora.add(model, config, cfg.seed)
+        return model, folder, adapter, {}, {}
 
     state = checkpoint.read_state(folder)
     here, there = asdict(wanted), asdict(model.config)
@@ -462,13 +479,24 @@ def build_model(
     resumed = None
     if cfg.lora_rank:
         resumed = replace(checkpoint.read_adapter(folder)[0], config=lora_config(cfg))
-    return model, resumed, state, checkpoint.read_optimizer(folder)
+    return model, folder, resumed, state, checkpoint.read_optimizer(folder)
+
+
+def check_shape(cfg: TrainConfig, shape: GPTConfig, folder: Path) -> None:
+    """Raises ValueError where the settings ask for another shape than the folder's."""
+    defaults = TrainConfig()
+    other = [
+        f"{name}={getattr(cfg, name)}, where {folder} has {getattr(shape, name)}"
+        for name in SHAPE
+        if getattr(cfg, name) not in (getattr(defaults, name), getattr(shape, name))
+    ]
+    if other:
+        raise ValueError(f"init_from takes the shape from there: {'; '.join(other)}")
 
 
 def with_shape(cfg: TrainConfig, shape: GPTConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The settings with the shape that a model opened from a folder has, for those who resume."""
-    names = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")
-    cfg = replace(cfg, **{name: getattr(shape, name) for name in names})
+    cfg = replace(cfg, **{name: getattr(shape, name) for name in SHAPE})
     if model_config(cfg, tokenizer.vocab_size).vocab_size != shape.vocab_size:
         cfg = replace(cfg, vocab_multiple=shape.vocab_size)
     return cfg
@@ -511,10 +539,10 @@ def worth_compiling(rt: runtime.Runtime) -> bool:
 # --- the step, and what comes once in a while
 
 
-def learning_rate(step: int, cfg: TrainConfig) -> float:
+def learning_rate(step: int, max_steps: int, cfg: TrainConfig) -> float:
     return optim.learning_rate(
         step,
-        max_steps=cfg.max_steps,
+        max_steps=max_steps,
         peak=cfg.learning_rate,
         min_lr=cfg.min_lr,
         warmup_steps=cfg.warmup_steps,

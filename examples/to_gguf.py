@@ -19,8 +19,8 @@ from tokenizer import Tokenizer
 
 
 def main(llama_cpp: str, where: str, out_file: str) -> None:
-    """Raises ValueError where there is no converter, an adapter (export.py merges it), or a tokenizer
-    that GGUF cannot say."""
+    """Raises ValueError without a converter, for an adapter, and for a tokenizer that GGUF cannot
+    say."""
     folder = checkpoint.find(where)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is an adapter: merge it first, with export.py")

@@ -64,7 +64,7 @@ def main():
 
 
 def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path, tiny_text):
-    """Its place is taken by one that writes what it is told (docs/elsewhere.md has the real one)."""
+    """Its place is taken by one that writes what it is told; docs/elsewhere.md has the real one."""
     (tmp_path / "conversion").mkdir()
     (tmp_path / "conversion" / "base.py").write_text("class TextModel: pass")
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)

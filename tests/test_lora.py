@@ -80,9 +80,9 @@ def test_merged_is_unmerged():
 
 
 def test_any_linear_layer_takes_one_but_not_one_whose_weight_is_shared():
-    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 6))
     lora.add(model, replace(CONFIG, targets=("0", "2")), seed=0)
-    assert model(torch.ones(3, 4)).shape == (3, 2)
+    assert model(torch.ones(3, 4)).shape == (3, 6)
     assert set(lora.adapter_tensors(model.state_dict())) == {
         f"{layer}.lora_{part}.weight" for layer in "02" for part in "AB"
     }
@@ -95,6 +95,8 @@ def test_any_linear_layer_takes_one_but_not_one_whose_weight_is_shared():
 def test_a_target_that_is_nowhere_is_refused_with_the_closest():
     with pytest.raises(ValueError, match="named 'c_atn'; did you mean 'c_attn'"):
         lora.add(GPT(SHAPE), replace(CONFIG, targets=("c_atn",)), seed=0)
+    with pytest.raises(ValueError, match="rank 97 is beyond that of .*c_attn, 32 → 96"):
+        lora.add(GPT(SHAPE), replace(CONFIG, rank=97), seed=0)
     with pytest.raises(ValueError, match="named 'q'; there are c_attn, c_fc, c_proj, lm_head"):
         lora.add(GPT(SHAPE), replace(CONFIG, targets=("q",)), seed=0)
 
@@ -123,7 +125,8 @@ def test_the_optimizer_has_the_adapters_alone(name, moments):
 
 
 def save(folder: Path, base: Path, model: GPT) -> Path:
-    adapter = checkpoint.adapter_for(base, str(base), checkpoint.load_model(base), CONFIG)
+    adapter = checkpoint.adapter_for(base, str(base), folder, checkpoint.load_model(base), CONFIG)
+    checkpoint.keep_base(base, folder)
     weights = lora.adapter_tensors(model.state_dict())
     return checkpoint.save(folder, 1, SHAPE, weights, Tokenizer.bytes(), {}, {}, adapter)
 
@@ -186,8 +189,10 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     safetensors.torch.save_file(tensors, file)  # as made elsewhere: by whom is not known
     error = refused(base_model_name_or_path=other)
     assert "is no adapter for" in error and "has shape (4, 32), not (4, 64)" in error
+    shutil.move(folder.parent / "base", tmp_path / "away")
     assert "which is not there; if it was moved" in refused(base_model_name_or_path="/no/where")
     assert "neither in the cache" in refused(base_model_name_or_path="owner/name")
+    shutil.move(tmp_path / "away", folder.parent / "base")
     assert "is an adapter for another adapter" in refused(base_model_name_or_path=str(folder))
     assert "use_dora=True is more than plain LoRA" in refused(use_dora=True)
     assert "bias='all' is more than plain LoRA" in refused(bias="all")
@@ -195,7 +200,9 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     assert "LoRA's rank must be at least 1, not 0" in refused(r=0)
     assert "is damaged" in refused(lora_alpha=None)
     safetensors.torch.save_file({name: each / 0 for name, each in tensors.items()}, file)
-    assert "is not finite" in refused()
+    assert "holds what are no finite fractions" in refused()
+    safetensors.torch.save_file({name: each.int() for name, each in tensors.items()}, file)
+    assert "holds what are no finite fractions" in refused()
     renamed = {name.replace("c_attn", "q_proj"): tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(renamed, file)
     assert "no linear layer is named" in refused()
@@ -216,7 +223,8 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     ],
 )
 def test_an_adapter_of_a_model_of_the_hub_names_it_as_the_hub_does(plain, where, base, again):
-    adapter = checkpoint.adapter_for(plain, where, checkpoint.load_model(plain), CONFIG)
+    model = checkpoint.load_model(plain)
+    adapter = checkpoint.adapter_for(plain, where, plain, model, CONFIG)
     assert adapter.base == base
     assert checkpoint.base_of(plain, adapter) == again
     assert checkpoint.base_of(plain, replace(adapter, base="gpt2", revision=None)) == (
@@ -238,11 +246,21 @@ def test_4_steps_and_8_more_are_12_steps(run, tmp_path, optimizer):
         shutil.rmtree(Path(run.out_dir) / step)
     train.train(replace(parts, init_from="resume"))
     one, other = checkpoint.find(tmp_path / "whole"), checkpoint.find(run.out_dir)
-    assert checkpoint.read_adapter(one)[0] == checkpoint.read_adapter(other)[0]
+    about = [replace(checkpoint.read_adapter(folder)[0], base="") for folder in (one, other)]
+    assert about[0] == about[1]
     assert same(checkpoint.read_adapter(one)[1], checkpoint.read_adapter(other)[1])
     assert same(checkpoint.read_optimizer(one), checkpoint.read_optimizer(other))
     assert records(whole.out_dir) == records(run.out_dir)
     assert not (one / "model.safetensors").exists() and not (one / "config.json").exists()
+
+
+def test_an_adapter_outlives_the_run_of_its_model_and_moves_with_its_own(run, base, tmp_path):
+    shutil.copytree(base, tmp_path / "first" / base.name)
+    train.train(replace(run, init_from=str(tmp_path / "first"), max_steps=4))
+    before = checkpoint.load_model(run.out_dir)(IDX)
+    shutil.rmtree(tmp_path / "first")
+    shutil.move(run.out_dir, tmp_path / "moved")
+    assert torch.equal(checkpoint.load_model(tmp_path / "moved")(IDX), before)
 
 
 def test_shorter_windows_are_kept_when_a_run_resumes(run):
@@ -290,7 +308,6 @@ def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     train.train(replace(run, plan=True))
     out = capsys.readouterr().out
     assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in out
-    assert f"The adapters are for {base}, and useless without it." in out
     model = checkpoint.load_model(base)
     rt, memory = runtime.start("cpu", "float32"), []
     for _ in range(2):

@@ -69,11 +69,11 @@ def test_the_first_change_that_fits_is_named(gib, processes, said):
 def test_a_plan_that_does_not_fit_says_so(monkeypatch):
     for gib in (40.0, 50.0):
         monkeypatch.setattr(plan.runtime, "device_memory_gib", lambda device, gib=gib: gib)
-        lines = "\n".join(plan.sentences(XL, world(8), meta(XL), None))
+        lines = "\n".join(plan.sentences(XL, world(8), meta(XL), None, 100))
         assert "= 65,536 tokens, in 8 processes × 1 micro-step(s) of 8" in lines
         assert f"Memory: about 45.5 GiB of the {gib:.0f} GiB of cpu." in lines
         assert ("It will not fit. --micro_batch_size=4 takes " in lines) == (gib == 40)
-    lines = "\n".join(plan.sentences(replace(XL, fsdp=True), world(1), meta(XL), None))
+    lines = "\n".join(plan.sentences(replace(XL, fsdp=True), world(1), meta(XL), None, 100))
     assert "One process has nobody to share with" in lines
 
 

@@ -219,6 +219,9 @@ def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
     warm = replace(
         cfg, out_dir=str(tmp_path / "second"), init_from=str(tmp_path / "first"), n_layer=9
     )
+    with pytest.raises(ValueError, match="takes the shape from there: n_layer=9, where .* has 2"):
+        train.train(warm)
+    warm = replace(warm, n_layer=train.TrainConfig().n_layer)  # as if it were not given
     first = train.train(replace(warm, learning_rate=1e-9, max_steps=1, dropout=0.0))
     assert checkpoint.load_model(tmp_path / "second").config.n_layer == 2
     assert first["val_loss"] == pytest.approx(records(tmp_path / "first")[-1]["val_loss"], abs=1e-3)
@@ -443,10 +446,16 @@ def test_bits_per_byte_follow_from_nats_per_token(cfg, shard_folder, tmp_path):
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2) / 4)
 
 
-def test_epochs_set_the_steps(cfg, tmp_path):
+def test_epochs_set_the_steps(cfg, tmp_path, capsys):
     windows = (len(data.Split(cfg.data_dir, "train", 257)) - 17) // 16 + 1
-    last = train.train(replace(cfg, out_dir=str(tmp_path), epochs=0.25))
-    assert last["step"] == math.ceil(0.25 * windows / 4)
+    quarter = math.ceil(0.25 * windows / 4)
+    epochs = replace(cfg, out_dir=str(tmp_path), epochs=0.25, max_steps=None)
+    assert train.train(replace(epochs, max_steps=3))["step"] == 3  # of both, what ends first
+    resume = [f"--out_dir={tmp_path}", "--init_from=resume"]
+    assert train.main([*resume, "--max_steps=None"]) == 0
+    assert metrics.read_records(tmp_path / "metrics.jsonl")[-1]["step"] == quarter
+    assert train.main([*resume, "--max_steps=None"]) == 2
+    assert "a larger --epochs (and --max_steps, if given) goes on" in capsys.readouterr().err
 
 
 def test_the_plan_needs_no_data_and_writes_nothing(cfg, tmp_path, capsys):
@@ -539,7 +548,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
         run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
-    assert "stopped by SIGTERM; --init_from=resume goes on" in out
+    again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'} goes on"
+    assert f"stopped by SIGTERM; {again}" in out
     assert len(checkpoint.steps(tmp_path / "parts")) == 1
 
 
