@@ -488,3 +488,15 @@ def test_a_model_that_is_not_to_be_had_is_one_error(hub_cache, name):
 def test_a_malformed_hub_name_is_refused(name):
     with pytest.raises(ValueError, match="is not of the form hf:OWNER/NAME"):
         checkpoint.find(name)
+
+
+def test_more_or_fewer_layers_than_the_config_says_are_refused(tmp_path):
+    _, folder = save(tmp_path)
+    said = json.loads((folder / "config.json").read_text())
+    for layers, word in ((1, "more"), (3, "fewer")):
+        (folder / "config.json").write_text(json.dumps(said | {"n_layer": layers}))
+        with pytest.raises(ValueError, match=f"has {word} than the {layers} layers"):
+            checkpoint.load_model(folder)
+    (folder / "config.json").write_text("[" * 50_000)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        checkpoint.load_model(folder)

@@ -119,7 +119,9 @@ def test_it_is_uploaded_as_huggingface_hub_does_it(run, tmp_path, capsys):
         (["--out_dir="], "is no name for a new folder"),
         (["--out_dir={new}", "--push_to_hub=me"], "push_to_hub='me' is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/it@main"], "is not of the form OWNER/NAME"),
+        (["--out_dir={new}", "--push_to_hub=me/-it"], "is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--dry_run"], "dry_run is for push_to_hub"),
+        (["--out_dir={new}", "--private"], "private is for push_to_hub"),
         (["--out_dir={new}", "--checkpoint={new}"], "does not exist"),
     ],
 )

@@ -306,7 +306,8 @@ def test_a_visitor_who_leaves_stops_the_work(site, slow):
 
 
 def test_the_command_serves_until_ctrl_c(folder, tmp_path):
-    command = [sys.executable, str(Path(serve.__file__)), f"--checkpoint={folder}", "--port=0"]
+    command = [sys.executable, str(Path(serve.__file__)), f"--checkpoint={folder}"]
+    command += ["--max_new_tokens=100000", "--port=0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True) as run:
         url = run.stdout.readline().split()[0]
@@ -317,7 +318,9 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
         again = subprocess.run([*command[:-1], f"--port={taken}"], capture_output=True, text=True)
         assert again.returncode == 2
         assert "error: cannot listen on 127.0.0.1:" in again.stderr.splitlines()[-1]
-        run.send_signal(signal.SIGINT)
+        connection.request("POST", "/answer", '{"text": "x", "seed": 1}', JSON)
+        connection.getresponse().readline()
+        run.send_signal(signal.SIGINT)  # while it answers
         out, err = run.communicate(timeout=30)
     assert run.returncode == 0 and "Traceback" not in err and out == "ended\n"
 
@@ -326,6 +329,7 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
     "arguments, message",
     [
         (["--port=70000", "--temperature=-1"], "port must be from 0 to 65535"),
+        (["--host="], "host is empty"),
         (["--max_requests=0"], "max_requests must be at least 1"),
         (["--checkpoint=nowhere"], "nowhere does not exist"),
         (["--host=203.0.113.9"], "cannot listen on 203.0.113.9:8000"),
