@@ -12,7 +12,8 @@ with a mask only the answers count.
 answers: the likeliest answer to each held-out question (by itself, without the turns before it),
 compared with the one that is there: the share of equal ones, and the mean F1 of their words, both
 without case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
-than the context is cut at its beginning.
+than the context is cut at its beginning. The first three are printed: the question (---), the
+model's answer (>) and the one that is there (=).
 """
 
 import math

@@ -72,7 +72,15 @@ def test_pipeline(folder):
     assert len(drawn) == 2  # by itself it draws, and ends within the context
 
 
-def test_ctranslate2(folder, tmp_path, tokenizer):
+@pytest.fixture
+def own_threads():
+    """CTranslate2 sets how many OpenMP has for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_ctranslate2(folder, tmp_path, tokenizer, own_threads):
     ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
     generator = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", intra_threads=1)
     theirs = AutoTokenizer.from_pretrained(folder)

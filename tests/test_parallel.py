@@ -190,7 +190,7 @@ def test_two_nodes_on_the_loopback(run_of, tmp_path):
 
 
 def workers_of(run: subprocess.Popen) -> list[int]:
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(run.pid)], **CAPTURED)
+    children = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(run.pid)], **CAPTURED)
     lines = [line.split(maxsplit=1) for line in children.stdout.splitlines()]
     return [int(pid) for pid, command in lines if "train.py" in command]
 
