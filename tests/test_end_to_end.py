@@ -130,13 +130,13 @@ def test_every_command_of_the_readme_parses(monkeypatch):
 
 
 def test_gpt2_124m_trains_on_a_cpu(tmp_path, monkeypatch):
-    """Two real steps at full width and vocabulary, on short windows."""
+    """Two real steps at full width and vocabulary, of fewer layers, on short windows."""
     monkeypatch.chdir(REPO)
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 400)
     source = f"--sources={tmp_path}/text.txt"
     assert prepare.main([source, f"--data_dir={tmp_path}/data", "--vocab_size=300"]) == 0
     cfg, _ = configurator.resolve(train.TrainConfig, ["config/gpt2_124m.py"])
-    short = {"block_size": 32, "batch_size": 2, "micro_batch_size": 1, "max_steps": 2}
+    short = {"n_layer": 2, "block_size": 32, "batch_size": 2, "micro_batch_size": 1, "max_steps": 2}
     paths = {"data_dir": f"{tmp_path}/data", "out_dir": f"{tmp_path}/out"}
     last = train.train(
         replace(cfg, **short, **paths, vocab_multiple=50304, sample_interval=0, warmup_steps=1)

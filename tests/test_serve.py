@@ -92,19 +92,19 @@ def write(out_dir: Path, chat_template: str | None = None) -> Path:
     return checkpoint.save(out_dir, 1, SHAPE, weights, tokenizer, {}, {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def site(folder):
     with closing(Site(folder)) as found:
         yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat(talker):
     with closing(Site(talker, temperature=1.0, seed=1)) as found:
         yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def talk(tmp_path_factory):
     folder = write(tmp_path_factory.mktemp("talk"), CHAT_TEMPLATES["chat"])
     with closing(Site(folder, temperature=1.0, seed=1)) as found:
@@ -354,7 +354,15 @@ def browser():
     options = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as started:
         sandbox = os.geteuid() != 0
-        yield started.chromium.launch(executable_path=path, args=options, chromium_sandbox=sandbox)
+        try:
+            opened = started.chromium.launch(
+                executable_path=path, args=options, chromium_sandbox=sandbox
+            )
+        except playwright.Error as error:
+            if named:
+                raise
+            pytest.skip(f"{path} does not start: {str(error).splitlines()[0]}")
+        yield opened
 
 
 @pytest.fixture
