@@ -44,7 +44,7 @@ def taught(cfg, tmp_path_factory):  # noqa: F811
     for name in ("000000.bin", "000000.mask.bin"):  # what it knows is what it is asked
         shutil.copy(folder / f"data/train_{name}", folder / f"data/val_{name}")
     (folder / "data/dataset.json").unlink()
-    changes = {"block_size": 48, "max_steps": 250, "dropout": 0.0, "eval_interval": 1000}
+    changes = {"block_size": 48, "max_steps": 160, "dropout": 0.0, "eval_interval": 1000}
     paths = {"data_dir": f"{folder}/data", "out_dir": f"{folder}/out"}
     train.train(
         replace(

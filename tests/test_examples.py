@@ -8,6 +8,7 @@ from pathlib import Path
 import hf_trainer
 import numpy as np
 import pytest
+import to_gguf
 import torch
 from conftest import write_shard
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
@@ -76,13 +77,14 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
     subprocess.run([*command, step, tmp_path / "x.gguf"], check=True)
     told = json.loads((tmp_path / "x.gguf").read_text())
     assert told["splits as"] == "gpt-2" and told["arguments"][0] == str(step)
-    for bad, reason in (
-        ([*command, folders[0], "y"], "GGUF takes a BPE with merges"),  # bytes have none
-        ([*command, "nowhere", "y"], "nowhere does not exist"),
-        ([*command[:2], "nowhere", step, "y"], "is no copy of llama.cpp"),
+    done = subprocess.run([*command, "nowhere", "y"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: nowhere does not exist")
+    for llama_cpp, where, reason in (
+        (tmp_path, folders[0], "GGUF takes a BPE with merges"),  # bytes have none
+        ("nowhere", step, "is no copy of llama.cpp"),
     ):
-        done = subprocess.run(bad, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and reason in done.stderr
+        with pytest.raises(ValueError, match=reason):
+            to_gguf.main(str(llama_cpp), str(where), "y")
 
 
 def test_the_example_runs(folders, tmp_path):
