@@ -73,6 +73,8 @@ def build_app(
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
+        if slots.locked():  # maybe by an answer whose end has just been sent
+            await asyncio.sleep(0.1)
         if slots.locked():
             raise HTTPException(503, "busy with other answers: try again in a moment")
         await slots.acquire()
