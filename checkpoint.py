@@ -39,9 +39,9 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_NAMES = {name: f"hf:openai-community/{name}" for name in OPENAI}
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-HUB_FILES += ["model*.safetensors*", "adapter_config.json", "adapter_model.safetensors"]
-BASE = "base"  # where a run keeps the model that its adapters are for
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+HUB_FILES += ["model*.safetensors*", *ADAPTER_FILES]
+BASE = "base"  # where a run keeps the model that its adapters are for
 
 
 # --- saving
@@ -188,10 +188,14 @@ def find(where: Path | str) -> Path:
     folder = Path(where)
     if steps(folder):
         return steps(folder)[-1]
-    if any((folder / name).exists() for name in ("config.json", ADAPTER_FILES[0])):
+    if (folder / "config.json").exists() or is_adapter(folder):
         return folder
     what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise ValueError(f"{folder} {what}; train.py --out_dir={folder} makes one")
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_FILES[0]).exists()
 
 
 def on_hub(where: str) -> re.Match[str] | None:
@@ -235,7 +239,7 @@ def load(
     Raises ValueError, too, where the tokenizer is missing or has ids that the model has not.
     """
     folder = tokenizer_folder = find(where)
-    if (folder / ADAPTER_FILES[0]).exists() and not (folder / "tokenizer.json").exists():
+    if is_adapter(folder) and not (folder / "tokenizer.json").exists():
         tokenizer_folder = find(base_of(folder, read_adapter(folder)[0]))
     tokenizer = Tokenizer.load(tokenizer_folder)
     model = load_model(folder, block_size=block_size, dropout=dropout, merged=merged)
@@ -257,7 +261,7 @@ def load_model(
     Raises ValueError for a folder that is no GPT-2, or whose weights are damaged or do not match.
     """
     folder = find(where)
-    if (folder / ADAPTER_FILES[0]).exists():
+    if is_adapter(folder):
         return load_adapted(folder, block_size, dropout, merged)
     config = config_from_hugging_face(folder, block_size, dropout)
     saved = read_weights(folder)
@@ -283,7 +287,7 @@ def load_adapted(folder: Path, block_size: int | None, dropout: float, merged: b
     """The model that an adapter is for, with the adapter."""
     adapter, tensors = read_adapter(folder)
     base = find(base_of(folder, adapter))
-    if (base / ADAPTER_FILES[0]).exists():
+    if is_adapter(base):
         raise ValueError(f"{folder} is an adapter for another adapter, {base}")
     model = load_model(base, block_size=block_size, dropout=dropout)
     if adapter.base_fingerprint not in (None, lora.fingerprint(model)):
@@ -316,7 +320,7 @@ def adapter_for(
 
     Raises ValueError where that is an adapter itself.
     """
-    if (folder / ADAPTER_FILES[0]).exists():
+    if is_adapter(folder):
         raise ValueError(
             f"{folder} is an adapter: merge it first, with export.py --checkpoint={where} "
             "--out_dir=FOLDER, or go on with it, with --init_from=resume"
@@ -375,6 +379,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{folder}/state.json is damaged: {name} is {state.get(name)!r}")
     return state
+
+
+def read_starts(out_dir: Path) -> list[dict[str, Any]]:
+    """What run.json tells of the starts of a run: the first, and each resumption."""
+    path = out_dir / "run.json"
+    if not path.exists():
+        return []
+    starts = read_json(path).get("starts")
+    if not isinstance(starts, list) or not all("settings" in start for start in starts):
+        raise ValueError(f"{path} is damaged: it tells of no starts")
+    return starts
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:

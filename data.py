@@ -76,13 +76,18 @@ class Split:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether some token may not count in the loss."""
+        return any(mask is not None for mask in self.masks)
+
     def __getitem__(self, window: slice) -> np.ndarray:
         pieces = [self.shards[i][a:b] for i, a, b in self._pieces(window.start, window.stop)]
         return np.concatenate(pieces).astype(np.int64)
 
     def mask(self, start: int, stop: int) -> np.ndarray | None:
         """Float 0/1 of tokens start … stop - 1, or None if no shard of the split has a mask."""
-        if all(mask is None for mask in self.masks):
+        if not self.has_mask:
             return None
         pieces = []
         for i, a, b in self._pieces(start, stop):
@@ -135,7 +140,7 @@ def bytes_per_token(split: Split) -> float | None:
     """Bytes of UTF-8 text per token of a split; None where no manifest counted them, and where a
     mask leaves tokens out."""
     counts = statistics(split.folder).get(split.name)
-    if any(mask is not None for mask in split.masks):
+    if split.has_mask:
         return None
     return counts["bytes"] / counts["tokens"] if counts and counts["tokens"] else None
 

@@ -65,7 +65,7 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     rt = runtime.start(cfg.device, cfg.dtype)
     tokenizer = data.load_tokenizer(cfg.data_dir)
     split = data.Split(cfg.data_dir, "val", tokenizer.vocab_size)
-    if "answers" in cfg.tasks and all(mask is None for mask in split.masks):
+    if "answers" in cfg.tasks and not split.has_mask:
         raise ValueError(
             f"there are no questions in {cfg.data_dir}: prepare.py --template=alpaca, chat or synth"
         )
@@ -93,7 +93,7 @@ def perplexity(
     if bytes_per_token := data.bytes_per_token(split):
         found["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
         text += f", {found['bits_per_byte']:.4f} bits per byte"
-    of_answers = " of answers" if split.mask(0, 1) is not None else ""
+    of_answers = " of answers" if split.has_mask else ""
     print(f"{text} ({tokens:,} tokens{of_answers})")
     return found
 

@@ -68,11 +68,12 @@ def check_settings(cfg: ExportConfig) -> None:
     else:
         import huggingface_hub  # not at the top: 0.3 s
 
+        well_formed = cfg.push_to_hub.count("/") == 1
         try:
             huggingface_hub.utils.validate_repo_id(cfg.push_to_hub)
         except huggingface_hub.errors.HFValidationError:
-            problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
-        if cfg.push_to_hub.count("/") != 1:
+            well_formed = False
+        if not well_formed:
             problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
     if problems:
         raise ValueError("; ".join(problems))
@@ -151,10 +152,8 @@ def base_model(folder: Path) -> str | None:
 
 def started_from(folder: Path) -> str | None:
     """What the run of a checkpoint began with, before it was resumed."""
-    run = folder.parent / "run.json"
-    if not run.exists():
-        return None
-    return str(checkpoint.read_json(run)["starts"][0]["settings"]["init_from"])
+    starts = checkpoint.read_starts(folder.parent)
+    return starts[0]["settings"]["init_from"] if starts else None
 
 
 def training(folder: Path) -> list[str]:

@@ -120,7 +120,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
 
     # data, model, optimizer
     out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
-    earlier = starts_of(out_dir)
+    earlier = checkpoint.read_starts(out_dir)
     restarted = rt.restartable and earlier != [] and earlier[-1]["settings"] == given
     if rt.restartable and cfg.overwrite:
         raise ValueError(
@@ -308,17 +308,6 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     defaults, saved = asdict(TrainConfig()), checkpoint.read_state(folder)["settings"]
     known = defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-
-
-def starts_of(out_dir: Path) -> list[dict[str, Any]]:
-    """What run.json tells of the starts of a run: the first, and each resumption."""
-    path = out_dir / "run.json"
-    if not path.exists():
-        return []
-    starts = checkpoint.read_json(path).get("starts")
-    if not isinstance(starts, list) or not all("settings" in start for start in starts):
-        raise ValueError(f"{path} is damaged: it tells of no starts")
-    return starts
 
 
 def describe_start(

@@ -156,6 +156,14 @@ def test_data_that_changed_since_is_not_named_and_folders_of_this_machine_never(
     manifest.write_text(before)
 
 
+def test_a_damaged_run_json_is_one_line(run, tmp_path, capsys):
+    before = (run / "run.json").read_text()
+    (run / "run.json").write_text("{}")
+    assert export.main([f"--checkpoint={run}", f"--out_dir={tmp_path}/x"]) == 2
+    (run / "run.json").write_text(before)
+    assert "run.json is damaged" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise safetensors.SafetensorError("No space left on device")
