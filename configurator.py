@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import os
 import sys
 import tokenize
@@ -22,12 +23,34 @@ import traceback
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 Config = TypeVar("Config")
 WORDS = {"true": True, "yes": True, "on": True, "1": True}
 WORDS |= {"false": False, "no": False, "off": False, "0": False}
 INVALID = object()  # what parse and check return for a value that does not fit
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, as `validate` checks and explains them."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+PositiveInt = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+NonNegativeInt = Annotated[int, Range("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)]
+PositiveFloat = Annotated[float, Range("a number above 0", lambda value: 0 < value < math.inf)]
+NonNegativeFloat = Annotated[float, Range("a number from 0", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+FractionBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
+FractionAbove0 = Annotated[float, Range("in (0, 1]", lambda value: 0 < value <= 1)]
+
+
+class UserError(ValueError):
+    """Something that a user can put right; it is shown as one line, without a traceback."""
 
 
 Saved = Callable[[Config], dict[str, Any]]
@@ -37,7 +60,7 @@ def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) ->
     """Resolve `argv` into a `cls`, and print what differs from the defaults to stderr.
 
     `saved` returns values that take the place of the defaults, given what `argv` says.
-    Raises ValueError with all problems at once, one a line; SystemExit(0) after --help.
+    Raises UserError with all problems at once, one a line; SystemExit(0) after --help.
     """
     config, origin = resolve(cls, argv)
     if saved:
@@ -58,9 +81,8 @@ def command(
 ) -> int:
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
-    Returns the exit status: 0, or 2 after a ValueError or OSError (bad settings, bad data, a full
-    disk) and where memory or the range of numbers ends, 130 after Ctrl-C. Anything else is our own
-    bug and keeps its traceback.
+    Returns the exit status: 0, or 2 after a UserError (bad settings, bad data), an OSError (a full
+    disk) or a lack of memory, 130 after Ctrl-C. Anything else is our own bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log shows each line at once, and one that cannot spell a sample does not end the run.
@@ -72,11 +94,8 @@ def command(
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as problem:
+    except (UserError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except OverflowError as problem:
-        print(f"error: a number is too large ({problem})", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
@@ -87,6 +106,31 @@ def command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def validate(config: Any, problems: typing.Iterable[str] = ()) -> None:
+    """Raises UserError that lists every setting outside its `Range`, then the caller's `problems`.
+
+    A command calls it first, so that settings given from Python are checked as well.
+    """
+    found = []
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for allowed in ranges_of(hint):
+            if value is not None and not allowed.holds(value):
+                found.append(f"{name} must be {allowed.words}, not {value}")
+    if found := [*found, *problems]:
+        raise UserError("; ".join(found))
+
+
+def ranges_of(hint: Any) -> list[Range]:
+    """The ranges of a type, or of the members of a union."""
+    return [
+        each
+        for option in options_of(hint)
+        if typing.get_origin(option) is Annotated
+        for each in option.__metadata__
+    ]
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
@@ -128,7 +172,7 @@ def resolve(
     for name, value in pairs:
         put(name, value, "command line")
     if problems:
-        raise ValueError("\n       ".join(problems))
+        raise UserError("\n       ".join(problems))
     return cls(**values), origin
 
 

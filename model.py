@@ -245,8 +245,26 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Have the head and the token embedding share one matrix, if the shape says so."""
+        if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
+        """A model that takes these tensors, named as `weights` names them, as its own, uncopied."""
+        with torch.device("meta"):
+            model = cls(config)
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+        assert not unexpected and missing == ["lm_head.weight"] * config.tie_weights
+        model.tie_head()
+        return model
+
+    def weights(self) -> dict[str, Tensor]:
+        """Each weight once, by name: a tied head is its embedding."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":

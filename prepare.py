@@ -14,14 +14,10 @@ with the same bytes.
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,26 +26,23 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import configurator
-import data
-from documents import (
-    DEFAULT_THREADS,
-    Encoded,
-    Piece,
+from configurator import UserError
+from plaingpt import files
+from plaingpt.text import dataset, shards
+from plaingpt.text.builder import KEPT, Work
+from plaingpt.text.documents import (
     Reading,
     Stream,
-    encoded,
     open_streams,
     sample_texts,
 )
-from shards import CUT, KEPT, SplitWriter, in_both, sha256_of, without_documents
-from sources import find_source, hub_hash
-from templates import CHAT_TEMPLATES, TemplateName
-from tokenizer import MAX_VOCAB_SIZE, Tokenizer
+from plaingpt.text.shards import mask_path, sha256_of
+from plaingpt.text.sources import find_source, hub_hash
+from plaingpt.text.templates import CHAT_TEMPLATES, TemplateName
+from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
-SAVE_SECONDS = 5.0  # between two notes of how far it is
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class PrepareConfig:
 def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     """Make `cfg.data_dir`, unless it is already there; return its manifest.
 
-    Raises ValueError for settings or sources that cannot be used, OSError as the disk and the
+    Raises UserError for settings or sources that cannot be used, OSError as the disk and the
     network do. What was noted until then stays, and the same command goes on from there; before
     the first note nothing is left behind.
     """
@@ -89,7 +82,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
         return inspect(Path(cfg.inspect))
     check_settings(cfg)
     folder = Path(cfg.data_dir)
-    partial = folder / data.PARTIAL
+    partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
     settings = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in unsaved}))
     old = check_target(folder, settings, cfg.overwrite)
@@ -110,7 +103,9 @@ def moving(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if not (partial / "dataset.json").exists():
         return False
     try:
-        check_same(partial.parent, "was begun", data.read_manifest(partial)["settings"], settings)
+        check_same(
+            partial.parent, "was begun", dataset.read_manifest(partial)["settings"], settings
+        )
     except ValueError:
         if not overwrite:
             raise
@@ -154,7 +149,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             "sources": [stream.summary() for stream in streams],
             "inputs": digest_of(inputs_of(cfg)),
         }
-        checkpoint.write_json(partial / "dataset.json", manifest)
+        files.write_json(partial / "dataset.json", manifest)
     except BaseException:
         if not (partial / "progress.json").exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -166,7 +161,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
 
 
 def check_settings(cfg: PrepareConfig) -> None:
-    """Raises ValueError that lists all values out of range."""
+    """Raises UserError that lists all values out of range."""
     problems = []
     for name in ("sources", "data_dir", "tokenizer"):
         if not getattr(cfg, name):
@@ -184,43 +179,43 @@ def check_settings(cfg: PrepareConfig) -> None:
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             problems.append(f"{name} must be at least 1, not {getattr(cfg, name)}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """The manifest already in `folder`, or {}.
 
-    Raises ValueError where writing there would destroy or mix what others made.
+    Raises UserError where writing there would destroy or mix what others made.
     """
     if not folder.is_dir():
         if folder.exists():
-            raise ValueError(f"data_dir {folder} is a file")
+            raise UserError(f"data_dir {folder} is a file")
         return {}
     if not (folder / "dataset.json").exists():
         foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]
-        if foreign and not (folder / data.PARTIAL).exists():
-            raise ValueError(
+        if foreign and not (folder / dataset.PARTIAL).exists():
+            raise UserError(
                 f"{folder} holds {min(foreign).name}, which prepare.py did not make: "
                 "use another data_dir"
             )
         return {}
-    old = data.read_manifest(folder)
+    old = dataset.read_manifest(folder)
     if "settings" not in old:
-        raise ValueError(f"{folder}/dataset.json is not of prepare.py: use another data_dir")
+        raise UserError(f"{folder}/dataset.json is not of prepare.py: use another data_dir")
     if not overwrite:
         check_same(folder, "was prepared", old["settings"], settings)
     return old
 
 
 def check_same(folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError that names the settings that differ."""
+    """Raises UserError that names the settings that differ."""
     changed = [
         f"{name} was {old.get(name)!r}, is now {now[name]!r}"
         for name in now
         if old.get(name) != now[name]
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder} {what} with other settings: {'; '.join(changed)}. "
             "Use --overwrite, or another --data_dir"
         )
@@ -238,14 +233,14 @@ def digest_of(inputs: dict[str, list[int]]) -> str:
 
 
 def check_inputs(manifest: dict[str, Any], cfg: PrepareConfig) -> None:
-    """Raises ValueError where files have changed since they were prepared. Where they are not here
+    """Raises UserError where files have changed since they were prepared. Where they are not here
     any more there is nothing to check."""
     try:
         now = digest_of(inputs_of(cfg))
     except (ValueError, OSError):
         return
     if manifest.get("inputs", now) != now:
-        raise ValueError(
+        raise UserError(
             f"files of {', '.join(cfg.sources)} have changed since {cfg.data_dir} was prepared: "
             "--overwrite prepares it again"
         )
@@ -256,20 +251,20 @@ def read_notes(
 ) -> dict[str, Any]:
     """How far an earlier run with the same settings and files came, or {} to begin anew.
 
-    Raises ValueError, unless told to overwrite, where they are not the same.
+    Raises UserError, unless told to overwrite, where they are not the same.
     """
     path = partial / "progress.json"
     if not path.exists():
         return {}
     try:
-        notes = checkpoint.read_json(path)
+        notes = files.read_json(path)
         before = notes["settings"]
         if settings["bad_records"] == "skip":  # until now none was refused, so nothing changes
             before = before | {"bad_records": "skip"}
         check_same(partial.parent, "was begun", before, settings)
         for path in sorted(inputs.keys() | notes["inputs"].keys()):
             if inputs.get(path) != notes["inputs"].get(path):
-                raise ValueError(
+                raise UserError(
                     f"{path} is new, has changed or has gone since {partial.parent} was begun: "
                     "--overwrite starts over"
                 )
@@ -288,196 +283,13 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     if cfg.tokenizer == "bpe":
         return Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
     if not Path(cfg.tokenizer).exists():
-        raise ValueError(
+        raise UserError(
             f"tokenizer {cfg.tokenizer!r} is none of bpe, bytes, gpt2, nor a folder or file"
         )
     return Tokenizer.load(cfg.tokenizer)
 
 
 # --- the splits
-
-
-class Work:
-    """The writing of both splits, with notes of how far it is."""
-
-    def __init__(
-        self,
-        cfg: PrepareConfig,
-        partial: Path,
-        tokenizer: Tokenizer,
-        streams: list[Stream],
-        header: dict[str, Any],
-        notes: dict[str, Any],
-    ) -> None:
-        self.cfg, self.partial, self.tokenizer = cfg, partial, tokenizer
-        self.streams, self.header = streams, header
-        self.val_tokens = cfg.val_tokens or math.inf
-        self.val_documents = math.inf
-        if not cfg.val_sources:
-            if cfg.max_tokens:
-                self.val_tokens = min(self.val_tokens, round(cfg.val_fraction * cfg.max_tokens))
-            if cfg.max_documents:
-                self.val_documents = math.ceil(cfg.val_fraction * cfg.max_documents)
-        splits = notes.get("splits", {})
-        self.train, self.val = (
-            SplitWriter(
-                partial, name, cfg.shard_tokens, cfg.template != "text", splits.get(name, {})
-            )
-            for name in ("train", "val")
-        )
-        for stream, known in zip(streams, notes.get("streams", [])):
-            stream.restore(known)
-        self.saved = time.monotonic()
-        self.began_bytes, self.began = self.train.bytes + self.val.bytes, self.saved
-        self.began_tokens = self.tokens
-        sizes = [stream.source.size for stream in streams]
-        self.bar = tqdm(
-            total=cfg.max_tokens or (sum(sizes) if all(sizes) else None),
-            initial=self.done,
-            unit="tok" if cfg.max_tokens else "B",
-            unit_scale=True,
-            delay=1,
-            mininterval=0.5 if sys.stderr.isatty() else 60,  # seconds; a log gets a line a minute
-        )
-
-    @property
-    def tokens(self) -> int:
-        return self.train.tokens + self.val.tokens
-
-    @property
-    def done(self) -> int:
-        """What the progress bar counts: tokens towards max_tokens, else bytes of the sources."""
-        if self.cfg.max_tokens:
-            return self.tokens
-        return sum(stream.position.read for stream in self.streams)
-
-    def run(self, reading: Reading) -> None:
-        """Read all streams to their end, or to the limits of the settings."""
-        threads = self.cfg.workers or DEFAULT_THREADS
-        with ThreadPoolExecutor(threads) as pool, self.bar:
-            for validation in (False, True):
-                streams = [stream for stream in self.streams if stream.all_val == validation]
-                readers = [
-                    encoded(stream, reading, self.tokenizer, pool, threads + 1)
-                    for stream in streams
-                ]
-                while not self.enough(validation) and (stream := self.next_stream(streams)):
-                    self.take_document(stream, readers[streams.index(stream)])
-            self.save()
-
-    def enough(self, validation: bool) -> bool:
-        if validation:
-            return self.val.tokens >= self.val_tokens
-        documents = self.train.documents + self.val.documents
-        enough_tokens = self.tokens >= (self.cfg.max_tokens or math.inf)
-        return enough_tokens or documents >= (self.cfg.max_documents or math.inf)
-
-    def next_stream(self, streams: list[Stream]) -> Stream | None:
-        """The first that has not ended; with weights the one most behind, until one has ended."""
-        for stream in streams:
-            if stream.position.characters:  # in the middle of a document
-                return stream
-        if streams and streams[0].source.weight and not streams[0].all_val:
-            if any(stream.ended for stream in streams):
-                return None
-            return min(streams, key=lambda stream: stream.tokens / (stream.source.weight or 1))
-        return next((stream for stream in streams if not stream.ended), None)
-
-    def take_document(self, stream: Stream, reader: Iterator[Encoded]) -> None:
-        """Write the next document of a stream, or count the next record that is none."""
-        held: list[Encoded] = []
-        for piece, ids, mask in reader:
-            held.append((piece, ids, mask))
-            if piece.whole and piece.digest is None:
-                continue
-            problem = next((each[0].problem for each in held if each[0].problem), None)
-            tokens = sum(len(each[1]) for each in held)
-            limit = self.cfg.max_record_tokens
-            if piece.whole and limit and tokens > limit:
-                problem = f"more than {limit:,} tokens"
-            stream.position = piece.after
-            if problem:
-                self.drop(stream, problem, piece.where)
-                return
-            self.write(stream, held)
-            held = []
-            done = piece.digest is not None or self.enough(stream.all_val)
-            if done:
-                split = self.val if self.val.open[0] else self.train
-                split.end_document(piece.digest or CUT)
-                stream.documents += 1
-            self.bar.update(self.done - self.bar.n)
-            if time.monotonic() - self.saved > SAVE_SECONDS:
-                self.save()
-            if done:
-                return
-        stream.ended = True
-        stream.position = stream.position._replace(read=stream.source.size)
-
-    def write(self, stream: Stream, pieces: list[Encoded]) -> None:
-        for piece, ids, mask in pieces:
-            start, end = 0, len(ids)
-            if self.cfg.max_tokens and not stream.all_val:
-                end = min(end, self.cfg.max_tokens - self.tokens)
-            if self.cfg.val_tokens and stream.all_val:
-                end = min(end, self.cfg.val_tokens - self.val.tokens)
-            stream.tokens += end
-            while start < end:
-                split, stop = self.split_of(piece), end
-                if split is self.val and piece.bytes and not piece.whole:
-                    stop = int(min(end, start + self.val_tokens - self.val.tokens))
-                part = ids[start:stop]
-                cut = len(part) < len(ids)
-                size = self.tokenizer.count_bytes(part) if cut else piece.bytes
-                split.write(part, None if mask is None else mask[start:stop], size)
-                start = stop
-
-    def split_of(self, piece: Piece) -> SplitWriter:
-        """Where a piece goes: to validation, if its document fell to it and until that has enough.
-        What is left of a text then is trained on."""
-        if self.train.open[0]:  # the document goes on
-            return self.train
-        if self.val.open[0] and (piece.whole or not piece.bytes):
-            return self.val
-        full = self.val.tokens >= self.val_tokens or self.val.documents >= self.val_documents
-        if piece.val and not full:
-            return self.val
-        if self.val.open[0]:
-            self.val.end_document(CUT)
-        return self.train
-
-    def drop(self, stream: Stream, reason: str, where: str) -> None:
-        if self.cfg.bad_records == "refuse":
-            raise ValueError(f"{where}: {reason} (--bad_records=skip leaves such records out)")
-        stream.drop(reason, where)
-        if stream.dropped[reason][0] <= 3:
-            self.bar.write(f"skipped {where}: {reason}", file=sys.stderr)
-
-    def save(self) -> None:
-        splits = {"train": self.train.notes(), "val": self.val.notes()}
-        streams = [stream.notes() for stream in self.streams]
-        checkpoint.write_json(
-            self.partial / "progress.json", self.header | {"splits": splits, "streams": streams}
-        )
-        self.saved = time.monotonic()
-        seconds, read = (
-            max(self.saved - self.began, 1e-9),
-            self.train.bytes + self.val.bytes - self.began_bytes,
-        )
-        rates = (read / seconds / 1e6, (self.tokens - self.began_tokens) / seconds / 1e6)
-        speed = "{:.1f} MB/s, {:.2f}M tok/s".format(*rates)
-        written = tqdm.format_sizeof(2 * self.tokens, "B")
-        self.bar.set_postfix_str(
-            f"{speed}, {self.tokens:,} tokens, {written} written", refresh=False
-        )
-
-    def finish(self) -> dict[str, Any]:
-        """Close the shards; take documents that are trained on out of the validation split."""
-        splits = {"train": self.train.close(), "val": self.val.close()}
-        both = in_both(self.train.path, self.val.path)
-        if both.any():
-            splits["val"] = without_documents(self.partial, self.val, splits["val"], both)
-        return {name: split for name, split in splits.items() if split["documents"] or any(both)}
 
 
 # --- the folder
@@ -490,9 +302,9 @@ def install(partial: Path, folder: Path) -> dict[str, Any]:
     prepare.py goes on with the move.
     """
     manifest = json.loads((partial / "dataset.json").read_text(encoding="utf-8"))
-    shards = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
-    masks = [data.mask_path(Path(name)).name for name in shards] * (manifest["template"] != "text")
-    names = [*shards, *masks, "tokenizer.json", "tokenizer_config.json"]
+    names = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
+    masks = [mask_path(Path(name)).name for name in names] * (manifest["template"] != "text")
+    names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
     (folder / "dataset.json").unlink(missing_ok=True)
     if (partial / KEPT).is_dir():
         for path in partial.glob("val_*.bin"):
@@ -550,10 +362,10 @@ def report(manifest: dict[str, Any]) -> None:
 def inspect(folder: Path) -> dict[str, Any]:
     """Print a folder's summary, check every hash and id, and show the beginnings of documents.
 
-    Raises ValueError for whatever is wrong.
+    Raises UserError for whatever is wrong.
     """
-    manifest = data.read_manifest(folder)
-    tokenizer = data.load_tokenizer(folder)
+    manifest = dataset.read_manifest(folder)
+    tokenizer = dataset.load_tokenizer(folder)
     if manifest:
         report(manifest)
         for split in manifest["splits"].values():
@@ -561,23 +373,23 @@ def inspect(folder: Path) -> dict[str, Any]:
                 path = folder / shard["file"]
                 hashes = {path: shard["sha256"]}
                 if "mask_sha256" in shard:
-                    hashes[data.mask_path(path)] = shard["mask_sha256"]
+                    hashes[shards.mask_path(path)] = shard["mask_sha256"]
                 for each, wanted in hashes.items():
                     if sha256_of(each) != wanted:
-                        raise ValueError(f"{each} is not what was written (sha256)")
+                        raise UserError(f"{each} is not what was written (sha256)")
         if tokenizer.fingerprint != manifest["tokenizer"]:
-            raise ValueError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
+            raise UserError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
     for name in ("train", "val"):
-        if not data.shard_paths(folder, name):
+        if not shards.shard_paths(folder, name):
             continue
-        split = data.Split(folder, name, tokenizer.vocab_size)
+        split = shards.Split(folder, name, tokenizer.vocab_size)
         checked = "all hashes as written" if manifest else "no manifest to check against"
         print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
         print(marked(split, tokenizer, 300))
     return manifest
 
 
-def marked(split: data.Split, tokenizer: Tokenizer, length: int) -> str:
+def marked(split: shards.Split, tokenizer: Tokenizer, length: int) -> str:
     """The first tokens of a split as text; what counts in the loss is between ⟦ and ⟧."""
     stop = min(length, len(split))
     ids, mask = split[0:stop], split.mask(0, stop)

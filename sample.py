@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
-import generation
-import runtime
-import templates
-from tokenizer import Tokenizer
+from configurator import UserError
+from plaingpt import generation, runtime
+from plaingpt.checkpoint import store
+from plaingpt.text import templates
+from plaingpt.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class SampleConfig:
 def sample(cfg: SampleConfig) -> list[str]:
     """Print and return the samples, each with its prompt.
 
-    Raises ValueError for settings out of range, or a checkpoint that cannot be opened.
+    Raises UserError for settings out of range, or a checkpoint that cannot be opened.
     """
     check_settings(cfg)
     prompt = prompt_of(cfg.start)
     rt = runtime.start(cfg.device, cfg.dtype)
-    model, tokenizer = checkpoint.load(cfg.checkpoint)
+    model, tokenizer = store.load(cfg.checkpoint)
     model.to(rt.device, rt.dtype).eval()
     sampling = generation.sampling_of(cfg)
     generator = sampling.generator(rt.device)
@@ -77,7 +77,7 @@ def sample(cfg: SampleConfig) -> list[str]:
 
 
 def check_settings(cfg: SampleConfig) -> None:
-    """Raises ValueError that lists all settings out of range."""
+    """Raises UserError that lists all settings out of range."""
     problems = generation.sampling_of(cfg).problems()
     if cfg.num_samples < 1:
         problems.append(f"num_samples must be at least 1, not {cfg.num_samples}")
@@ -86,7 +86,7 @@ def check_settings(cfg: SampleConfig) -> None:
     if not cfg.checkpoint:
         problems.append("checkpoint is empty")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def prompt_of(start: str) -> str:
@@ -94,13 +94,13 @@ def prompt_of(start: str) -> str:
         try:
             start.encode()
         except UnicodeEncodeError:
-            raise ValueError("start is not UTF-8") from None
+            raise UserError("start is not UTF-8") from None
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,})") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,})") from None
 
 
 def print_stream(tokens: Iterable[Tensor], tokenizer: Tokenizer, pieces: list[str]) -> None:
@@ -126,7 +126,7 @@ def converse(
     Once the context is full, the oldest turns of the conversation are forgotten.
     """
     if not generation.holds_conversations(tokenizer):
-        raise ValueError(
+        raise UserError(
             "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
             "alpaca or synth): this one's tokenizer has no such chat_template"
         )

@@ -27,17 +27,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
-import data
-import lora
-import metrics
-import optim
-import parallel
-import plan
-import runtime
+from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from plaingpt import files, lora, runtime
+from plaingpt.checkpoint import adapters, folders, store
+from plaingpt.text import dataset, shards
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import evaluation, optim, parallel, plan
+from plaingpt.training import log as metrics
+from plaingpt.training import schedule as schedules
+from plaingpt.training.batches import Batch, Batches, check_length
 
 SAMPLE_TOKENS = 100  # of the sample at an evaluation
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")  # what init_from=FOLDER decides
@@ -74,7 +74,7 @@ class TrainConfig:
     learning_rate: float = 0.01  # peak
     min_lr: float = 0.0  # at the last step
     warmup_steps: int = 0  # steps up to the peak
-    schedule: optim.Schedule = "wsd"  # cosine, or wsd: constant, then down to min_lr
+    schedule: schedules.Schedule = "wsd"  # cosine, or wsd: constant, then down to min_lr
     decay_fraction: float = 0.5  # share of the steps that wsd spends going down
     weight_decay: float = 0.0  # of matrices and embeddings
     embedding_lr_scale: float = 1.5  # with muon: of learning_rate, for what AdamW trains
@@ -104,7 +104,7 @@ class TrainConfig:
 def train(cfg: TrainConfig) -> metrics.Record:
     """Run (or only --plan) a training; return the last metrics record, {} after --plan.
 
-    Raises ValueError for settings, data or checkpoints that do not fit, before the first step,
+    Raises UserError for settings, data or checkpoints that do not fit, before the first step,
     and when the gradient stays non-finite; OSError where a checkpoint could not be written.
     """
     check_settings(cfg)
@@ -120,26 +120,24 @@ def train(cfg: TrainConfig) -> metrics.Record:
 
     # data, model, optimizer
     out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
-    earlier = checkpoint.read_starts(out_dir)
+    earlier = folders.read_starts(out_dir)
     restarted = rt.restartable and earlier != [] and earlier[-1]["settings"] == given
     if rt.restartable and cfg.overwrite:
-        raise ValueError(
-            f"--overwrite does not combine with --max-restarts: remove {out_dir} first"
-        )
-    if restarted and checkpoint.steps(out_dir):
+        raise UserError(f"--overwrite does not combine with --max-restarts: remove {out_dir} first")
+    if restarted and folders.steps(out_dir):
         print(f"{out_dir} is this run, begun before: going on with it")
         cfg = replace(cfg, init_from="resume")
         cfg = replace(cfg, **settings_so_far(cfg))
-    fingerprint = data.data_fingerprint(cfg.data_dir)
-    tokenizer = data.load_tokenizer(cfg.data_dir)
+    fingerprint = dataset.data_fingerprint(cfg.data_dir)
+    tokenizer = dataset.load_tokenizer(cfg.data_dir)
     model, folder, adapter, state, saved = build_model(cfg, tokenizer, fingerprint)
     cfg = with_shape(cfg, model.config, tokenizer)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
-    split = data.Split(cfg.data_dir, "train", tokenizer.vocab_size)
-    batches = data.Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
-    val_split = data.Split(cfg.data_dir, "val", tokenizer.vocab_size)
-    data.check_length(val_split, block_size)
+    split = shards.Split(cfg.data_dir, "train", tokenizer.vocab_size)
+    batches = Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
+    val_split = shards.Split(cfg.data_dir, "val", tokenizer.vocab_size)
+    check_length(val_split, block_size)
     max_steps = steps_to_do(cfg, batches)
     print("\n".join(plan.sentences(cfg, rt, model, batches, max_steps)))
     if cfg.plan:
@@ -148,11 +146,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
         it_is_done = f"{out_dir} is at step {start:,}, max_steps={max_steps:,}: it is done"
         if not restarted:
             larger = "--max_steps" if cfg.epochs is None else "--epochs (and --max_steps, if given)"
-            raise ValueError(f"{it_is_done}; a larger {larger} goes on")
+            raise UserError(f"{it_is_done}; a larger {larger} goes on")
         print(it_is_done)
         return {}
     if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
-        raise ValueError(f"the processes do not see the same checkpoints in {out_dir}")
+        raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
     model.transformer.recompute = cfg.activation_checkpointing
     if cfg.fsdp and rt.world_size > 1:
         parallel.shard(model, rt)
@@ -179,10 +177,10 @@ def train(cfg: TrainConfig) -> metrics.Record:
     log, tracker = None, None
     if rt.is_main:
         this_start = describe_start(given, rt, start, fingerprint)
-        if adapter and start == 0 and not checkpoint.on_hub(cfg.init_from):
-            checkpoint.keep_base(folder, out_dir)
+        if adapter and start == 0 and not folders.on_hub(cfg.init_from):
+            adapters.keep_base(folder, out_dir)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
-    bytes_per_token = data.bytes_per_token(val_split)
+    bytes_per_token = dataset.bytes_per_token(val_split)
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
     flops_per_token = model.config.flops_per_token(frozen=adapter is not None)
@@ -191,11 +189,11 @@ def train(cfg: TrainConfig) -> metrics.Record:
     seconds = 0.0
 
     def validation(step: int) -> metrics.Record:
-        loss, _ = metrics.validation_loss(model, val_split, cfg.eval_tokens, micro, rt)
+        loss, _ = evaluation.validation_loss(model, val_split, cfg.eval_tokens, micro, rt)
         found = {"val_loss": loss}
         text = f"step {step}: validation loss {loss:.4f} nats per token"
         if bytes_per_token:
-            found["val_bpb"] = metrics.bits_per_byte(loss, bytes_per_token)
+            found["val_bpb"] = evaluation.bits_per_byte(loss, bytes_per_token)
             text += f", {found['val_bpb']:.4f} bits per byte"
         print(text)
         return found
@@ -228,7 +226,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                     f"step {done}: skipped, as its loss ({loss}) or gradient ({norm}) is not finite"
                 )
             if bad_steps == MAX_BAD_STEPS:
-                raise ValueError(
+                raise UserError(
                     f"{bad_steps} steps in a row were not finite: lower --learning_rate, raise "
                     "--warmup_steps or try --dtype=float32, and go on with --init_from=resume"
                 )
@@ -286,7 +284,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
                 print(f"stopped by {name}; {again} goes on from step {done}")
                 break
     if tracker:
-        tracker.finish(checkpoint.find(out_dir))
+        tracker.finish(folders.find(out_dir))
     return record
 
 
@@ -298,14 +296,14 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     given."""
     if cfg.init_from != "resume":
         return {}
-    settings = saved_settings(checkpoint.find(cfg.out_dir))
+    settings = saved_settings(folders.find(cfg.out_dir))
     own = {"init_from", "out_dir", "overwrite", "plan"}
     return {name: value for name, value in settings.items() if name not in own}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
     """What a checkpoint was trained with; the default of a setting that is newer than it."""
-    defaults, saved = asdict(TrainConfig()), checkpoint.read_state(folder)["settings"]
+    defaults, saved = asdict(TrainConfig()), folders.read_state(folder)["settings"]
     known = defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 
@@ -337,17 +335,17 @@ def begin_run(
     tracker = None
     if cfg.tracker:
         name = f"{out_dir.name}-{starts[0]['time']}"
-        about = start | {"splits": data.statistics(cfg.data_dir)}
+        about = start | {"splits": dataset.statistics(cfg.data_dir)}
         tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
     if start["step"] == 0:
-        for folder in checkpoint.steps(out_dir):  # only with --overwrite
-            checkpoint.remove(folder)
-    checkpoint.write_json(out_dir / "run.json", {"starts": starts})
+        for folder in folders.steps(out_dir):  # only with --overwrite
+            files.remove(folder)
+    files.write_json(out_dir / "run.json", {"starts": starts})
     return metrics.MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), tracker
 
 
 def check_settings(cfg: TrainConfig) -> None:
-    """Raises ValueError that lists all settings out of range."""
+    """Raises UserError that lists all settings out of range."""
     problems = []
     counts = "batch_size micro_batch_size max_steps block_size stride vocab_multiple eval_interval"
     counts += " eval_tokens log_interval save_interval keep_checkpoints"
@@ -380,10 +378,10 @@ def check_settings(cfg: TrainConfig) -> None:
     if not 0 <= cfg.decay_fraction <= 1:
         problems.append(f"decay_fraction must be in [0, 1], not {cfg.decay_fraction}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
-def steps_to_do(cfg: TrainConfig, batches: data.Batches | None) -> int:
+def steps_to_do(cfg: TrainConfig, batches: Batches | None) -> int:
     """Steps of the whole run: max_steps or epochs, whichever ends first."""
     steps = [cfg.max_steps] if cfg.max_steps else []
     if cfg.epochs is not None and batches:
@@ -414,13 +412,13 @@ def build_model(
     """The model on the CPU, the folder that it is from, with LoRA what its adapters are, and
     state.json and the optimizer file of a resumed run ({} otherwise).
 
-    Raises ValueError where a checkpoint is of another shape, tokenizer or data, or where a new
+    Raises UserError where a checkpoint is of another shape, tokenizer or data, or where a new
     run would bury one.
     """
     if cfg.init_from != "resume":
-        buried = checkpoint.steps(cfg.out_dir)
+        buried = folders.steps(cfg.out_dir)
         if buried and not (cfg.overwrite or cfg.plan):
-            raise ValueError(
+            raise UserError(
                 f"{buried[-1]} exists: --init_from=resume goes on from it, --overwrite starts "
                 "over, --out_dir=OTHER leaves it alone"
             )
@@ -432,25 +430,25 @@ def build_model(
         return GPT(wanted).init_weights(cfg.seed), Path(), None, {}, {}
 
     resuming = cfg.init_from == "resume"
-    folder = checkpoint.find(cfg.out_dir if resuming else cfg.init_from)
+    folder = folders.find(cfg.out_dir if resuming else cfg.init_from)
     settings = saved_settings(folder) if resuming else asdict(cfg)
-    model, own_tokenizer = checkpoint.load(
+    model, own_tokenizer = store.load(
         folder, block_size=settings["block_size"], dropout=cfg.dropout, merged=not resuming
     )
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{folder} has another tokenizer than {cfg.data_dir}")
+        raise UserError(f"{folder} has another tokenizer than {cfg.data_dir}")
     if not resuming:
         check_shape(cfg, model.config, folder)
-        if cfg.overwrite and folder in checkpoint.steps(cfg.out_dir):
-            raise ValueError(f"--overwrite would remove {folder}, which init_from starts from")
+        if cfg.overwrite and folder in folders.steps(cfg.out_dir):
+            raise UserError(f"--overwrite would remove {folder}, which init_from starts from")
         if not cfg.lora_rank:
             return model, folder, None, {}, {}
         out_dir, config = Path(cfg.out_dir), lora_config(cfg)
-        adapter = checkpoint.adapter_for(folder, cfg.init_from, out_dir, model, config)
+        adapter = adapters.adapter_for(folder, cfg.init_from, out_dir, model, config)
         lora.add(model, config, cfg.seed)
         return model, folder, adapter, {}, {}
 
-    state = checkpoint.read_state(folder)
+    state = folders.read_state(folder)
     here, there = asdict(wanted), asdict(model.config)
     if cfg.block_size is None:
         here["block_size"] = there["block_size"]
@@ -462,17 +460,17 @@ def build_model(
         f"{name} is {there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
     if other:
-        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(other)}")
+        raise UserError(f"cannot resume {folder} with other settings: {'; '.join(other)}")
     if state["data"] != data_fingerprint:
-        raise ValueError(f"cannot resume {folder} on other data than it was trained on")
+        raise UserError(f"cannot resume {folder} on other data than it was trained on")
     resumed = None
     if cfg.lora_rank:
-        resumed = replace(checkpoint.read_adapter(folder)[0], config=lora_config(cfg))
-    return model, folder, resumed, state, checkpoint.read_optimizer(folder)
+        resumed = replace(adapters.read_adapter(folder)[0], config=lora_config(cfg))
+    return model, folder, resumed, state, store.read_optimizer(folder)
 
 
 def check_shape(cfg: TrainConfig, shape: GPTConfig, folder: Path) -> None:
-    """Raises ValueError where the settings ask for another shape than the folder's."""
+    """Raises UserError where the settings ask for another shape than the folder's."""
     defaults = TrainConfig()
     other = [
         f"{name}={getattr(cfg, name)}, where {folder} has {getattr(shape, name)}"
@@ -480,7 +478,7 @@ def check_shape(cfg: TrainConfig, shape: GPTConfig, folder: Path) -> None:
         if getattr(cfg, name) not in (getattr(defaults, name), getattr(shape, name))
     ]
     if other:
-        raise ValueError(f"init_from takes the shape from there: {'; '.join(other)}")
+        raise UserError(f"init_from takes the shape from there: {'; '.join(other)}")
 
 
 def with_shape(cfg: TrainConfig, shape: GPTConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -496,7 +494,7 @@ def maybe_compiled(
 ) -> Callable[..., Tensor]:
     """The model as the training step calls it: compiled on GPUs, or where --compile says so.
 
-    Evaluation and sampling keep the plain module, whose shapes may vary. Raises ValueError where
+    Evaluation and sampling keep the plain module, whose shapes may vary. Raises UserError where
     --compile=true does not work; "auto" says so and goes on without.
     """
     if cfg.compile is False or (cfg.compile == "auto" and not worth_compiling(rt)):
@@ -515,7 +513,7 @@ def maybe_compiled(
         return fast
     reason = reason or "in another process"
     if cfg.compile is True:
-        raise ValueError(f"--compile=true does not work here ({reason})")
+        raise UserError(f"--compile=true does not work here ({reason})")
     print(f"torch.compile does not work here ({reason}); going on without it")
     return model
 
@@ -529,7 +527,7 @@ def worth_compiling(rt: runtime.Runtime) -> bool:
 
 
 def learning_rate(step: int, max_steps: int, cfg: TrainConfig) -> float:
-    return optim.learning_rate(
+    return schedules.learning_rate(
         step,
         max_steps=max_steps,
         peak=cfg.learning_rate,
@@ -543,7 +541,7 @@ def learning_rate(step: int, max_steps: int, cfg: TrainConfig) -> float:
 def optimizer_step(
     model: GPT,
     step_model: Callable[..., Tensor],
-    batch: data.Batch,
+    batch: Batch,
     optimizers: list[optim.Optimizer],
     scaler: torch.amp.GradScaler,
     lr: float,
@@ -607,10 +605,10 @@ def save(
         return
     optimizer_file = {"parameters": parameters, "scaler": scaler.state_dict()}
     out_dir, step = Path(cfg.out_dir), state["step"]
-    folder = checkpoint.save(
+    folder = store.save(
         out_dir, step, model.config, weights, tokenizer, optimizer_file, state, adapter
     )
-    checkpoint.prune(out_dir, cfg.keep_checkpoints)
+    folders.prune(out_dir, cfg.keep_checkpoints)
     print(f"step {step}: saved {folder}")
 
 

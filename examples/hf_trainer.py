@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data
-from tokenizer import Tokenizer
+from plaingpt.text import shards
+from plaingpt.text.tokenizer import Tokenizer
 
 
 class Windows(torch.utils.data.Dataset):
@@ -23,7 +23,7 @@ class Windows(torch.utils.data.Dataset):
     model shifts them by itself; -100 where the loss does not count."""
 
     def __init__(self, data_dir: str, name: str, length: int) -> None:
-        self.split = data.Split(data_dir, name, Tokenizer.load(data_dir).vocab_size)
+        self.split = shards.Split(data_dir, name, Tokenizer.load(data_dir).vocab_size)
         self.length = length
 
     def __len__(self) -> int:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # plainGPT's files
 
-import checkpoint
-from tokenizer import Tokenizer
+from plaingpt.checkpoint import folders
+from plaingpt.text.tokenizer import Tokenizer
 
 
 def main(llama_cpp: str, where: str, out_file: str) -> None:
     """Raises ValueError without a converter, for an adapter, and for a tokenizer that GGUF cannot
     say."""
-    folder = checkpoint.find(where)
+    folder = folders.find(where)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is an adapter: merge it first, with export.py")
     if not (Path(llama_cpp) / "convert_hf_to_gguf.py").exists():

@@ -12,8 +12,8 @@ import tiktoken
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 
-import shards
-from tokenizer import Tokenizer
+from plaingpt.text import shards
+from plaingpt.text.tokenizer import Tokenizer
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 

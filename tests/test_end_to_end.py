@@ -12,21 +12,19 @@ import pytest
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
-import eval
-import export
 import prepare
 import sample
-import serve
 import train
+from tools import eval, export, serve
 
-REPO = Path(train.__file__).parent
+REPO = Path(__file__).parents[1]
 CLASSES = {
     "prepare.py": prepare.PrepareConfig,
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
-    "export.py": export.ExportConfig,
-    "serve.py": serve.ServeConfig,
-    "eval.py": eval.EvalConfig,
+    "tools.export": export.ExportConfig,
+    "tools.serve": serve.ServeConfig,
+    "tools.eval": eval.EvalConfig,
 }
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 
@@ -38,6 +36,7 @@ def commands_of(text: str) -> list[tuple[str, list[str]]]:
     for line in re.findall(r"^(?:    )?((?:pip|python) .*)$", text, flags=re.MULTILINE):
         for command in line.split("  #")[0].split(" && "):
             words = shlex.split(command)
+            words = [word for word in words if word != "-m"]
             if words[0] == "python" and words[1] in CLASSES:
                 found.append((words[1], words[2:]))
     return found
@@ -114,7 +113,8 @@ def test_a_config_holds_only_what_differs_from_the_defaults(monkeypatch):
 def test_every_command_of_a_scripts_header_parses(monkeypatch):
     monkeypatch.chdir(REPO)
     for script in CLASSES:
-        header = (REPO / script).read_text(encoding="utf-8").split('"""')[1]
+        path = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+        header = (REPO / path).read_text(encoding="utf-8").split('"""')[1]
         commands = commands_of(header)
         assert commands
         for name, arguments in commands:

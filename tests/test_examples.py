@@ -13,12 +13,13 @@ import torch
 from conftest import write_shard
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-import checkpoint
-import data
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from plaingpt.checkpoint import store
+from plaingpt.text import shards
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import batches
 
-REPO = Path(data.__file__).parent
+REPO = Path(__file__).parents[1]
 SHAPE = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
@@ -28,7 +29,7 @@ def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("trainer")
     model = GPT(SHAPE).init_weights(1)
     tokenizer = Tokenizer.bytes()
-    step = checkpoint.save(base, 1, SHAPE, model.state_dict(), tokenizer, {}, {})
+    step = store.save(base, 1, SHAPE, model.state_dict(), tokenizer, {}, {})
     data_dir = base / "data"
     data_dir.mkdir()
     tokenizer.save(data_dir)
@@ -49,15 +50,18 @@ def test_both_loops_have_the_same_loss_on_the_same_batch(folders, tmp_path):
     trainer = Trainer(theirs.train(), arguments, train_dataset=windows)
     batch = trainer.data_collator([windows[n] for n in range(4)])
     loss = trainer.compute_loss(theirs.eval(), batch)
-    split = data.Split(data_dir, "train", 257)
-    x, y, mask = data.windows_at(split, np.arange(4) * 32, 31)
-    ours = checkpoint.load_model(step).eval()(x, y, mask)
+    split = shards.Split(data_dir, "train", 257)
+    x, y, mask = batches.windows_at(split, np.arange(4) * 32, 31)
+    ours = store.load_model(step).eval()(x, y, mask)
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)
 
 
 CONVERTER = """
 import json, sys
 from conversion.base import TextModel
+from plaingpt.text import shards
+from plaingpt.training import batches
+from plaingpt.checkpoint import store
 def main():
     told = {"arguments": sys.argv[1:], "splits as": TextModel().get_vocab_base_pre(None)}
     json.dump(told, open(sys.argv[-1], "w"))
@@ -93,5 +97,5 @@ def test_the_example_runs(folders, tmp_path):
     done = subprocess.run([*command, tmp_path / "out", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "before: " in done.stdout and "after: " in done.stdout
-    assert checkpoint.load_model(tmp_path / "out").config == SHAPE
+    assert store.load_model(tmp_path / "out").config == SHAPE
     assert Tokenizer.load(tmp_path / "out").vocab_size == 257

@@ -13,16 +13,14 @@ import torch.nn as nn
 from test_train import assert_same_end, cfg, records, same  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-import checkpoint
-import export
-import lora
-import optim
-import plan
-import runtime
 import sample
 import train
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from plaingpt import lora, runtime
+from plaingpt.checkpoint import adapters, folders, store
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import optim, plan
+from tools import export
 
 SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
 CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("c_attn", "mlp.c_proj"))
@@ -44,7 +42,7 @@ def base(cfg, tmp_path_factory):  # noqa: F811
     """The folder of a checkpoint to start from."""
     out_dir = tmp_path_factory.mktemp("base")
     train.train(replace(cfg, out_dir=str(out_dir), max_steps=10))
-    return checkpoint.find(out_dir)
+    return folders.find(out_dir)
 
 
 @pytest.fixture
@@ -125,17 +123,17 @@ def test_the_optimizer_has_the_adapters_alone(name, moments):
 
 
 def save(folder: Path, base: Path, model: GPT) -> Path:
-    adapter = checkpoint.adapter_for(base, str(base), folder, checkpoint.load_model(base), CONFIG)
-    checkpoint.keep_base(base, folder)
+    adapter = adapters.adapter_for(base, str(base), folder, store.load_model(base), CONFIG)
+    adapters.keep_base(base, folder)
     weights = lora.adapter_tensors(model.state_dict())
-    return checkpoint.save(folder, 1, SHAPE, weights, Tokenizer.bytes(), {}, {}, adapter)
+    return store.save(folder, 1, SHAPE, weights, Tokenizer.bytes(), {}, {}, adapter)
 
 
 @pytest.fixture
 def plain(tmp_path):
     """The folder of the model that `adapted` has adapters of."""
     weights = GPT(SHAPE).init_weights(1).state_dict()
-    return checkpoint.save(tmp_path / "plain", 1, SHAPE, weights, Tokenizer.bytes(), {}, {})
+    return store.save(tmp_path / "plain", 1, SHAPE, weights, Tokenizer.bytes(), {}, {})
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
@@ -162,7 +160,7 @@ def test_we_open_pefts_adapters(plain, tmp_path, targets):
     theirs.save_pretrained(tmp_path / "theirs")
     logits = theirs.eval()(IDX).logits
     for merged in (True, False):
-        ours, tokenizer = checkpoint.load(tmp_path / "theirs", merged=merged)
+        ours, tokenizer = store.load(tmp_path / "theirs", merged=merged)
         torch.testing.assert_close(ours.eval()(IDX), logits, atol=1e-4, rtol=0)
         assert tokenizer.vocab_size == 257  # the model's: peft saves none
 
@@ -181,8 +179,8 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
 
     for name, shape in {"weights": SHAPE, "width": replace(SHAPE, n_embd=64)}.items():
         weights = GPT(shape).init_weights(2).state_dict()
-        checkpoint.save(tmp_path / name, 1, shape, weights, Tokenizer.bytes(), {}, {})
-        other = str(checkpoint.find(tmp_path / name))
+        store.save(tmp_path / name, 1, shape, weights, Tokenizer.bytes(), {}, {})
+        other = str(folders.find(tmp_path / name))
         assert "is an adapter for other weights than" in refused(base_model_name_or_path=other)
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     file = folder / "adapter_model.safetensors"
@@ -223,11 +221,11 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     ],
 )
 def test_an_adapter_of_a_model_of_the_hub_names_it_as_the_hub_does(plain, where, base, again):
-    model = checkpoint.load_model(plain)
-    adapter = checkpoint.adapter_for(plain, where, plain, model, CONFIG)
+    model = store.load_model(plain)
+    adapter = adapters.adapter_for(plain, where, plain, model, CONFIG)
     assert adapter.base == base
-    assert checkpoint.base_of(plain, adapter) == again
-    assert checkpoint.base_of(plain, replace(adapter, base="gpt2", revision=None)) == (
+    assert adapters.base_of(plain, adapter) == again
+    assert adapters.base_of(plain, replace(adapter, base="gpt2", revision=None)) == (
         "hf:openai-community/gpt2"  # as most of those for it say
     )
 
@@ -245,11 +243,11 @@ def test_4_steps_and_8_more_are_12_steps(run, tmp_path, optimizer):
     for step in ("step_000008", "step_000012"):
         shutil.rmtree(Path(run.out_dir) / step)
     train.train(replace(parts, init_from="resume"))
-    one, other = checkpoint.find(tmp_path / "whole"), checkpoint.find(run.out_dir)
-    about = [replace(checkpoint.read_adapter(folder)[0], base="") for folder in (one, other)]
+    one, other = folders.find(tmp_path / "whole"), folders.find(run.out_dir)
+    about = [replace(adapters.read_adapter(folder)[0], base="") for folder in (one, other)]
     assert about[0] == about[1]
-    assert same(checkpoint.read_adapter(one)[1], checkpoint.read_adapter(other)[1])
-    assert same(checkpoint.read_optimizer(one), checkpoint.read_optimizer(other))
+    assert same(adapters.read_adapter(one)[1], adapters.read_adapter(other)[1])
+    assert same(store.read_optimizer(one), store.read_optimizer(other))
     assert records(whole.out_dir) == records(run.out_dir)
     assert not (one / "model.safetensors").exists() and not (one / "config.json").exists()
 
@@ -257,17 +255,17 @@ def test_4_steps_and_8_more_are_12_steps(run, tmp_path, optimizer):
 def test_an_adapter_outlives_the_run_of_its_model_and_moves_with_its_own(run, base, tmp_path):
     shutil.copytree(base, tmp_path / "first" / base.name)
     train.train(replace(run, init_from=str(tmp_path / "first"), max_steps=4))
-    before = checkpoint.load_model(run.out_dir)(IDX)
+    before = store.load_model(run.out_dir)(IDX)
     shutil.rmtree(tmp_path / "first")
     shutil.move(run.out_dir, tmp_path / "moved")
-    assert torch.equal(checkpoint.load_model(tmp_path / "moved")(IDX), before)
+    assert torch.equal(store.load_model(tmp_path / "moved")(IDX), before)
 
 
 def test_shorter_windows_are_kept_when_a_run_resumes(run):
     short = replace(run, block_size=8)
     train.train(short)
     assert train.main([f"--out_dir={run.out_dir}", "--init_from=resume", "--max_steps=13"]) == 0
-    assert checkpoint.load_model(run.out_dir).config.block_size == 16  # the model's own
+    assert store.load_model(run.out_dir).config.block_size == 16  # the model's own
 
 
 @pytest.mark.parametrize(
@@ -308,7 +306,7 @@ def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     train.train(replace(run, plan=True))
     out = capsys.readouterr().out
     assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in out
-    model = checkpoint.load_model(base)
+    model = store.load_model(base)
     rt, memory = runtime.start("cpu", "float32"), []
     for _ in range(2):
         memory.append(plan.memory_gib(model, 1, replace(run, optimizer="adamw"), rt) * 2**30)
@@ -325,7 +323,7 @@ def test_merged_by_one_command_it_is_an_ordinary_checkpoint(run, tmp_path, capsy
     train.train(run)
     merged = tmp_path / "merged"
     assert export.main([f"--checkpoint={run.out_dir}", f"--out_dir={merged}"]) == 0
-    logits = checkpoint.load_model(run.out_dir, merged=False).eval()(IDX)
+    logits = store.load_model(run.out_dir, merged=False).eval()(IDX)
     theirs = GPT2LMHeadModel.from_pretrained(merged).eval()
     torch.testing.assert_close(theirs(IDX).logits, logits, atol=1e-4, rtol=0)
     capsys.readouterr()

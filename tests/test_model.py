@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import checkpoint
 from model import GPT, GPTConfig, KVCache, attention, gelu, sample
+from plaingpt.checkpoint import hugging_face
 
 TINY = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
 
@@ -28,10 +28,10 @@ def tokens(*shape: int, seed: int = 3) -> torch.Tensor:
 
 
 def huggingface(model: GPT) -> GPT2LMHeadModel:
-    config = GPT2Config(**checkpoint.config_to_hugging_face(model.config))
+    config = GPT2Config(**hugging_face.config_to_hugging_face(model.config))
     theirs = GPT2LMHeadModel(config).eval()
     left = theirs.load_state_dict(
-        checkpoint.to_hugging_face(model.state_dict(), model.config), strict=False
+        hugging_face.to_hugging_face(model.state_dict(), model.config), strict=False
     )
     assert not left.unexpected_keys
     assert set(left.missing_keys) <= {"lm_head.weight"}
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_transformers():
     theirs(idx, labels=idx).loss.backward()
     for name, parameter in theirs.named_parameters():
         ours = dict(model.named_parameters())[name].grad
-        if name.endswith(checkpoint.TRANSPOSED):
+        if name.endswith(hugging_face.TRANSPOSED):
             ours = ours.t()
         torch.testing.assert_close(ours, parameter.grad, atol=1e-5, rtol=1e-4)
 

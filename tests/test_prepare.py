@@ -14,13 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
-import documents
 import prepare
-import shards
-import sources
+from plaingpt.text import builder, dataset, documents, shards, sources
+from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
-from tokenizer import Tokenizer
 
 EOT = 256  # of the bytes tokenizer
 FIRST = "First line.\nSecond — line.\r\nThird line 😀\n"
@@ -63,7 +60,7 @@ def command(texts, target, *arguments) -> int:
 
 
 def tokens_of(folder, name) -> np.ndarray:
-    split = data.Split(folder, name, 65536)
+    split = shards.Split(folder, name, 65536)
     return split[0 : len(split)]
 
 
@@ -117,7 +114,7 @@ def test_the_manifest_counts_what_is_there(run, texts, target):
         content = (target / shard["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
         assert len(content) == 1024 + 2 * shard["tokens"]
-    assert data.bytes_per_token(data.Split(target, "val", 257)) == 7 / 8
+    assert dataset.bytes_per_token(shards.Split(target, "val", 257)) == 7 / 8
 
 
 def test_val_sources_are_the_validation(run, texts, target):
@@ -178,13 +175,13 @@ def test_small_shards_join_to_the_tokens_of_one(run, many, tmp_path, monkeypatch
     for name in ("train", "val"):
         one, several = (tokens_of(folder, name) for folder in folders)
         assert np.array_equal(one, several)
-        assert len(data.shard_paths(folders[1], name)) == -(-len(one) // 100) > 1
+        assert len(shards.shard_paths(folders[1], name)) == -(-len(one) // 100) > 1
 
 
 def test_a_last_shard_that_is_full_is_the_last(run, target):
     tokens = len(FIRST.encode()) + len(SECOND.encode()) + 2
     run(val_fraction=0.0, shard_tokens=tokens)
-    assert [path.name for path in data.shard_paths(target, "train")] == ["train_000000.bin"]
+    assert [path.name for path in shards.shard_paths(target, "train")] == ["train_000000.bin"]
 
 
 def test_a_bpe_is_trained_on_the_training_text_only(run, tmp_path, target):
@@ -335,30 +332,30 @@ def test_other_settings_are_refused_by_name(texts, target, capsys, argument, sai
 def test_overwrite_replaces_all_shards(run, target):
     run(shard_tokens=20)
     (target / "notes.md").write_text("mine")
-    assert len(data.shard_paths(target, "train")) > 1
+    assert len(shards.shard_paths(target, "train")) > 1
     run(val_fraction=0.0, overwrite=True)
-    assert [path.name for path in data.shard_paths(target, "train")] == ["train_000000.bin"]
-    assert data.shard_paths(target, "val") == []
+    assert [path.name for path in shards.shard_paths(target, "train")] == ["train_000000.bin"]
+    assert shards.shard_paths(target, "val") == []
     assert (target / "notes.md").read_text() == "mine"
     assert len(documents_of(target, "train")) == 2
 
 
 def test_what_a_killed_run_left_is_cleared_away(run, target):
-    (target / data.PARTIAL).mkdir(parents=True)
-    (target / data.PARTIAL / "train_000000.bin").write_bytes(b"half")
+    (target / dataset.PARTIAL).mkdir(parents=True)
+    (target / dataset.PARTIAL / "train_000000.bin").write_bytes(b"half")
     run(val_fraction=0.0)
     assert len(documents_of(target, "train")) == 2
-    assert not (target / data.PARTIAL).exists()
+    assert not (target / dataset.PARTIAL).exists()
 
 
 def test_a_run_that_was_killed_while_moving_its_files_can_be_repeated(run, target):
     run()
-    partial = target / data.PARTIAL
+    partial = target / dataset.PARTIAL
     partial.mkdir()
     for name in ("dataset.json", "val_000000.bin"):
         (target / name).rename(partial / name)
     with pytest.raises(ValueError, match=r"half prepared: run its prepare\.py command again"):
-        data.read_manifest(target)
+        dataset.read_manifest(target)
     run()
     assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
 
@@ -366,10 +363,10 @@ def test_a_run_that_was_killed_while_moving_its_files_can_be_repeated(run, targe
 def test_old_shards_that_a_killed_run_did_not_remove_are_not_mixed_in(run, target):
     run(shard_tokens=20)
     (target / "dataset.json").unlink()
-    (target / data.PARTIAL).mkdir()
+    (target / dataset.PARTIAL).mkdir()
     run(val_fraction=0.0)
     assert documents_of(target, "train") == [FIRST.encode(), SECOND.encode()]
-    assert data.shard_paths(target, "val") == []
+    assert shards.shard_paths(target, "val") == []
 
 
 def test_a_failure_while_moving_the_files_can_be_repaired(run, target, monkeypatch):
@@ -548,7 +545,7 @@ def test_a_full_disk_leaves_what_was_there(texts, target, breaks):
 def test_a_full_disk_while_repairing_can_be_repaired_too(run, target, breaks):
     run()
     (target / "dataset.json").unlink()
-    (target / data.PARTIAL).mkdir()  # as a kill while the files were moved leaves it
+    (target / dataset.PARTIAL).mkdir()  # as a kill while the files were moved leaves it
     breaks(FULL)
     with pytest.raises(OSError, match="No space"):
         run(shard_tokens=10)
@@ -598,7 +595,7 @@ def test_only_answers_count_in_the_loss(run, tmp_path, target):
     source = jsonl(tmp_path / "talks.jsonl", [talk(number) for number in range(40)])
     run(sources=(source,), template="chat", shard_tokens=333)
     for name in ("train", "val"):
-        split = data.Split(target, name, 257)
+        split = shards.Split(target, name, 257)
         tokens, mask = split[0 : len(split)], split.mask(0, len(split))
         answers = [text.split(b"### Assistant:\n")[1] for text in documents_of(target, name)]
         wanted = [token for answer in answers for token in [*answer, EOT]]
@@ -613,7 +610,7 @@ def test_empty_files_are_counted_and_reported(tmp_path, capsys):
     assert prepare.main(arguments) == 0
     where = str((tmp_path / "b.txt").resolve())
     assert f"skipped 2: an empty file (the first: {where})" in capsys.readouterr().out
-    (source,) = data.read_manifest(data_dir)["sources"]
+    (source,) = dataset.read_manifest(data_dir)["sources"]
     assert source["dropped"] == {"an empty file": [2, where]} and source["documents"] == 2
 
 
@@ -629,7 +626,7 @@ def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
     assert not target.exists()
     assert command(texts, target, *wanted, "--bad_records=skip") == 0
     out, err = capsys.readouterr()
-    [known] = data.read_manifest(target)["sources"]
+    [known] = dataset.read_manifest(target)["sources"]
     assert known["documents"] == 9
     assert {reason: count for reason, (count, _) in known["dropped"].items()} == {
         "not JSON": 1,
@@ -671,13 +668,13 @@ def test_what_is_trained_on_is_kept_out_of_validation(
     run(sources=(train,), val_sources=(val,), template=template, shard_tokens=shard_tokens)
     kept = documents_of(target, "val")
     assert len(kept) == 2 and b"20" in kept[0] and b"21" in kept[1]
-    entry = data.read_manifest(target)["splits"]["val"]
+    entry = dataset.read_manifest(target)["splits"]["val"]
     assert entry["documents"] == 2 and entry["trained_on"] == 2
     tokens = tokens_of(target, "val")
     assert entry["tokens"] == len(tokens)
     assert prepare.inspect(target)
     if template == "chat":
-        mask = data.Split(target, "val", 257).mask(0, len(tokens))
+        mask = shards.Split(target, "val", 257).mask(0, len(tokens))
         assert bytes((tokens[mask == 1] % 256).tolist()) == b"It is 21.\0It is 22.\0"
 
 
@@ -693,7 +690,7 @@ def test_mixing_follows_the_weights_in_tokens(run, tmp_path, target):
         share = (part == ord("1")).sum() / ((part == ord("1")).sum() + (part == ord("2")).sum())
         assert share == pytest.approx(0.75 * 1.1 / (0.75 * 1.1 + 0.25), abs=0.03)
     assert (tokens == ord("1")).sum() == 99 * 300 or (tokens == ord("2")).sum() == 9 * 1000
-    ended = [known["ended"] for known in data.read_manifest(target)["sources"]]
+    ended = [known["ended"] for known in dataset.read_manifest(target)["sources"]]
     assert sorted(ended) == [False, True]
 
 
@@ -765,7 +762,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         settings["sources"] = tuple(f"{source}={weight}" for source, weight in weighed)
     if kind == "val_sources":
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHUNK", 5000)
     monkeypatch.setattr(sources, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -773,7 +770,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
-    really_save, really_write = prepare.Work.save, shards.SplitWriter.write
+    really_save, really_write = builder.Work.save, builder.SplitWriter.write
     rng, lives = np.random.default_rng(1), [0]
 
     def die():
@@ -790,8 +787,8 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         really_write(split, *arguments)
         die()
 
-    monkeypatch.setattr(prepare.Work, "save", save)
-    monkeypatch.setattr(shards.SplitWriter, "write", write)
+    monkeypatch.setattr(builder.Work, "save", save)
+    monkeypatch.setattr(builder.SplitWriter, "write", write)
     deaths = 0
     for _ in range(200):
         lives[0] = int(rng.integers(1, 600))
@@ -807,12 +804,12 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
 def test_a_run_that_was_begun_with_other_settings_or_texts_is_not_gone_on_with(
     texts, target, capsys, monkeypatch
 ):
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(shards.ShardWriter, "close", lambda writer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(texts, target)
     monkeypatch.undo()
-    assert (target / data.PARTIAL / "progress.json").exists()
+    assert (target / dataset.PARTIAL / "progress.json").exists()
     assert command(texts, target, "--seed=5") == 2
     assert "was begun with other settings: seed was 1337, is now 5" in capsys.readouterr().err
     (texts / "a.txt").write_text("changed")
@@ -832,15 +829,15 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
 
     def start(folder):
         script = (
-            "import documents, prepare, sources, sys\n"
-            "prepare.SAVE_SECONDS, documents.CHUNK, sources.BLOCK = 0.05, 9000, 5000\n"
+            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, sources\n"
+            "builder.SAVE_SECONDS, documents.CHUNK, sources.BLOCK = 0.05, 9000, 5000\n"
             "sys.exit(prepare.main())"
         )
         given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
         arguments = [f"--{name}={value}" for name, value in given.items()]
         return subprocess.Popen(
             [sys.executable, "-c", script, *arguments],
-            cwd=Path(prepare.__file__).parent,
+            cwd=Path(__file__).parents[1],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -943,7 +940,7 @@ def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).symlink_to(blob)
     assert run_in(tmp_path / "data", f"--sources={tmp_path}/*.jsonl") == 0
-    (source,) = data.read_manifest(tmp_path / "data")["sources"]
+    (source,) = dataset.read_manifest(tmp_path / "data")["sources"]
     assert source["documents"] == 40
 
 
@@ -958,7 +955,7 @@ def test_validation_is_about_what_was_asked_for(tmp_path):
         for number, source in enumerate((long_line, folder)):
             data_dir = tmp_path / f"data{number}{seed}"
             assert run_in(data_dir, f"--sources={source}", f"--seed={seed}") == 0
-            splits = data.statistics(data_dir)
+            splits = dataset.statistics(data_dir)
             share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
             assert 0 < share < 0.06
 
@@ -978,7 +975,7 @@ def test_a_record_that_the_tokenizer_refuses_is_skipped_like_others(tmp_path, ca
     assert run_in(tmp_path / "data", *bpe) == 2
     assert "a.jsonl, line 2: " in capsys.readouterr().err
     assert run_in(tmp_path / "data", *bpe, "--bad_records=skip") == 0
-    (source,) = data.read_manifest(tmp_path / "data")["sources"]
+    (source,) = dataset.read_manifest(tmp_path / "data")["sources"]
     assert source["documents"] == 3 and sum(n for n, _ in source["dropped"].values()) == 1
 
 
@@ -993,7 +990,7 @@ def test_a_dataset_of_the_hub_that_changed_is_not_gone_on_with(tmp_path, monkeyp
     hashes = iter(["first", "first", "second"])
     monkeypatch.setattr(prepare, "hub_hash", lambda source: next(hashes))
     monkeypatch.setattr(documents, "CHUNK", 1)
-    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     numbers = range(1, 100)
     rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), sources.Position(n)) for n in numbers]
 

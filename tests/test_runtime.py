@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import runtime
-from runtime import Runtime
+from plaingpt import runtime
+from plaingpt.runtime import Runtime
 
-REPO = Path(runtime.__file__).parent
+REPO = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import checkpoint
-import generation
 import sample
 from model import GPT, GPTConfig
-from templates import CHAT_TEMPLATES, segments
-from tokenizer import Tokenizer
+from plaingpt import generation
+from plaingpt.checkpoint import store
+from plaingpt.text.templates import CHAT_TEMPLATES, segments
+from plaingpt.text.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(vocab_size=320, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     model = GPT(SHAPE).init_weights(1)
     with torch.no_grad():
         model.transformer.wte.weight[257:] += 1.0
-    return checkpoint.save(
+    return store.save(
         tmp_path_factory.mktemp("out"),
         1,
         model.config,
@@ -68,10 +68,10 @@ def test_samples_are_one_batch_that_a_seed_repeats(folder, capsys):
 
 
 def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
-    model = checkpoint.load_model(folder)
+    model = store.load_model(folder)
     with torch.no_grad():  # every logit but that of <|endoftext|> is about 0
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256] * 1e4)
-    ends = checkpoint.save(tmp_path, 1, model.config, model.state_dict(), Tokenizer.bytes(), {}, {})
+    ends = store.save(tmp_path, 1, model.config, model.state_dict(), Tokenizer.bytes(), {}, {})
     assert run(ends, "--start=The end.") == 0
     assert run(ends, "--start=The end.", "--num_samples=2") == 0
     expected = "The end.\n--- sample 1 of 2\nThe end.\n--- sample 2 of 2\nThe end.\n"
@@ -130,7 +130,7 @@ def talker(request, tmp_path_factory):
     tokenizer = Tokenizer.bytes()
     tokenizer.chat_template = CHAT_TEMPLATES[request.param]
     weights = model.state_dict()
-    return checkpoint.save(
+    return store.save(
         tmp_path_factory.mktemp(request.param), 1, model.config, weights, tokenizer, {}, {}
     )
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 from conftest import write_shard
 
-import checkpoint
-import data
-import metrics
-import optim
-import runtime
 import train
-from tokenizer import Tokenizer
+from plaingpt import runtime
+from plaingpt.checkpoint import folders, hugging_face, store
+from plaingpt.text import dataset, shards
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import log, optim
 
-REPO = Path(train.__file__).parent
+REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def cfg(tmp_path_factory) -> train.TrainConfig:
 def records(out_dir) -> list[dict]:
     """metrics.jsonl without the clock's part."""
     timing = {"tokens_per_s", "dt_ms", "mfu", "peak_mem_gib"}
-    found = metrics.read_records(Path(out_dir) / "metrics.jsonl")
+    found = log.read_records(Path(out_dir) / "metrics.jsonl")
     return [{key: r[key] for key in r if key not in timing} for r in found]
 
 
@@ -70,10 +69,10 @@ def same(a, b) -> bool:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    one_step, other_step = checkpoint.find(one), checkpoint.find(other)
+    one_step, other_step = folders.find(one), folders.find(other)
     assert one_step.name == other_step.name
-    assert same(checkpoint.read_weights(one_step), checkpoint.read_weights(other_step))
-    assert same(checkpoint.read_optimizer(one_step), checkpoint.read_optimizer(other_step))
+    assert same(hugging_face.read_weights(one_step), hugging_face.read_weights(other_step))
+    assert same(store.read_optimizer(one_step), store.read_optimizer(other_step))
     assert records(one) == records(other)
 
 
@@ -98,7 +97,7 @@ def test_7_steps_and_13_more_are_20_steps(cfg, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(train, "optimizer_step", dies_in_the_10th_step)
     with pytest.raises(KeyboardInterrupt):
         train.train(parts)
-    assert checkpoint.find(tmp_path / "parts").name == "step_000007"
+    assert folders.find(tmp_path / "parts").name == "step_000007"
     assert len(records(tmp_path / "parts")) == 9
     monkeypatch.undo()
     train.train(replace(parts, init_from="resume"))
@@ -148,8 +147,8 @@ def test_the_loss_goes_down(cfg, tmp_path):
 
 def test_a_validation_loss_is_the_mean_over_all_targets(cfg, tmp_path):
     last = train.train(replace(cfg, out_dir=str(tmp_path), dtype="float32"))
-    model = checkpoint.load_model(tmp_path).eval()
-    split = data.Split(cfg.data_dir, "val", 257)
+    model = store.load_model(tmp_path).eval()
+    split = shards.Split(cfg.data_dir, "val", 257)
     losses = []
     for end in range(1, len(split)):  # each target once, in windows that begin every 16 tokens
         start = min((end - 1) // 16 * 16, len(split) - 17)
@@ -191,7 +190,7 @@ def test_fp16_scales_the_loss_and_resumes_exactly(cfg, tmp_path):
     train.train(replace(cfg, out_dir=str(tmp_path / "parts")))
     shutil.rmtree(tmp_path / "parts" / "step_000008")
     train.train(replace(cfg, out_dir=str(tmp_path / "parts"), init_from="resume"))
-    assert checkpoint.read_optimizer(checkpoint.find(tmp_path / "whole"))["scaler"]["scale"] > 1
+    assert store.read_optimizer(folders.find(tmp_path / "whole"))["scaler"]["scale"] > 1
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -223,7 +222,7 @@ def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
         train.train(warm)
     warm = replace(warm, n_layer=train.TrainConfig().n_layer)  # as if it were not given
     first = train.train(replace(warm, learning_rate=1e-9, max_steps=1, dropout=0.0))
-    assert checkpoint.load_model(tmp_path / "second").config.n_layer == 2
+    assert store.load_model(tmp_path / "second").config.n_layer == 2
     assert first["val_loss"] == pytest.approx(records(tmp_path / "first")[-1]["val_loss"], abs=1e-3)
 
 
@@ -261,7 +260,7 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     with pytest.raises(ValueError, match="is at step 3, max_steps=3"):
         train.train(replace(done, init_from="resume"))
     train.train(replace(done, overwrite=True, max_steps=2))
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_000002"]
+    assert [p.name for p in folders.steps(tmp_path)] == ["step_000002"]
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
@@ -291,7 +290,7 @@ def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
     train.train(replace(first, init_from="resume", block_size=None, max_steps=3))
     warm = replace(first, init_from=first.out_dir, block_size=None, out_dir=str(tmp_path / "warm"))
     for folder in (first.out_dir, train.train(warm) and warm.out_dir):
-        model = checkpoint.load_model(checkpoint.find(folder))
+        model = store.load_model(folders.find(folder))
         assert model.config.block_size == 24
 
 
@@ -316,7 +315,7 @@ def test_overwriting_what_a_run_starts_from_is_refused(cfg, tmp_path):
     train.train(run)
     with pytest.raises(ValueError, match="which init_from starts from"):
         train.train(replace(run, init_from=str(tmp_path), overwrite=True))
-    assert checkpoint.steps(tmp_path)
+    assert folders.steps(tmp_path)
 
 
 def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
@@ -326,7 +325,7 @@ def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
 
 def test_a_run_goes_on_in_another_dtype(cfg, tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
-        steps = len(checkpoint.steps(tmp_path)) + 1
+        steps = len(folders.steps(tmp_path)) + 1
         init_from = "scratch" if steps == 1 else "resume"
         last = train.train(
             replace(cfg, out_dir=str(tmp_path), dtype=dtype, init_from=init_from, max_steps=steps)
@@ -339,7 +338,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
-    monkeypatch.setattr(metrics, "validation_loss", lambda *_: (math.nan, 0))
+    monkeypatch.setattr(train.evaluation, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))
     state = json.loads(
@@ -426,12 +425,12 @@ def test_the_run_folder(cfg, tmp_path, capsys):
     assert "step 20/20 | loss " in out and "validation loss" in out and "\n  | " in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
-    assert start["settings"]["n_embd"] == 32 and start["data"] == data.data_fingerprint(
+    assert start["settings"]["n_embd"] == 32 and start["data"] == dataset.data_fingerprint(
         cfg.data_dir
     )
     assert {"command", "versions", "revision", "world_size", "device"} <= set(start)
     best = min(r.get("val_loss", math.inf) for r in records(tmp_path))
-    states = [checkpoint.read_state(folder) for folder in checkpoint.steps(tmp_path)]
+    states = [folders.read_state(folder) for folder in folders.steps(tmp_path)]
     assert states[-1]["step"] == 20
     assert best in [state["val_loss"] for state in states]
     assert set(records(tmp_path)[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped"}
@@ -447,13 +446,13 @@ def test_bits_per_byte_follow_from_nats_per_token(cfg, shard_folder, tmp_path):
 
 
 def test_epochs_set_the_steps(cfg, tmp_path, capsys):
-    windows = (len(data.Split(cfg.data_dir, "train", 257)) - 17) // 16 + 1
+    windows = (len(shards.Split(cfg.data_dir, "train", 257)) - 17) // 16 + 1
     quarter = math.ceil(0.25 * windows / 4)
     epochs = replace(cfg, out_dir=str(tmp_path), epochs=0.25, max_steps=None)
     assert train.train(replace(epochs, max_steps=3))["step"] == 3  # of both, what ends first
     resume = [f"--out_dir={tmp_path}", "--init_from=resume"]
     assert train.main([*resume, "--max_steps=None"]) == 0
-    assert metrics.read_records(tmp_path / "metrics.jsonl")[-1]["step"] == quarter
+    assert log.read_records(tmp_path / "metrics.jsonl")[-1]["step"] == quarter
     assert train.main([*resume, "--max_steps=None"]) == 2
     assert "a larger --epochs (and --max_steps, if given) goes on" in capsys.readouterr().err
 
@@ -500,7 +499,7 @@ def test_trackio_gets_metrics_settings_statistics_and_the_checkpoint(cfg, tmp_pa
         assert {"settings", "splits", "revision", "data"} <= json.loads(config).keys()
         files = base.execute("select manifest from artifact_versions").fetchall()
         assert "model.safetensors" in str(files)
-    record = metrics.read_records(tmp_path / "out" / "metrics.jsonl")[9]
+    record = log.read_records(tmp_path / "out" / "metrics.jsonl")[9]
     assert logged["val_loss"] == record["val_loss"]
     assert logged["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert {"lr", "grad_norm", "tokens_per_s", "val_perplexity"} <= logged.keys()
@@ -522,7 +521,7 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(cfg, tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--tracker=wandb needs .*: pip install wandb"):
         train.train(replace(cfg, out_dir=str(tmp_path), tracker="wandb"))
-    assert not checkpoint.steps(tmp_path)
+    assert not folders.steps(tmp_path)
 
 
 # --- as a process
@@ -550,7 +549,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     assert run.returncode == 0
     again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'} goes on"
     assert f"stopped by SIGTERM; {again}" in out
-    assert len(checkpoint.steps(tmp_path / "parts")) == 1
+    assert len(folders.steps(tmp_path / "parts")) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -561,8 +560,8 @@ def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
     parts, kills = tmp_path / "parts", 0
     rng = np.random.default_rng(0)
     for _ in range(20):
-        init_from = "resume" if checkpoint.steps(parts) else "scratch"
-        steps = len(checkpoint.steps(parts)) and int(checkpoint.find(parts).name[5:])
+        init_from = "resume" if folders.steps(parts) else "scratch"
+        steps = len(folders.steps(parts)) and int(folders.find(parts).name[5:])
         run = subprocess.Popen(command(cfg, parts, init_from=init_from), stdout=subprocess.DEVNULL)
         if kills < 3:
             while run.poll() is None and newest(parts) <= steps:
@@ -577,7 +576,7 @@ def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
 
 
 def newest(out_dir: Path) -> int:
-    return max((int(path.name[5:]) for path in checkpoint.steps(out_dir)), default=0)
+    return max((int(path.name[5:]) for path in folders.steps(out_dir)), default=0)
 
 
 def test_optimizers_cover_the_model(cfg):

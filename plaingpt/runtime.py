@@ -1,0 +1,254 @@
+"""Where a run happens: rank, world size, device, dtype, autocast, seeding and signals.
+
+Several processes are torchrun's: it tells each its place in environment variables.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configurator import UserError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place in a run; `dtype` is that of matrix products (float32: no autocast)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    restartable: bool = False  # torchrun starts the processes again when one has died
+
+    @property
+    def is_main(self) -> bool:
+        """One process of all writes the files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """A tensor added up over all processes."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in some process; the same answer in all."""
+        if self.world_size == 1:
+            return value
+        return self.sum(torch.tensor(float(value))).item() > 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        # Each weight is used once a step, so that a cache of casts only takes memory.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Make the randomness of a step (dropout) a pure function of (seed, step, rank)."""
+        mixed = np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
+
+
+def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
+    """Choose the device and dtype of this process, and join the others if torchrun started some;
+    "auto" takes the best that is here.
+
+    Raises UserError for a device that this machine does not have.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    keep_freed_memory()
+    name = best_device() if device == "auto" else device
+    if name == "cuda" and world_size > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = torch.device(checked_device(name))
+    if world_size > 1:
+        join(chosen)
+    return Runtime(
+        chosen,
+        best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=world_size,
+        restartable=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0,
+    )
+
+
+def join(device: torch.device) -> None:
+    """Wait for the other processes of the run: NCCL between GPUs, gloo between CPUs."""
+    if device.type == "mps":
+        raise UserError("several processes work on CUDA or on the CPU, not on mps: --device=cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = meeting_place(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def meeting_place(rank: int, world_size: int) -> dist.Store:
+    """Where the processes find each other: a store in the main one.
+
+    torchrun's own outlives the processes that it starts again and keeps the addresses of the dead,
+    which new ones would wait for (pytorch issue 135712). So it only says where the store is.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, world_size, is_master=rank == 0)
+    torchruns = dist.TCPStore(host, port, is_master=False)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+        torchruns.set("plaingpt", str(store.port))
+        return store
+    while True:
+        port = int(torchruns.get("plaingpt"))  # maybe still that of a dead one, which is closed
+        with contextlib.suppress(dist.DistError):
+            return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory in place of giving it back to the system.
+
+    The tensors of a training step are freed and allocated again each step; mapping their pages
+    anew cost a fourth of a step on a CPU (docs/benchmarks.md). Other C libraries stay as they are.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_max, 0)  # all of it from the heap
+    mallopt(trim_threshold, -1)  # which never shrinks
+    mallopt(top_pad, 64 << 20)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
+
+    A second SIGINT does what it always did; a second SIGTERM nothing, as schedulers and torchrun
+    may both send one. Only a main thread can listen for signals.
+    """
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if len(received) == 1:
+            print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint remembers of the software that made it."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def revision() -> str | None:
+    """The git revision of this code, "-dirty" if it was changed since; None where git has none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
+
+
+def device_memory_gib(device: torch.device) -> float | None:
+    """All the memory of the device (on a CPU: this process's share of the machine's), None where it
+    does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return os.sysconf("SC_PAGE_SIZE") * pages / 2**30
+    except (AttributeError, ValueError):
+        return None
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most that this process has used so far, of a GPU's memory or of the machine's; None where
+    the system does not tell (all but Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        # Not getrusage, whose maximum starts with that of the process before exec.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def checked_device(name: str) -> str:
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    kind, _, index = name.partition(":")
+    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
+        here = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"device {name!r} is not on this machine, which has: {here}")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """AVX512-BF16 or AMX; without them a bf16 product is emulated and slower than fp32."""
+    # Private names, the same from torch 2.9 to 2.15; a torch without them trains in fp32.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -1,0 +1,328 @@
+"""
+Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or plain bytes.
+
+Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
+`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids.
+Ids are 0–255 for single bytes, then the merges in the order they were learned, then
+`<|endoftext|>`, which separates documents. Text never encodes to that id: a document that
+contains the word `<|endoftext|>` gets the ids of its letters.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from configurator import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
+# GPT-2's: contractions, letters, numbers, other signs, each with one space before; white space.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same behind a split at each digit, as StarCoder and SmolLM have it.
+DIGITS_PATTERN = (
+    r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
+)
+
+
+class Tokenizer:
+    """A byte-level BPE with GPT-2's split pattern.
+
+    `ranks` maps the bytes of every token to its id, whose order is that of the merges. `special`
+    has the ids that no text encodes to, by name, with `eot`, which ends a document, among them.
+    With `digits` every digit is a token of its own.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special: dict[str, int] | None = None,
+        eot: str = END_OF_TEXT,
+        digits: bool = False,
+    ) -> None:
+        self.ranks, self.eot, self.digits = ranks, eot, digits
+        self.chat_template: str | None = None  # Jinja, of a tokenizer for conversations
+        self.special = special or {END_OF_TEXT: len(ranks)}
+        self.eot_id = self.special[eot]
+        self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
+        self.encoding = tiktoken.Encoding(
+            "plaingpt",
+            pat_str=DIGITS_PATTERN if digits else SPLIT_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self.special,
+        )
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """No merges: a token is a byte, 257 ids."""
+        return cls(train_ranks([], 256))
+
+    @classmethod
+    def gpt2(cls) -> "Tokenizer":
+        """OpenAI's vocabulary of 50,257 ids, which tiktoken downloads once and keeps.
+
+        Raises UserError where it is neither cached nor to be had.
+        """
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except Exception as error:  # requests' errors, or whatever a proxy makes of them
+            raise UserError(
+                "the gpt2 tokenizer needs OpenAI's vocabulary files, which are not cached and "
+                f"could not be downloaded ({type(error).__name__}). Run once with a network, or "
+                "point TIKTOKEN_CACHE_DIR at a folder that has them, or choose --tokenizer=bpe "
+                "or bytes"
+            ) from error
+        return cls(ranks)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn `vocab_size` - 257 merges from `texts`, or as many as they have to give.
+
+        Raises UserError for a size outside 257 … 65,536.
+        """
+        if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise UserError(f"vocab_size must be from 257 to {MAX_VOCAB_SIZE}, not {vocab_size}")
+        return cls(train_ranks(texts, vocab_size - 1))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises UserError for a run of a million blanks, which tiktoken cannot."""
+        with refuse_panic():
+            return self.encoding.encode_ordinary(text)
+
+    def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts, uint16, `eot_id` behind each, and where each ends (with it).
+
+        One call of tiktoken for all, outside of Python's lock. Raises UserError as `encode`.
+        """
+        joined = self.eot.join([*texts, ""])
+        if joined.count(self.eot) == len(texts):
+            with refuse_panic():
+                ids = self.encoding.encode_to_numpy(
+                    joined, allowed_special={self.eot}, disallowed_special=()
+                ).astype(np.uint16)
+            return ids, np.flatnonzero(ids == self.eot_id) + 1
+        encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one holds the word itself
+        ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
+        return ids, np.cumsum([len(each) for each in encoded])
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of text that `ids` stand for; none for special ones."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        return int(lengths[ids].sum())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
+        return self.encoding.decode(list(ids), errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """`decode`, piece by piece: a character comes out once all its bytes are in."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            yield decoder.decode(self.encoding.decode_single_token_bytes(token))
+        yield decoder.decode(b"", final=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for two tokenizers exactly if they give the same ids for every text."""
+        digest = hashlib.sha256(f"{self.eot_id} {self.digits}".encode())
+        for token, rank in self.ranks.items():
+            digest.update(f" {rank} {len(token)} ".encode() + token)
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into an existing folder."""
+        vocab = {spell(token): rank for token, rank in self.ranks.items()}
+        vocab |= {name: number for name, number in self.special.items() if name not in vocab}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+        one_digit = {"type": "Digits", "individual_digits": True}
+        both = {"type": "Sequence", "pretokenizers": [one_digit, byte_level]}
+        no_flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": number, "content": name, **no_flags, "special": True}
+                for name, number in sorted(self.special.items(), key=lambda item: item[1])
+            ],
+            "normalizer": None,
+            "pre_tokenizer": both if self.digits else byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": vocab,
+                "merges": [[spell(a), spell(b)] for a, b in merges_of(self.ranks)],
+            },
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.eot,
+            "eos_token": self.eot,
+            "unk_token": self.eot,  # as GPT-2's own; never given, but CTranslate2 asks for one
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # as here, text never encodes to one
+        }
+        if self.chat_template:  # transformers has it end answers with eos_token, as text
+            config |= {"chat_template": self.chat_template, "split_special_tokens": False}
+        for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+            text = json.dumps(value, ensure_ascii=False, indent=1)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """Open a tokenizer.json, or the one in a folder: any byte-level BPE that splits texts as
+        GPT-2 does (StarCoder's and SmolLM's single digits too), whatever its special tokens.
+
+        Raises UserError where there is none, or one that would not give the same ids here.
+        """
+        path = Path(folder)
+        path = path if path.is_file() else path / "tokenizer.json"
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            model, split = whole["model"], whole["pre_tokenizer"]
+            added = whole.get("added_tokens") or []
+            special = {token["content"]: token["id"] for token in added}
+            special |= {name: id for name, id in model["vocab"].items() if name == END_OF_TEXT}
+            ranks = {
+                unspell(word): rank for word, rank in model["vocab"].items() if word not in special
+            }
+            pairs = [
+                pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]
+            ]
+            merged = [unspell(a) + unspell(b) for a, b in pairs]
+            parts = split.get("pretokenizers", [split])
+            digits = [part for part in parts if part["type"] == "Digits"]
+            rest = [part for part in parts if part["type"] != "Digits"]
+            in_text = [token["content"] for token in added if not token.get("special")]
+            ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+            largest = max(*ranks.values(), *special.values(), 0)
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no tokenizer.json") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is not a byte-level BPE, or damaged ({error})") from None
+        like_gpt2 = [part["type"] for part in rest] == ["ByteLevel"] and rest[-1:] == parts[-1:]
+        like_gpt2 = like_gpt2 and rest[0].get("use_regex", True)
+        like_gpt2 = like_gpt2 and not rest[0].get("add_prefix_space")
+        if not like_gpt2 or whole.get("normalizer") or in_text:
+            raise UserError(f"{path}: its texts are not split as GPT-2 splits them")
+        if not all(part.get("individual_digits") for part in digits):
+            raise UserError(f"{path}: its texts are not split as GPT-2 splits them")
+        singles = {bytes([byte]) for byte in range(256)}
+        learned = [token for token in ranks if token not in singles]
+        if not singles <= ranks.keys() or learned != list(dict.fromkeys(merged)):
+            raise UserError(f"{path}: it must have all 256 bytes, and ids in the order of merges")
+        if largest >= MAX_VOCAB_SIZE:
+            raise UserError(
+                f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
+            )
+        config = read_config(path.with_name("tokenizer_config.json"))
+        loaded = cls(ranks, special, end_of_text(path, config, special), bool(digits))
+        loaded.chat_template = config.get("chat_template")
+        jinja = path.with_name("chat_template.jinja")  # where transformers writes it
+        if jinja.exists():
+            loaded.chat_template = jinja.read_text(encoding="utf-8")
+        return loaded
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} where there is none. Raises UserError for a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return config
+
+
+def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> str:
+    """The special token that ends a document. Raises UserError where that is not to be known."""
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos in special:
+        return eos
+    for name in (END_OF_TEXT, *special):
+        if name in special and (name == END_OF_TEXT or len(special) == 1):
+            return name
+    names = ", ".join(special) or "none"
+    raise UserError(f"{path}: which special token ends a text? (there are: {names}; no eos_token)")
+
+
+@contextmanager
+def refuse_panic() -> Iterator[None]:
+    """Make a ValueError of the panic of tiktoken's regular expressions, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError("a text has a million blanks in a row, too many for tiktoken") from None
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """The bytes, then the tokens that BPE training on `texts` merges, `size` in all at most."""
+    import tokenizers  # not at the top: only this function needs its 50 ms
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for a, b in json.loads(backend.to_str())["model"]["merges"]:
+        ranks.setdefault(unspell(a) + unspell(b), len(ranks))
+    return ranks
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token beyond the bytes was merged from, in order."""
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            parts = [token[at : at + 1] for at in range(len(token))]
+            while len(parts) > 2:  # BPE with the merges learned before this one
+                pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+                at = pairs.index(min(pairs))
+                assert pairs[at] < rank, f"token {rank} is no merge of earlier ones"
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            yield parts[0], parts[1]
+
+
+# --- how tokenizer.json spells bytes: each as a printable character (GPT-2, encoder.py)
+
+
+def byte_to_char() -> dict[int, str]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+BYTE_TO_CHAR = byte_to_char()
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def spell(token: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def unspell(word: str) -> bytes:
+    return bytes(CHAR_TO_BYTE[char] for char in word)

@@ -1,0 +1,38 @@
+"""The loss on held-out text."""
+
+import math
+
+import torch
+
+from model import GPT
+from plaingpt.runtime import Runtime
+from plaingpt.text.shards import Split
+from plaingpt.training.batches import validation_batches
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GPT, split: Split, max_tokens: int | None, batch_size: int, rt: Runtime
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the fixed windows of a split, and how many tokens counted;
+    the work shared over the processes."""
+    was_training = model.training
+    model.eval()
+    total, counted = torch.zeros(2, dtype=torch.float64)
+    windows = validation_batches(
+        split, batch_size, model.config.block_size, max_tokens, rt.rank, rt.world_size
+    )
+    for batch in windows:
+        x, y, mask = (part.to(rt.device) for part in batch)
+        with rt.autocast():
+            loss = model(x, y, mask)
+        total += (loss * mask.sum()).cpu()
+        counted += mask.sum().cpu()
+    model.train(was_training)
+    total, counted = rt.sum(total), rt.sum(counted)
+    return (total / counted).item(), int(counted)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token, in a unit that does not depend on the tokenizer."""
+    return loss / math.log(2) / bytes_per_token

@@ -1,0 +1,241 @@
+"""AdamW, Muon, parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from configurator import UserError
+from plaingpt.training.parallel import own, sharded_as, whole
+
+OptimizerName = Literal["muon", "adamw"]
+
+
+class Optimizer:
+    """Parameters in groups with their settings, and what it remembers of each parameter.
+
+    As torch.optim.Optimizer, whose constructor imports torch._dynamo: a second, which a run of a
+    few seconds would notice.
+    """
+
+    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+        """`params` are parameters, or groups: dicts of "params" and settings of their own."""
+        groups = list(params)
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        self.param_groups: list[dict[str, Any]] = [settings | group for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Update the parameters that have a gradient."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv 1711.05101), through PyTorch's fused kernel."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if p not in self.state:
+                    self.state[p] = {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [self.state[p]["step"] for p in parameters],
+                fused=True,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class Muon(Optimizer):
+    """Nesterov momentum whose update is orthogonalized (Jordan et al. 2024, kellerjordan.github.io
+    /posts/muon), for the weight matrices of the hidden layers.
+
+    The update is scaled by 0.2·sqrt(max(rows, columns)), so that its size is like AdamW's and the
+    same learning rates serve both (Moonlight, arXiv 2502.16982). A group's matrices are cut into
+    `parts` along their rows, each orthogonalized by itself: the q, k and v of a fused projection.
+    All matrices of one shape go through as one batch: for small models they are most of the cost.
+    Sharded ones are put together for that, in every process.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                self._step_shape(parameters, group)
+
+    def _step_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if p not in self.state:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+        grads = [p.grad for p in parameters if p.grad is not None]
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        mine = [own(grad) for grad in grads]
+        torch._foreach_lerp_([own(buffer) for buffer in buffers], mine, 1 - group["momentum"])
+        torch._foreach_lerp_(mine, [own(buffer) for buffer in buffers], group["momentum"])
+        stack = torch.stack([whole(grad) for grad in grads])  # with Nesterov's momentum now
+        parts = group.get("parts", 1)
+        rows, columns = stack.size(1) // parts, stack.size(2)
+        updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
+        weights = [own(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+        shards = [own(sharded_as(p, update)) for p, update in zip(parameters, updates.unbind())]
+        torch._foreach_add_(weights, shards, alpha=scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Roughly U·Vᵀ of each U·S·Vᵀ in a stack (n, rows, columns), in bf16.
+
+    A quintic Newton-Schulz iteration whose coefficients are steep at zero: singular values end
+    between about 0.7 and 1.2, which serves as well as 1 (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x.mT @ x if tall else x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = x @ factor if tall else factor @ x
+    return x
+
+
+def build_optimizers(
+    model: nn.Module,
+    optimizer: OptimizerName,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    momentum: float,
+    embedding_lr_scale: float,
+) -> list[Optimizer]:
+    """The optimizers that together train every parameter of a GPT that is not frozen.
+
+    "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
+    decay applies to matrices and embeddings, not to biases and LayerNorms. The learning
+    rates are 0 until set_learning_rate, to be called before each step.
+    """
+    qkv, matrices, decayed, plain = (list[nn.Parameter]() for _ in range(4))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2:
+            plain.append(parameter)
+        elif optimizer == "adamw" or ".h." not in name:
+            decayed.append(parameter)
+        else:
+            (qkv if name.endswith("c_attn.weight") else matrices).append(parameter)
+    lr_scale = embedding_lr_scale if optimizer == "muon" else 1.0
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=betas)]
+    if optimizer == "muon":
+        groups = [{"params": qkv, "parts": 3}, {"params": matrices, "parts": 1}]
+        optimizers.append(Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay))
+    return [each for each in optimizers if each.parameters()]
+
+
+def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
+    """Give every group `lr` times its own "lr_scale"."""
+    for group in (group for each in optimizers for group in each.param_groups):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """What the optimizers remember of each parameter, by the parameter's name."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(state) for each in optimizers for p, state in each.state.items()}
+
+
+def load_optimizer_state(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    saved: dict[str, dict[str, Tensor]],
+) -> None:
+    """Give `optimizers` back what `optimizer_state` took. Settings such as the learning rate are
+    not part of it: they are this run's own.
+
+    Raises UserError where `saved` is of other parameters, shapes or of another optimizer.
+    """
+    if not saved:  # from before the first finite step
+        return
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    foreign = sorted(set(saved) - set(names.values()))
+    if foreign:
+        raise UserError(f"the saved optimizer state is of parameters not here, as {foreign[0]}")
+    for each in optimizers:
+        wanted = (
+            {"momentum_buffer"} if isinstance(each, Muon) else {"exp_avg", "exp_avg_sq", "step"}
+        )
+        for parameter in each.parameters():
+            name = names[parameter]
+            state = saved.get(name, {})
+            if set(state) != wanted:
+                raise UserError(
+                    f"the saved optimizer state of {name} holds {sorted(state)}, this run's "
+                    f"{type(each).__name__} needs {sorted(wanted)}: keep the optimizer setting"
+                )
+            for key, value in state.items():
+                if key != "step" and value.shape != parameter.shape:
+                    raise UserError(
+                        f"the saved {key} of {name} has shape {tuple(value.shape)}, "
+                        f"the parameter {tuple(parameter.shape)}"
+                    )
+            each.state[parameter] = {
+                key: value if key == "step" else sharded_as(parameter, value)
+                for key, value in copied(state, parameter).items()
+            }
+
+
+def copied(state: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    return {key: value.to(like.device, like.dtype, copy=True) for key, value in state.items()}

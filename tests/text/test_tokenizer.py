@@ -1,0 +1,450 @@
+"""Ids against transformers and tiktoken, folders that round-trip, and what is refused."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+
+from plaingpt.text.tokenizer import END_OF_TEXT, Tokenizer
+
+# The names under which tiktoken keeps vocab.bpe and encoder.json: the sha1 of their addresses.
+GPT2_FILES = [
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+]
+CACHE = os.environ.get("TIKTOKEN_CACHE_DIR")
+HAS_GPT2 = CACHE is not None and all((Path(CACHE) / name).is_file() for name in GPT2_FILES)
+needs_gpt2 = pytest.mark.skipif(
+    not HAS_GPT2, reason="TIKTOKEN_CACHE_DIR does not hold GPT-2's vocabulary files"
+)
+
+ODD = [
+    "",
+    " ",
+    "plain text, it's we'll I'VE don't",
+    "a  b   c    d",
+    "x" + " " * 3000 + "y" + "\n" * 3000,
+    "\t\t\n\r\n \x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000\u180e\u200b\ufeffx",
+    "\x00\x01\x02 \x7f \x80",
+    "naïve Straße ½ x² ٣ Ⅷ 日本語。 привет",
+    "e\u0301 \u0308 a\u0300\u0301\u0302",
+    "😀 👩‍👩‍👧 🏳️‍🌈 \U0001f9d1\U0001f3fd",
+    "<|endoftext|>",
+    "a<|endoftext|>b <|endoftext|><|endoftext|> <|im_start|>",
+    "\U0010ffff \ue000 \ufffd",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n",
+]
+
+
+def fuzz(count, seed=0) -> list[str]:
+    """Strings of runs of white space, words, numbers, emoji, contractions, and any characters."""
+    rng = random.Random(seed)
+
+    def any_char():
+        while unicodedata.category(char := chr(rng.randrange(0x110000))) == "Cs":
+            pass
+        return char
+
+    pieces = [
+        lambda: " " * rng.randint(1, 9),
+        lambda: "".join(rng.choices(" \t\n\r\x0b\x85\xa0\u2003", k=rng.randint(1, 5))),
+        lambda: "".join(rng.choices("abcdeéßжあ", k=rng.randint(1, 8))),
+        lambda: str(rng.randrange(10**6)),
+        lambda: rng.choice(["'s", "'ll", "'T", "'re", "don't", END_OF_TEXT, "<|", "|>"]),
+        lambda: rng.choice(["😀", "👩‍👩‍👧", "🇩🇪", "e\u0301", "٣", "Ⅷ"]),
+        lambda: "".join(rng.choices("!?.,;:-_#\"'()[]{}", k=rng.randint(1, 4))),
+        lambda: chr(rng.randrange(128)),
+        lambda: chr(rng.randrange(0x80, 0x3000)),
+        any_char,
+    ]
+    return ["".join(rng.choice(pieces)() for _ in range(rng.randint(1, 12))) for _ in range(count)]
+
+
+TEXTS = ODD + fuzz(400)
+
+
+@pytest.fixture(scope="module")
+def bpe(tiny_text) -> Tokenizer:
+    """Trained on text, and on the strings that it is then tried on, so that merges meet them."""
+    return Tokenizer.train([tiny_text, *TEXTS], 1000)
+
+
+@pytest.fixture(params=["bytes", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def tokenizer(request, bpe) -> Tokenizer:
+    return bpe if request.param == "bpe" else getattr(Tokenizer, request.param)()
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path) -> Path:
+    tokenizer.save(tmp_path)
+    return tmp_path
+
+
+# --- ids
+
+
+def test_every_text_comes_back(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_are_below_the_vocabulary_and_text_never_ends_it(tokenizer):
+    assert tokenizer.eot_id == tokenizer.vocab_size - 1
+    for text in TEXTS:
+        assert all(0 <= i < tokenizer.eot_id for i in tokenizer.encode(text))
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = Tokenizer.bytes()
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (257, 256)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode([104, 105, 256, 0]) == "hi<|endoftext|>\x00"
+
+
+def test_bytes_that_are_no_text_become_replacement_characters():
+    assert Tokenizer.bytes().decode([0xF0, 0x9F, 97, 0xFF]) == "\ufffda\ufffd"
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [text for text in TEXTS if "<|end" not in text], [""]])
+def test_many_texts_at_once_are_each_alone(tokenizer, texts):
+    alone = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
+    ids, ends = tokenizer.encode_joined(texts)
+    assert ids.dtype == np.uint16
+    assert [part.tolist() for part in np.split(ids, ends)] == [*alone, []]
+
+
+def test_transformers_gives_the_same_ids(tokenizer, folder):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, repr(text)
+        assert theirs.decode(ids) == text
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_id
+
+
+def test_merges_shorten_text(bpe, tiny_text):
+    assert bpe.vocab_size == 1000
+    assert len(bpe.encode(tiny_text)) < 0.5 * len(tiny_text.encode())
+
+
+def test_a_million_spaces_are_encoded_or_refused():
+    text = " " * 1_000_100 + "x"
+    with contextlib.suppress(ValueError):
+        assert Tokenizer.bytes().encode(text) == list(text.encode())
+    with contextlib.suppress(ValueError):
+        assert Tokenizer.bytes().encode_joined([text])[0].tolist() == [*text.encode(), 256]
+
+
+@needs_gpt2
+def test_gpt2_is_openais():
+    theirs = tiktoken.get_encoding("gpt2")
+    ours = Tokenizer.gpt2()
+    assert (ours.vocab_size, ours.eot_id) == (50257, 50256)
+    assert ours.encode("Hello world") == [15496, 995]
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+# --- streaming
+
+
+def test_streamed_pieces_are_the_text_and_whole_characters(tokenizer):
+    for text in TEXTS:
+        pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
+        assert "".join(pieces) == text
+        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_any_ids_stream_to_what_they_decode_to(tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = rng.choices(range(tokenizer.vocab_size), k=rng.randint(0, 30))
+        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_streams_with_its_last_byte():
+    pieces = list(Tokenizer.bytes().decode_stream("aé😀".encode()))
+    assert pieces == ["a", "", "é", "", "", "", "😀", ""]
+    assert list(Tokenizer.bytes().decode_stream(b"a\xf0\x9f")) == ["a", "", "", "\ufffd"]
+
+
+def test_a_stream_does_not_wait_for_the_ids_to_end():
+    def ids():
+        yield 97
+        pytest.fail("read ahead")
+
+    assert next(Tokenizer.bytes().decode_stream(ids())) == "a"
+
+
+# --- training
+
+
+@pytest.mark.parametrize("vocab_size", [257, 258, 300])
+def test_a_vocabulary_has_the_size_that_was_asked_for(tiny_text, vocab_size):
+    assert Tokenizer.train([tiny_text], vocab_size).vocab_size == vocab_size
+
+
+def test_little_text_gives_a_smaller_vocabulary():
+    tokenizer = Tokenizer.train(["abab"], 1000)
+    assert 257 < tokenizer.vocab_size < 270
+    assert tokenizer.encode("abab") == [tokenizer.eot_id - 1]
+    assert tokenizer.encode("ba") == [98, 97]
+    assert Tokenizer.train([], 1000).vocab_size == 257
+
+
+@pytest.mark.parametrize("vocab_size", [256, 0, -1, 65537])
+def test_a_vocabulary_that_does_not_fit_is_refused(vocab_size):
+    with pytest.raises(ValueError, match=f"from 257 to 65536, not {vocab_size}"):
+        Tokenizer.train(["text"], vocab_size)
+
+
+def test_training_is_the_same_each_time(tiny_text):
+    one, other = (Tokenizer.train([tiny_text], 400) for _ in range(2))
+    assert one.ranks == other.ranks
+
+
+def test_text_cannot_train_the_end_of_text(tmp_path):
+    tokenizer = Tokenizer.train([END_OF_TEXT * 100], 1000)
+    assert END_OF_TEXT.encode() not in tokenizer.ranks
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+# --- folders
+
+
+def test_a_saved_tokenizer_loads_as_itself(tokenizer, folder):
+    loaded = Tokenizer.load(folder)
+    assert loaded.ranks == tokenizer.ranks
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert Tokenizer.load(str(folder)).vocab_size == tokenizer.vocab_size
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_different_tokenizers_have_different_fingerprints(bpe, tiny_text):
+    more = Tokenizer.train([tiny_text], 400)
+    fewer = Tokenizer.train([tiny_text], 399)
+    swapped = dict(more.ranks)
+    first, second = list(swapped)[300:302]
+    swapped[first], swapped[second] = swapped[second], swapped[first]
+    swapped = dict(sorted(swapped.items(), key=lambda item: item[1]))
+    made = [Tokenizer.bytes(), bpe, more, fewer, Tokenizer(swapped)]
+    assert len({tokenizer.fingerprint for tokenizer in made}) == 5
+    assert Tokenizer.bytes().fingerprint == Tokenizer.bytes().fingerprint
+
+
+def test_gpt2s_own_kind_of_file_loads(bpe, tmp_path):
+    """Bytes in GPT-2's order, merges as "a b", as transformers writes and the hub keeps them."""
+    by_spelling = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.save(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    merges = model["merges"]
+    words = [*sorted(by_spelling), *(a + b for a, b in merges), END_OF_TEXT]
+    theirs = GPT2TokenizerFast(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[tuple(pair) for pair in merges],
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "tokenizer.json"
+    for old_merges in (False, True):
+        content = json.loads(path.read_text())
+        if old_merges:
+            content["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(content))
+        ours = Tokenizer.load(tmp_path / "theirs")
+        for text in TEXTS:
+            if END_OF_TEXT not in text:
+                assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.fingerprint != bpe.fingerprint
+
+
+@pytest.fixture
+def refusal(bpe, tmp_path):
+    """Save a tokenizer, change its tokenizer.json, and return why it is refused."""
+
+    def change(edit) -> str:
+        bpe.save(tmp_path)
+        path = tmp_path / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        edit(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError) as caught:
+            Tokenizer.load(tmp_path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    return change
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match="has no tokenizer.json"):
+            Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"{}", b'{"model": {}}'])
+def test_garbage_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a byte-level BPE"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_word_piece_tokenizer_is_refused(tmp_path):
+    words = {"[UNK]": 0, "a": 1, "##b": 2}
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="is not a byte-level BPE"):
+        Tokenizer.load(tmp_path)
+
+
+def test_ids_out_of_order_are_refused(refusal):
+    def swap(content):
+        vocab = content["model"]["vocab"]
+        first, second = list(vocab)[300:302]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+
+    assert "ids in the order of merges" in refusal(swap)
+
+
+def test_an_id_left_out_is_refused(refusal):
+    def remove(content):
+        vocab = content["model"]["vocab"]
+        del vocab[list(vocab)[400]]
+
+    assert "must have all 256 bytes" in refusal(remove)
+
+
+def test_a_merge_left_out_is_refused(refusal):
+    assert "ids in the order" in refusal(lambda content: content["model"]["merges"].pop(9))
+
+
+def test_more_ids_than_uint16_are_refused(refusal):
+    def add(content):
+        content["added_tokens"].append({"id": 65536, "content": "<x>", "special": True})
+
+    assert "beyond 65,536" in refusal(add)
+
+
+def test_a_text_that_nothing_ends_is_refused(refusal):
+    def rename(content):
+        del content["model"]["vocab"][END_OF_TEXT]
+        content["added_tokens"] = [
+            {"id": 5000 + number, "content": name, "special": True}
+            for number, name in enumerate(("<s>", "</s>"))
+        ]
+
+    assert "which special token ends a text? (there are: <s>, </s>" in refusal(rename)
+
+
+@pytest.mark.parametrize("digits", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_tokenizer_of_others(tiny_text, tmp_path, digits, first):
+    """Special tokens before or behind the others, more than one, an end of another name."""
+    pre = tokenizers.pre_tokenizers
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = pre.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = pre.Sequence([pre.Digits(True), byte_level]) if digits else byte_level
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    names = ["<s>", "<pad>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        special_tokens=names if first else [],
+        show_progress=False,
+    )
+    theirs.train_from_iterator([tiny_text * 3], trainer)
+    theirs.add_special_tokens(names)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token="</s>")
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.eot, ours.eot_id) == ("</s>", 2 if first else len(ours.ranks) + 2)
+    assert ours.vocab_size == len(theirs)
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    rng = random.Random(0)
+    signs = [" ", "  ", "\n", "1", "23", "²", "a", " b", "'s", "'", "!", "é", "…", "\t"]
+    odd = "".join(rng.choices(signs, k=3000))
+    for text in [*TEXTS, odd, tiny_text]:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == again(text)["input_ids"] == ids
+        assert ours.decode(ids) == text
+    assert ours.encode("<pad></s>") == again("<pad></s>")["input_ids"] != [1, 2]
+    assert ours.decode([ours.eot_id]) == "</s>"
+    assert Tokenizer.load(tmp_path / "again").fingerprint == ours.fingerprint
+    assert ours.encode_joined(["a", "b</s>"])[0].tolist() == [
+        *ours.encode("a"),
+        ours.eot_id,
+        *ours.encode("b</s>"),
+        ours.eot_id,
+    ]
+
+
+def test_a_byte_left_out_is_refused(refusal):
+    def replace(content):
+        vocab = content["model"]["vocab"]
+        content["model"]["vocab"] = {
+            "ĀĀĀ" if number == 65 else word: number for word, number in vocab.items()
+        }
+
+    assert "must have all 256 bytes" in refusal(replace)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            }
+        },
+        {"added_tokens": [{"id": 999, "content": "def", "special": False}]},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+                ],
+            }
+        },
+    ],
+    ids=["lower case", "other words", "a space before", "words of its own", "groups of digits"],
+)
+def test_a_tokenizer_that_would_give_other_ids_is_refused(refusal, change):
+    refusal(lambda content: content.update(change))
+
+
+# --- without a network
+
+
+def test_gpt2_without_its_files_says_what_to_do(no_gpt2_files):
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe or bytes"):
+        Tokenizer.gpt2()
+    assert list(no_gpt2_files.iterdir()) == []
+
+
+@needs_gpt2
+def test_gpt2_needs_no_network_with_its_files(no_gpt2_files):
+    for name in GPT2_FILES:
+        shutil.copy(Path(CACHE) / name, no_gpt2_files)
+    assert Tokenizer.gpt2().vocab_size == 50257

@@ -1,0 +1,53 @@
+"""The benchmark runs, and measures what it says."""
+
+import json
+
+import pytest
+
+from tools import bench
+
+
+@pytest.mark.parametrize("documents", ["txt", "tiny"])
+def test_prepare_is_measured_beside_tiktoken(tmp_path, capsys, documents):
+    output = tmp_path / "out" / "bench.json"
+    arguments = ["--corpus_mb=0.2", "--repeats=1", "--tokenizer=bytes", f"--output={output}"]
+    arguments += [f"--documents={documents}", f"--folder={tmp_path}"]
+    assert bench.main(["prepare", *arguments]) == 0
+    result = json.loads(output.read_text())
+    table = result["table"]
+    assert len(table["ratio"]) == len(table["prepare.py, MB/s"]) == 1
+    assert 0.05 < table["peak memory of prepare.py, GiB"][0] < 2
+    assert "ratio" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+NANOGPT = """
+import sys
+given = dict(word[2:].split("=") for word in sys.argv[1:])
+assert given["n_embd"] == "16" and given["batch_size"] == "2"
+assert given["gradient_accumulation_steps"] == "2" and given["compile"] == "False"
+for step, ms in enumerate((90, 80, 70, 50, 40, 60)):
+    print(f"iter {step}: loss 5.0, time {ms}.00ms, mfu 1%")
+"""
+
+
+def test_training_is_measured_beside_a_product_and_nanogpt(tmp_path, capsys):
+    output, nanogpt = tmp_path / "bench.json", tmp_path / "nanogpt"
+    nanogpt.mkdir()
+    (nanogpt / "train.py").write_text(NANOGPT)
+    shape = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=4"
+    arguments = [f"--settings={shape} --micro_batch_size=2 --device=cpu", "--steps=5"]
+    arguments += ["--repeats=1", f"--nanogpt={nanogpt}", f"--output={output}"]
+    assert bench.main(["train", *arguments]) == 0
+    table = json.loads(output.read_text())["table"]
+    (mine,), (other,) = table["train.py, tokens/s"], table["nanoGPT, tokens/s"]
+    assert other == pytest.approx(4 * 32 / 0.05) and table["ratio"] == [mine / other]
+    assert 0 < table["ratio to it"][0] < 1
+    assert "matrix product alone" in capsys.readouterr().out
+    assert bench.main(["train", "--settings=--n_layer=no", "--repeats=1"]) == 2
+    assert "error: train.py failed: error: " in capsys.readouterr().err
+
+
+def test_what_to_measure_must_be_said(capsys):
+    assert bench.main([]) == bench.main(["nothing"]) == 2
+    assert "python -m tools.bench prepare" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Scores: those of training, and answers that are compared as for SQuAD."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_train import cfg  # noqa: F401
+
+import prepare
+import train
+from model import GPT, GPTConfig
+from plaingpt.checkpoint import store
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import evaluation
+from tools import eval
+
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
+
+
+@pytest.fixture(scope="module")
+def run(cfg, tmp_path_factory):  # noqa: F811
+    out_dir = tmp_path_factory.mktemp("run")
+    return train.train(replace(cfg, out_dir=str(out_dir))), str(out_dir), cfg.data_dir
+
+
+@pytest.fixture(scope="module")
+def taught(cfg, tmp_path_factory):  # noqa: F811
+    """Four questions and answers, and a model that was trained on them until it knows them."""
+    folder = tmp_path_factory.mktemp("taught")
+    told = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{what}?"},
+                {"role": "assistant", "content": how},
+            ]
+        }
+        for what, how in COLOURS.items()
+    ]
+    (folder / "qa.json").write_text(json.dumps(told * 2))
+    words = [f"--sources={folder}/qa.json", "--template=chat", "--val_fraction=0"]
+    assert prepare.main([*words, "--tokenizer=bytes", f"--data_dir={folder}/data"]) == 0
+    for name in ("000000.bin", "000000.mask.bin"):  # what it knows is what it is asked
+        shutil.copy(folder / f"data/train_{name}", folder / f"data/val_{name}")
+    (folder / "data/dataset.json").unlink()
+    changes = {"block_size": 48, "max_steps": 160, "dropout": 0.0, "eval_interval": 1000}
+    paths = {"data_dir": f"{folder}/data", "out_dir": f"{folder}/out"}
+    train.train(
+        replace(
+            cfg, **changes, **paths, stride=1, batch_size=8, log_interval=100, save_interval=1000
+        )
+    )
+    return paths
+
+
+def test_the_loss_is_that_of_training(run, capsys):
+    last, out_dir, data_dir = run
+    scores = eval.score(eval.EvalConfig(out_dir, data_dir, device="cpu"))
+    assert scores["loss"] == pytest.approx(last["val_loss"], abs=1e-3)
+    assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["loss"])
+    assert f"{scores['loss']:.4f} nats per token" in capsys.readouterr().out
+    fewer = eval.score(eval.EvalConfig(out_dir, data_dir, limit=3, device="cpu"))
+    assert fewer["tokens"] == 3 * 16 < scores["tokens"]
+
+
+def test_bits_per_byte(tmp_path):
+    (tmp_path / "text.txt").write_text("All of it counts. " * 300)
+    words = [f"--sources={tmp_path}/text.txt", f"--data_dir={tmp_path}/data", "--vocab_size=300"]
+    assert prepare.main(words) == 0
+    tokenizer = Tokenizer.load(tmp_path / "data")
+    shape = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=1, n_embd=8)
+    weights = GPT(shape).init_weights(0).state_dict()
+    folder = store.save(tmp_path / "out", 1, shape, weights, tokenizer, {}, {})
+    scores = eval.score(eval.EvalConfig(str(folder), str(tmp_path / "data"), device="cpu"))
+    val = json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["val"]
+    bits = scores["loss"] / 0.6931472 * val["tokens"] / val["bytes"]
+    assert scores["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert evaluation.bits_per_byte(0.6931472, 1.0) == pytest.approx(1.0)
+
+
+def test_answers_that_were_learned_are_equal(taught, capsys):
+    command = [f"--checkpoint={taught['out_dir']}", f"--data_dir={taught['data_dir']}"]
+    assert eval.main([*command, "--tasks=perplexity,answers", "--device=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "answers: 100.0% equal, F1 1.000 (8 questions)" in out
+    assert "### User:\nsky?" in out and "> blue\n= blue\n" in out
+    assert "tokens of answers)" in out and "bits per byte" not in out
+    assert eval.main([*command, "--tasks=answers", "--limit=1", "--device=cpu"]) == 0
+    assert "(1 questions)" in capsys.readouterr().out
+
+
+def test_words_are_compared_as_for_squad():
+    assert eval.words("The  Cat, a dog; an-d\nthem!") == ["cat", "dog", "and", "them"]
+    assert eval.f1(["x", "y"], ["y", "z", "y"]) == pytest.approx(2 * 1 / 5)
+    assert eval.f1(["y", "y"], ["y"]) == pytest.approx(2 / 3)
+    assert eval.f1([], []) == 1.0 and eval.f1([], ["x"]) == 0.0
+
+
+def test_each_question_has_its_own_answer(shard_folder):
+    eot = 256
+    ids = [1, 2, 3, eot, 4, 5, eot, 9, 6, 7, eot, 8, eot]
+    mask = [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]
+    folder = shard_folder(train=[[1]], val=[ids], manifest=False)
+    (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
+    split = eval.shards.Split(folder, "val", 257)
+    pairs = list(eval.asked(split, Tokenizer.bytes()))
+    assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks=answers"], "there are no questions in "),
+        (["--tasks=hellaswag"], "tasks expects perplexity or answers"),
+        (["--tasks="], "tasks is empty"),
+        (["--limit=0"], "limit must be at least 1"),
+        (["--data_dir=nowhere"], "there is no data in nowhere"),
+        (["--checkpoint=nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, arguments, message):
+    _, out_dir, data_dir = run
+    command = [f"--checkpoint={out_dir}", f"--data_dir={data_dir}", "--device=cpu"]
+    assert eval.main([*command, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_of_another_tokenizer_is_refused(run, tmp_path, tiny_text, capsys):
+    _, out_dir, data_dir = run
+    for path in Path(data_dir).glob("*.bin"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    Tokenizer.train([tiny_text], 300).save(tmp_path)
+    assert eval.main([f"--checkpoint={out_dir}", f"--data_dir={tmp_path}"]) == 2
+    assert "has another tokenizer than" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+"""Runs of several processes, which torchrun starts on this machine's CPU with gloo."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import assert_same_end, cfg, newest, records, same  # noqa: F401
+
+import train
+from plaingpt.checkpoint import adapters, folders, hugging_face, store
+
+REPO = Path(__file__).parents[2]
+HERE = "127.0.0.1"
+KILLS = int(os.environ.get("PLAINGPT_TEST_KILLS", 1))
+
+# Runs of train.py one after the other in the same processes: starting Python is what takes time.
+WORKER = """
+import json, math, os, sys
+import train
+from plaingpt.checkpoint import folders
+from plaingpt.checkpoint import hugging_face
+from plaingpt.checkpoint import adapters
+from plaingpt.checkpoint import store
+
+real, calls = train.GPT.forward, 0
+def nan_in_one_process(self, idx, targets=None, *rest):
+    global calls
+    loss = real(self, idx, targets, *rest)
+    if self.training and targets is not None:
+        calls += 1
+        if calls in (3, 4) and os.environ["RANK"] == "1":
+            return loss * math.nan
+    return loss
+
+train.runtime.leave = lambda: None  # torchrun's store cannot be joined twice
+for run in json.loads(sys.argv[1]):
+    train.GPT.forward, calls = (nan_in_one_process if run[0].endswith("_nan") else real), 0
+    status = train.main(run)
+    if status:
+        sys.exit(status)
+"""
+
+
+def arguments(cfg: train.TrainConfig) -> list[str]:  # noqa: F811
+    return [f"--{name}={value}" for name, value in vars(cfg).items()]
+
+
+def torchrun(processes: int, script: Path, *words: str, options=("--standalone",), **popen):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command = [*start, *options, str(script), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def finish(run: subprocess.Popen) -> str:
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    return out
+
+
+def run_all(processes: int, folder: Path, *runs: train.TrainConfig) -> str:
+    """Trainings one after the other, all in the same `processes` processes."""
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    texts = json.dumps([[f"--out_dir={run.out_dir}", *arguments(run)] for run in runs])
+    return finish(torchrun(processes, folder / "worker.py", texts))
+
+
+@pytest.fixture
+def run_of(cfg, tmp_path):  # noqa: F811
+    """A short run in float32, whose rounding can be compared, in its own folder."""
+
+    def settings(name: str, **changes) -> train.TrainConfig:
+        base = replace(cfg, dtype="float32", dropout=0.0, max_steps=8, learning_rate=0.003)
+        return replace(base, out_dir=str(tmp_path / name), **changes)
+
+    return settings
+
+
+def assert_close(one: train.TrainConfig, other: train.TrainConfig) -> None:
+    """Losses, gradient norms, weights and moments that differ by rounding only."""
+    for mine, theirs in zip(records(one.out_dir), records(other.out_dir), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+    for read in (weights, lambda at: moments(store.read_optimizer(at))):
+        mine, theirs = read(folders.find(one.out_dir)), read(folders.find(other.out_dir))
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            apart = (mine[name].float() - theirs[name].float()).norm()
+            assert apart <= 0.02 * theirs[name].float().norm(), name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / "model.safetensors").exists():
+        return hugging_face.read_weights(folder)
+    return adapters.read_adapter(folder)[1]
+
+
+def moments(saved: dict) -> dict[str, torch.Tensor]:
+    each = saved["parameters"].items()
+    return {f"{name} {key}": state[key] for name, state in each for key in state}
+
+
+def masked_copy(data_dir: str, folder: Path) -> str:
+    """The same data with masks, in which most windows of a batch count differently."""
+    folder.mkdir()
+    for path in Path(data_dir).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    rng = np.random.default_rng(1)
+    for name in ("train", "val"):
+        tokens = np.fromfile(folder / f"{name}_000000.bin", "<u2")[512:]
+        mask = (rng.random(len(tokens)) < np.linspace(0, 1, len(tokens))).astype(np.uint8)
+        mask[: len(tokens) // 4] = 0
+        mask.tofile(folder / f"{name}_000000.mask.bin")
+    return str(folder)
+
+
+def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
+    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps."""
+    data_dir = masked_copy(cfg.data_dir, tmp_path / "masked")
+    base = run_of("base", max_steps=1)
+    train.train(base)
+    variants: dict[str, dict] = {
+        "ddp": {"micro_batch_size": 1},
+        "ddp_adamw_masks": {"optimizer": "adamw", "data_dir": data_dir},
+        "ddp_lora": {"init_from": base.out_dir, "lora_rank": 4, "micro_batch_size": 1},
+        "ddp_nan": {},
+        "fsdp": {"fsdp": True, "sample_interval": 4},
+        "fsdp_adamw_masks": {
+            "fsdp": True,
+            "optimizer": "adamw",
+            "data_dir": data_dir,
+            "micro_batch_size": 1,
+            "activation_checkpointing": True,
+        },
+        "fsdp_lora": {"init_from": base.out_dir, "lora_rank": 4, "fsdp": True},
+        "fsdp_nan": {"fsdp": True},
+    }
+    many = {name: run_of(name, **changes) for name, changes in variants.items()}
+    out = run_all(2, tmp_path, *many.values())
+    assert out.count("not finite") == 4 and "in 2 processes × 2 micro-step(s) of 1" in out
+    for name, run in many.items():
+        if "nan" not in name:
+            alone = replace(run, out_dir=f"{run.out_dir}_alone", fsdp=False, micro_batch_size=None)
+            train.train(alone)
+            assert_close(run, alone)
+        else:
+            assert [r["skipped"] for r in records(run.out_dir)] == [0, 0, 1, 2, 2, 2, 2, 2]
+            first = {"init_from": "resume", "max_steps": 9}  # what they saved opens in one process
+            assert train.train(replace(run, fsdp=False, **first))["step"] == 9
+
+
+def test_one_two_and_four_processes_go_on_from_each_other(run_of, tmp_path):
+    constant = {
+        "max_steps": 12,
+        "decay_fraction": 0.0,
+        "eval_interval": 4,
+    }  # whatever max_steps is on the way
+    alone, moving = run_of("alone", **constant), run_of("moving", **constant)
+    train.train(alone)
+    run_all(4, tmp_path, replace(moving, max_steps=4))
+    onwards = replace(moving, init_from="resume")
+    run_all(2, tmp_path, replace(onwards, max_steps=8, fsdp=True))
+    train.train(onwards)
+    assert_close(moving, alone)
+    starts = json.loads((tmp_path / "moving" / "run.json").read_text())["starts"]
+    assert [(start["world_size"], start["step"]) for start in starts] == [(4, 0), (2, 4), (1, 8)]
+
+
+def test_two_nodes_on_the_loopback(run_of, tmp_path):
+    """As on two machines, each with its own torchrun, that meet at one address."""
+    with socket.create_server((HERE, 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={HERE}:{port}"]
+    run = run_of("nodes")
+    nodes = [
+        torchrun(1, REPO / "train.py", *arguments(run), options=[*options, "--rdzv_id=7"])
+        for _ in range(2)
+    ]
+    told = [finish(node) for node in nodes]
+    assert sorted("step 8/8" in out for out in told) == [False, True]  # one process speaks
+    alone = run_of("alone")
+    train.train(alone)
+    assert_close(run, alone)
+
+
+def workers_of(run: subprocess.Popen) -> list[int]:
+    children = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(run.pid)], **CAPTURED)
+    lines = [line.split(maxsplit=1) for line in children.stdout.splitlines()]
+    return [int(pid) for pid, command in lines if "train.py" in command]
+
+
+CAPTURED = {"capture_output": True, "text": True}
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="ps of Linux")
+
+
+@LINUX
+def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
+    """kill -9 at random moments, and torchrun --max-restarts: the end of a run never killed."""
+    steps = 20 + 20 * KILLS
+    run = run_of("killed", max_steps=steps, save_interval=1, eval_interval=steps, dropout=0.1)
+    whole = replace(run, out_dir=str(tmp_path / "whole"))
+    run_all(2, tmp_path, whole)
+
+    rng = np.random.default_rng()
+    options = ["--standalone", f"--max-restarts={KILLS}", "--monitor-interval=0.2"]
+    with (tmp_path / "err").open("w+") as err:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": err}
+        group = torchrun(2, REPO / "train.py", *arguments(run), options=options, **streams)
+        seen: set[int] = set()
+        for _ in range(KILLS):
+            while not (workers := set(workers_of(group)) - seen):
+                assert group.poll() is None
+                time.sleep(0.05)
+            before = newest(Path(run.out_dir))
+            while newest(Path(run.out_dir)) == before:  # no kill before there is a checkpoint
+                assert group.poll() is None
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            workers = set(workers_of(group)) - seen
+            os.kill(rng.choice(sorted(workers)), signal.SIGKILL)
+            seen |= workers
+        assert group.wait(timeout=300) == 0, (tmp_path / "err").read_text()
+    assert_same_end(Path(whole.out_dir), Path(run.out_dir))
+    starts = json.loads((Path(run.out_dir) / "run.json").read_text())["starts"]
+    assert len(starts) == KILLS + 1 and starts[-1]["step"] > 0
+
+
+@LINUX
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_any_worker_saves_and_ends_all_with_0(run_of, tmp_path, name):
+    run = run_of("stopped", max_steps=100_000, save_interval=100_000, eval_interval=100_000)
+    group = torchrun(2, REPO / "train.py", *arguments(run))
+    for line in group.stdout:
+        if line.startswith("step 000005"):
+            break
+    os.kill(max(workers_of(group)), signal.Signals[name])
+    out = finish(group)
+    assert "stopped by" in out
+    step = int(re.search(r"goes on from step (\d+)", out)[1])
+    assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
+
+
+def test_what_does_not_divide_or_combine_is_one_line(run_of, tmp_path):
+    run = run_of("odd", batch_size=3)
+    group = torchrun(2, REPO / "train.py", *arguments(run))
+    _, err = group.communicate(timeout=120)
+    assert group.returncode != 0
+    assert "error: batch_size=3 does not divide over 2 processes" in err
+    assert f'File "{REPO / "train.py"}"' not in err
+    assert not Path(run.out_dir).exists()

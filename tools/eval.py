@@ -1,0 +1,167 @@
+"""
+Score a checkpoint on the held-out part of prepared data.
+
+    python -m tools.eval                                                  # out/stdlib on data/stdlib
+    python -m tools.eval --checkpoint=gpt2 --data_dir=data/wikitext --limit=1000
+    python -m tools.eval --checkpoint=out/instruct --data_dir=data/mine --tasks=perplexity,answers
+
+perplexity: the loss that train.py reports, on windows as long as the model's context that do not
+overlap; its exponential; and bits per byte, which compares models of different tokenizers. Of data
+with a mask only the answers count.
+
+answers: the likeliest answer to each held-out question (by itself, without the turns before it),
+compared with the one that is there: the share of equal ones, and the mean F1 of their words, both
+without case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
+than the context is cut at its beginning. The first three are printed: the question (---), the
+model's answer (>) and the one that is there (=).
+"""
+
+import math
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+
+import configurator
+from configurator import UserError
+from model import GPT
+from plaingpt import runtime
+from plaingpt.checkpoint import store
+from plaingpt.text import dataset, shards
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import evaluation
+
+ANSWER_TOKENS = 100  # that an answer may be longer than the one that is there
+EXAMPLES = 3  # answers that are printed
+BATCH_SIZE = 8  # windows that are scored at once
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
+    data_dir: str = "data/stdlib"  # what prepare.py wrote
+    tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
+    limit: int | None = None  # windows, or questions, of a task at most; None: all
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: runtime.DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+
+
+def score(cfg: EvalConfig) -> dict[str, float]:
+    """Print and return the figures of all tasks.
+
+    Raises UserError for a checkpoint that cannot be opened, data of another tokenizer, and data
+    without what a task needs.
+    """
+    if cfg.limit is not None and cfg.limit < 1:
+        raise UserError(f"limit must be at least 1, not {cfg.limit}")
+    if not cfg.tasks:
+        raise UserError("tasks is empty")
+    rt = runtime.start(cfg.device, cfg.dtype)
+    tokenizer = dataset.load_tokenizer(cfg.data_dir)
+    split = shards.Split(cfg.data_dir, "val", tokenizer.vocab_size)
+    if "answers" in cfg.tasks and not split.has_mask:
+        raise UserError(
+            f"there are no questions in {cfg.data_dir}: prepare.py --template=alpaca, chat or synth"
+        )
+    model, own_tokenizer = store.load(cfg.checkpoint)
+    if own_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{cfg.checkpoint} has another tokenizer than {cfg.data_dir}")
+    model.to(rt.device).eval()
+    scores: dict[str, float] = {}
+    if "perplexity" in cfg.tasks:
+        scores |= perplexity(cfg, model, split, rt)
+    if "answers" in cfg.tasks:
+        scores |= answers(cfg, model.to(rt.dtype), split, tokenizer, rt)
+    return scores
+
+
+def perplexity(
+    cfg: EvalConfig, model: GPT, split: shards.Split, rt: runtime.Runtime
+) -> dict[str, float]:
+    max_tokens = cfg.limit and cfg.limit * model.config.block_size
+    loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
+    if not tokens:
+        raise UserError(f"no token of {cfg.data_dir} counts in the loss, as far as limit goes")
+    found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
+    if bytes_per_token := dataset.bytes_per_token(split):
+        found["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
+        text += f", {found['bits_per_byte']:.4f} bits per byte"
+    of_answers = " of answers" if split.has_mask else ""
+    print(f"{text} ({tokens:,} tokens{of_answers})")
+    return found
+
+
+# --- answers
+
+
+def answers(
+    cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer, rt: runtime.Runtime
+) -> dict[str, float]:
+    exact, overlaps = [], []
+    for number, (question, answer) in enumerate(islice(asked(split, tokenizer), cfg.limit)):
+        drawn = model.generate(
+            torch.tensor([question], device=rt.device),
+            len(answer) + ANSWER_TOKENS,
+            temperature=0,
+            stop_id=tokenizer.eot_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+        given = tokenizer.decode([int(token) for token in drawn]).removesuffix(tokenizer.eot)
+        wanted = tokenizer.decode(answer).removesuffix(tokenizer.eot)
+        exact.append(words(given) == words(wanted))
+        overlaps.append(f1(words(given), words(wanted)))
+        if number < EXAMPLES:
+            print(f"--- {tokenizer.decode(question).strip()}")
+            print(f"> {given.strip()}\n= {wanted.strip()}")
+    found = {"exact": float(np.mean(exact)), "f1": float(np.mean(overlaps)), "answers": len(exact)}
+    print(f"answers: {found['exact']:.1%} equal, F1 {found['f1']:.3f} ({len(exact):,} questions)")
+    return found
+
+
+def asked(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """Each question and answer of a split, as ids: a run of tokens that do not count in the loss,
+    and the one that does behind it, up to the end of a text.
+
+    Raises UserError where there are none.
+    """
+    counts = np.asarray(split.mask(0, len(split)), dtype=bool)
+    edges = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1).tolist(), len(split)]
+    found = False
+    for start, middle, end in zip(edges, edges[1:], edges[2:]):
+        if not counts[start]:
+            answer = split[middle:end].tolist()
+            if tokenizer.eot_id in answer:  # the next text may begin with what counts
+                answer = answer[: answer.index(tokenizer.eot_id)]
+            found = True
+            yield split[start:middle].tolist(), answer
+    if not found:
+        raise UserError("no answer of this data counts in the loss")
+
+
+def words(text: str) -> list[str]:
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1(given: list[str], wanted: list[str]) -> float:
+    """The harmonic mean of the shares of words of each that are in the other."""
+    if not given or not wanted:
+        return float(given == wanted)
+    common = (Counter(given) & Counter(wanted)).total()
+    return 2 * common / (len(given) + len(wanted))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return configurator.command(EvalConfig, score, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
