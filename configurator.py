@@ -32,6 +32,12 @@ WORDS |= {"false": False, "no": False, "off": False, "0": False}
 INVALID = object()  # what parse and check return for a value that does not fit
 
 
+# --- types of settings
+
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
 @dataclass(frozen=True)
 class Range:
     """The values that a setting may have, as `validate` checks and explains them."""
@@ -82,7 +88,8 @@ def command(
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
     Returns the exit status: 0, or 2 after a UserError (bad settings, bad data), an OSError (a full
-    disk) or a lack of memory, 130 after Ctrl-C. Anything else is our own bug and keeps its traceback.
+    disk) or a lack of memory, 130 after Ctrl-C. Anything else is our own bug and keeps its
+    traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log shows each line at once, and one that cannot spell a sample does not end the run.
@@ -185,9 +192,7 @@ def split_arguments(
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            print(help_text(cls))
-            raise SystemExit(0)
+        answer_help(cls, [argument])
         if not argument.startswith("--"):
             if argument.endswith(".py"):
                 files.append(argument)
@@ -333,6 +338,17 @@ def describe(hint: Any) -> str:
 
 
 # --- help
+
+
+def answer_help(cls: type, argv: list[str] | None = None) -> None:
+    """Print the help and exit if it is asked for.
+
+    Scripts call it before they import torch, which takes longer than printing the help.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(cls))
+        raise SystemExit(0)
 
 
 def help_text(cls: type) -> str:

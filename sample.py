@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import configurator
-from configurator import UserError
+from configurator import DType, UserError
 from plaingpt import generation, runtime
 from plaingpt.checkpoint import store
 from plaingpt.text import templates
@@ -40,7 +40,7 @@ class SampleConfig:
     stream: bool = True  # print a single sample as it is drawn
     chat: bool = False  # hold a conversation with a model that was trained on some
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: runtime.DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
 
 
 def sample(cfg: SampleConfig) -> list[str]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import configurator
-from configurator import UserError
+from configurator import DType, UserError
 from model import GPT, GPTConfig
 from plaingpt import files, lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
@@ -94,7 +94,7 @@ class TrainConfig:
     plan: bool = False  # print what would be done, and stop
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: runtime.DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, where it works
     fsdp: bool = False  # shard weights and optimizer over the processes, for what outgrows a GPU
     activation_checkpointing: bool = False  # less memory: blocks are computed again in backward

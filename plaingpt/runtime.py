@@ -16,16 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import UserError
-
-DType = Literal["auto", "bfloat16", "float16", "float32"]
+from configurator import DType, UserError
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import configurator
-from configurator import UserError
+from configurator import DType, UserError
 from model import GPT
 from plaingpt import runtime
 from plaingpt.checkpoint import store
@@ -50,7 +50,7 @@ class EvalConfig:
     tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
     limit: int | None = None  # windows, or questions, of a task at most; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: runtime.DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
 
 
 def score(cfg: EvalConfig) -> dict[str, float]:

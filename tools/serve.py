@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 
 import configurator
-from configurator import UserError
+from configurator import DType, UserError
 from plaingpt import generation, runtime
 from plaingpt.checkpoint import store
 
@@ -35,7 +35,7 @@ class ServeConfig:
     min_p: float | None = None  # … from those at least this times as likely as the likeliest
     seed: int | None = None  # the same for all answers; None: each its own
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: runtime.DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
 
 
 def serve(cfg: ServeConfig) -> None:

@@ -27,10 +27,10 @@ from plaingpt import generation
 from plaingpt.checkpoint import store
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
-
-REPO = Path(__file__).parents[2]
 from tools import page as webpage
 from tools import serve
+
+REPO = Path(__file__).parents[2]
 
 SHAPE = GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=32)
 SAMPLING = generation.Sampling(
