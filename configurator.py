@@ -52,7 +52,7 @@ PositiveFloat = Annotated[float, Range("a number above 0", lambda value: 0 < val
 NonNegativeFloat = Annotated[float, Range("a number from 0", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
 FractionBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
-FractionAbove0 = Annotated[float, Range("in (0, 1]", lambda value: 0 < value <= 1)]
+FractionAbove0 = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 
 
 class UserError(ValueError):
@@ -355,20 +355,25 @@ def help_text(cls: type) -> str:
     """The docstring of the command, then a line a setting: name, type, default, comment."""
     hints, comments = typing.get_type_hints(cls), comments_of(cls)
     lines = [inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""), "", "settings:"]
-    for field in dataclasses.fields(cls):
+    inherited = [
+        field for field in dataclasses.fields(cls) if field.name not in cls.__annotations__
+    ]
+    own = [field for field in dataclasses.fields(cls) if field not in inherited]
+    for field in [*own, *inherited]:
         kind = f"{describe(hints[field.name])}, default {default_of(field)!r}"
         lines += [f"  --{field.name:<18} {comments.get(field.name, '')} ({kind})"]
     return "\n".join(lines)
 
 
 def comments_of(cls: type) -> dict[str, str]:
-    """The comment behind each field, read from the source of the dataclass."""
-    comments, name = {}, ""
-    tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
-    for token in tokens:
-        before = token.line[: token.start[1]]
-        if token.type == tokenize.NAME and not before.strip():
-            name = token.string
-        elif token.type == tokenize.COMMENT and before.strip():
-            comments[name] = token.string.lstrip("# ")
+    """The comment behind each field, read from the source of the dataclass and its bases."""
+    comments: dict[str, str] = {}
+    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        name = ""
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(each)).readline):
+            before = token.line[: token.start[1]]
+            if token.type == tokenize.NAME and not before.strip():
+                name = token.string
+            elif token.type == tokenize.COMMENT and before.strip():
+                comments[name] = token.string.lstrip("# ")
     return comments

@@ -30,8 +30,9 @@ from torch import Tensor
 import configurator
 from configurator import DType, UserError
 from model import GPT, GPTConfig
-from plaingpt import files, lora, runtime
+from plaingpt import cpu, files, generation, lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
+from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation, optim, parallel, plan
@@ -151,6 +152,8 @@ def train(cfg: TrainConfig) -> metrics.Record:
         return {}
     if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
         raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
+    if rt.device.type == "cpu":
+        cpu.speed_up(model)
     model.transformer.recompute = cfg.activation_checkpointing
     if cfg.fsdp and rt.world_size > 1:
         parallel.shard(model, rt)
@@ -622,15 +625,10 @@ def due(done: int, interval: int | None, evaluating: bool) -> bool:
 def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: runtime.Runtime) -> None:
     """Print what the model makes up after `<|endoftext|>`; the same draws each time."""
     model.eval()
-    tokens = model.generate(
-        torch.tensor([[tokenizer.eot_id]], device=rt.device),
-        SAMPLE_TOKENS,
-        temperature=0.8,
-        top_p=0.95,
-        stop_id=tokenizer.eot_id,
-        vocab_size=tokenizer.vocab_size,
-        generator=torch.Generator(rt.device).manual_seed(seed),
-    )
+    sampling = Sampling(SAMPLE_TOKENS, seed=seed)
+    pick = generation.picker(sampling, tokenizer, rt.device)
+    prompt = [tokenizer.eot_id]
+    tokens = generation.continuations(model, tokenizer, prompt, SAMPLE_TOKENS, pick)
     with parallel.together(model):  # a sharded model needs all processes
         ids = [int(token) for token in tokens]
     model.train()

@@ -1,83 +1,71 @@
-"""What `sample.py` and `serve.py` share: how tokens are drawn, and the prompts of conversations."""
+"""What sampling, serving and training share: choosing the next id, and prompts of conversations."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from configurator import UserError
 from model import GPT
+from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: settings of `GPT.generate`, and the seed of its generator."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int | None
-
-    def problems(self) -> list[str]:
-        """What is out of range, in words."""
-        found = []
-        for name in ("max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name} must be at least 1, not {value}")
-        if self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
-            found.append(f"temperature must be 0, or from 0.001 on, not {self.temperature}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                found.append(f"{name} must be above 0 and at most 1, not {value}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            found.append(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
-        return found
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-            return generator
-        return generator.manual_seed(self.seed)
+Pick = Callable[[Tensor], Tensor]  # logits (B, V) → ids (B,)
 
 
-def sampling_of(settings: Any) -> Sampling:
-    """Those of a command's settings that are Sampling's."""
-    return Sampling(**{field.name: getattr(settings, field.name) for field in fields(Sampling)})
+def picker(sampling: Sampling, tokenizer: Tokenizer, device: torch.device) -> Pick:
+    """What `GPT.generate` asks for each id. It draws from a generator of its own, and never an id
+    that the tokenizer lacks (the padding of a vocabulary)."""
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return lambda logits: draw(logits[:, : tokenizer.vocab_size], sampling, generator)
 
 
-def draw(
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """Draw an id (B,) from each row of `logits` (B, V); temperature 0 takes the likeliest.
+
+    The filters apply in this order, each to what the previous one left: the k likeliest, the fewest
+    whose probability reaches top_p (arXiv 1904.09751), those at least min_p times as likely as the
+    likeliest (arXiv 2407.01082).
+    """
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = F.softmax(logits / sampling.temperature, dim=-1)
+    if top_k is not None:
+        kth = probs.topk(min(top_k, probs.size(-1))).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if top_p is not None:
+        ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # mass of the likelier ones
+        beyond[:, 0] = False  # even where top_p is below the resolution of a float
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), 0.0)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def continuations(
     model: GPT,
     tokenizer: Tokenizer,
-    ids: list[int],
-    sampling: Sampling,
-    generator: torch.Generator,
+    prompt: list[int],
+    max_new_tokens: int,
+    pick: Pick,
     count: int = 1,
-    watch: Callable[[Tensor], Any] | None = None,
 ) -> Iterator[Tensor]:
-    """The ids (count,) that follow `ids`, one token after the other, until all texts have ended."""
-    return model.generate(
-        torch.tensor([ids] * count, device=model.lm_head.weight.device),
-        sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        stop_id=tokenizer.eot_id,
-        vocab_size=tokenizer.vocab_size,
-        generator=generator,
-        watch=watch,
-    )
+    """The ids (count,) that follow the ids of `prompt`, token by token, until all texts ended."""
+    idx = torch.tensor([prompt] * count, device=model.lm_head.weight.device)
+    return model.generate(idx, max_new_tokens, pick, stop_id=tokenizer.eot_id)
+
+
+# --- conversations
 
 
 def holds_conversations(tokenizer: Tokenizer) -> bool:
@@ -87,11 +75,11 @@ def holds_conversations(tokenizer: Tokenizer) -> bool:
 def prompt_ids(
     messages: list[dict[str, Any]], tokenizer: Tokenizer, block_size: int, max_new_tokens: int
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The ids of a prompt for an answer to the last of `messages`, and the messages that are in it:
-    the system's, and as many of the newest turns as leave room for the answer (half of the context
-    at most).
+    """The ids that prompt for an answer to the last of `messages`, and the messages that they hold:
+    the system's, and as many of the newest turns as leave room for the answer (at most half of the
+    context).
 
-    Raises UserError for messages that are no conversation, and where not even the last one fits.
+    Raises UserError for messages that are not a conversation, and if even the last does not fit.
     """
     room = block_size - min(max_new_tokens, block_size // 2)
     first = int(bool(messages) and messages[0]["role"] == "system")
@@ -105,7 +93,7 @@ def prompt_ids(
 
     ids, kept = without(oldest=0)
     if len(ids) > room:
-        fewer = range(0, len(messages) - first, 2)  # questions and their answers
+        fewer = range(0, len(messages) - first, 2)  # questions with their answers
         at = bisect_left(fewer, True, key=lambda oldest: len(without(oldest)[0]) <= room)
         ids, kept = without(fewer[min(at, len(fewer) - 1)])
     if len(ids) > room:

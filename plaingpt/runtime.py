@@ -4,7 +4,6 @@ Several processes are torchrun's: it tells each its place in environment variabl
 """
 
 import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -23,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configurator import DType, UserError
+from model import GPT
+from plaingpt import cpu
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Runtime:
         # Each weight is used once a step, so that a cache of casts only takes memory.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
+    def place(self, model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
+        """Move a model to this process's device, with the layers that are fast there."""
+        if self.device.type == "cpu":
+            cpu.speed_up(model)
+        return model.to(self.device, dtype)
+
     def seed_step(self, seed: int, step: int) -> None:
         """Make the randomness of a step (dropout) a pure function of (seed, step, rank)."""
         mixed = np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)
@@ -73,7 +80,7 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
     Raises UserError for a device that this machine does not have.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    keep_freed_memory()
+    cpu.keep_freed_memory()
     name = best_device() if device == "auto" else device
     if name == "cuda" and world_size > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -126,22 +133,6 @@ def leave() -> None:
     """Part from the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory in place of giving it back to the system.
-
-    The tensors of a training step are freed and allocated again each step; mapping their pages
-    anew cost a fourth of a step on a CPU (docs/benchmarks.md). Other C libraries stay as they are.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(mmap_max, 0)  # all of it from the heap
-    mallopt(trim_threshold, -1)  # which never shrinks
-    mallopt(top_pad, 64 << 20)
 
 
 @contextlib.contextmanager
@@ -239,13 +230,6 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
-    if device.type == "cpu" and cpu_has_bf16():
+    if device.type == "cpu" and cpu.has_bf16():
         return torch.bfloat16
     return torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """AVX512-BF16 or AMX; without them a bf16 product is emulated and slower than fp32."""
-    # Private names, the same from torch 2.9 to 2.15; a torch without them trains in fp32.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -23,7 +23,7 @@ def has(monkeypatch, *, gpus=0, mps=False, capability=(8, 0), bf16_cpu=False):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: bf16_cpu)
+    monkeypatch.setattr(runtime.cpu, "has_bf16", lambda: bf16_cpu)
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,6 @@ def test_a_named_device_and_dtype_are_taken(monkeypatch):
     assert runtime.start("cuda:1") == Runtime(torch.device("cuda:1"), torch.float16)
     assert runtime.start("cpu", "float32") == Runtime(CPU, torch.float32)
     assert runtime.start("auto", "bfloat16") == Runtime(CUDA, torch.bfloat16)
-
-
-@pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
-def test_either_instruction_set_makes_a_cpu_multiply_in_bf16(monkeypatch, probe):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == probe, raising=False)
-    assert runtime.cpu_has_bf16()
-    monkeypatch.delattr(torch.cpu, probe)
-    assert not runtime.cpu_has_bf16()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:0", "mps", "cpu:x", "cpu:", "", "meta"])

@@ -187,7 +187,7 @@ def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
     answers = talk(monkeypatch, talker, "/system Short.", *(f"Question {n}?" * 2 for n in range(9)))
     assert len(answers) == 9
     err = capsys.readouterr().err
-    assert ("the oldest turns are forgotten" in err) == ("chat" in str(talker))
+    assert ("the oldest turns are dropped" in err) == ("chat" in str(talker))
     assert talk(monkeypatch, talker, "long " * 100, "Short?", "/reset", "x" * 300) != []
     assert capsys.readouterr().err.count("tokens where 226 fit") == 2
 
@@ -255,4 +255,4 @@ def test_a_model_without_conversations_does_not_chat(folder, capsys):
     assert run(folder, "--chat") == 2
     assert "--chat needs a model that was trained on conversations" in capsys.readouterr().err
     assert run(folder, "--chat", "--start=Hi", "--num_samples=2") == 2
-    assert "chat goes with neither start nor num_samples" in capsys.readouterr().err
+    assert "chat cannot be combined with start or num_samples" in capsys.readouterr().err

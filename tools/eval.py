@@ -27,13 +27,13 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
-import torch
 
 import configurator
 from configurator import DType, UserError
 from model import GPT
-from plaingpt import runtime
+from plaingpt import generation, runtime
 from plaingpt.checkpoint import store
+from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
@@ -73,7 +73,7 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     model, own_tokenizer = store.load(cfg.checkpoint)
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} has another tokenizer than {cfg.data_dir}")
-    model.to(rt.device).eval()
+    rt.place(model).eval()
     scores: dict[str, float] = {}
     if "perplexity" in cfg.tasks:
         scores |= perplexity(cfg, model, split, rt)
@@ -106,13 +106,10 @@ def answers(
     cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer, rt: runtime.Runtime
 ) -> dict[str, float]:
     exact, overlaps = [], []
+    pick = generation.picker(Sampling(temperature=0), tokenizer, rt.device)
     for number, (question, answer) in enumerate(islice(asked(split, tokenizer), cfg.limit)):
-        drawn = model.generate(
-            torch.tensor([question], device=rt.device),
-            len(answer) + ANSWER_TOKENS,
-            temperature=0,
-            stop_id=tokenizer.eot_id,
-            vocab_size=tokenizer.vocab_size,
+        drawn = generation.continuations(
+            model, tokenizer, question, len(answer) + ANSWER_TOKENS, pick
         )
         given = tokenizer.decode([int(token) for token in drawn]).removesuffix(tokenizer.eot)
         wanted = tokenizer.decode(answer).removesuffix(tokenizer.eot)

@@ -12,10 +12,11 @@ import contextlib
 import json
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -27,14 +28,14 @@ from starlette.routing import Route
 from torch import Tensor
 
 import configurator
-from configurator import UserError
 from model import GPT
 from plaingpt import generation
-from plaingpt.generation import Sampling
+from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
+SETTINGS = [field.name for field in fields(Sampling)]  # that a request may give
 ALTERNATIVES = 10  # of each token that are shown
 MAX_BODY = 1 << 16  # bytes of a request
 MAX_SECONDS = 600  # of an answer, also for those who do not read it
@@ -67,10 +68,12 @@ def build_app(
         ids = tokenizer.encode(templates.field(asked, "text")) or [tokenizer.eot_id]
         return ids[-block_size:], max(len(ids) - block_size, 0)
 
+    settings = {name: getattr(defaults, name) for name in SETTINGS}
+
     async def about(request: Request) -> JSONResponse:
         shape = {"parameters": model.num_params(), "block_size": block_size}
         kind = {"chat": chat, "remembers": tokenizer.chat_template == templates.CHAT}
-        return JSONResponse({"name": name, **kind, **shape, "defaults": asdict(defaults)})
+        return JSONResponse({"name": name, **kind, **shape, "defaults": settings})
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
@@ -154,7 +157,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
     """The settings of a request. Raises UserError that lists unknown names, wrong types, and
     values out of range."""
-    hints, given, problems = typing.get_type_hints(Sampling), {}, []
+    given, problems = {}, []
+    hints = typing.get_type_hints(Sampling)
     for name in sorted(asked.keys() - {"messages", "text"}):
         if name not in hints:
             problems.append(configurator.unknown(name, hints))
@@ -166,11 +170,9 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
         else:
             given[name] = value
     sampling = replace(defaults, **given)
-    problems += sampling.problems()
     if sampling.max_new_tokens > defaults.max_new_tokens:
         problems.append(f"max_new_tokens may be {defaults.max_new_tokens:,} at most")
-    if problems:
-        raise UserError("; ".join(problems))
+    configurator.validate(sampling, problems)
     return sampling
 
 
@@ -183,12 +185,18 @@ def considered(
 
     Probabilities are the model's own, before temperature and filters.
     """
-    generator = sampling.generator(model.lm_head.weight.device)
-    logits: list[Tensor] = []
+    pick = generation.picker(sampling, tokenizer, model.lm_head.weight.device)
+    logits = torch.empty(0)
+
+    def watched(given: Tensor) -> Tensor:
+        nonlocal logits
+        logits = given[:, : tokenizer.vocab_size]
+        return pick(given)
+
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    drawn = generation.draw(model, tokenizer, ids, sampling, generator, watch=logits.append)
+    drawn = generation.continuations(model, tokenizer, ids, sampling.max_new_tokens, watched)
     for number, token in enumerate(map(int, drawn), start=1):
-        probabilities = logits.pop()[0].softmax(dim=-1)
+        probabilities = logits[0].softmax(dim=-1)
         top = probabilities.topk(min(ALTERNATIVES, len(probabilities)))
         stopped = token == tokenizer.eot_id
         last = stopped or number == sampling.max_new_tokens

@@ -14,26 +14,21 @@ import sys
 from dataclasses import dataclass
 
 import configurator
-from configurator import DType, UserError
-from plaingpt import generation, runtime
+from configurator import DType, PositiveInt, UserError
+from plaingpt import runtime
 from plaingpt.checkpoint import store
+from plaingpt.sampling import Sampling
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Sampling):
     checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
     host: str = "127.0.0.1"  # this machine only; 0.0.0.0: whoever reaches it, without a password
-    port: int = 8000  # 0: one that is free
-    max_requests: int = 2  # answers at the same time; who comes then is told to wait
-    max_new_tokens: int = 200  # tokens of an answer at most
-    temperature: float = 0.8  # where a request does not say: as in sample.py
-    top_k: int | None = None  # draw from the k likeliest tokens only
-    top_p: float | None = 0.95  # … from the likeliest that together have this probability
-    min_p: float | None = None  # … from those at least this times as likely as the likeliest
-    seed: int | None = None  # the same for all answers; None: each its own
+    port: int = 8000  # 0: any free port
+    max_requests: PositiveInt = 2  # answers at a time; further requests get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
 
@@ -50,26 +45,22 @@ def serve(cfg: ServeConfig) -> None:
         from tools import page
     except ModuleNotFoundError as error:
         raise UserError(f"no {error.name} here: pip install -r requirements-serve.txt") from None
-    sampling = generation.sampling_of(cfg)
-    problems = sampling.problems()
-    if cfg.max_requests < 1:
-        problems.append(f"max_requests must be at least 1, not {cfg.max_requests}")
+    problems = []
     if not cfg.host:
         problems.append("host is empty")
     if not 0 <= cfg.port < 2**16:
         problems.append(f"port must be from 0 to 65535, not {cfg.port}")
-    if problems:
-        raise UserError("; ".join(problems))
+    configurator.validate(cfg, problems)
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
-    model.to(rt.device, rt.dtype).eval()
+    rt.place(model, rt.dtype).eval()
     try:
         listening = socket.create_server((cfg.host, cfg.port))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({reason})") from None
     hosts = ["*"] if cfg.host in ("0.0.0.0", "::") else [*LOOPBACK, cfg.host]
-    app = page.build_app(model, tokenizer, sampling, cfg.max_requests, cfg.checkpoint, hosts)
+    app = page.build_app(model, tokenizer, cfg, cfg.max_requests, cfg.checkpoint, hosts)
     settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     server = uvicorn.Server(settings)
     app.state.stopping = lambda: server.should_exit  # answers end then, too

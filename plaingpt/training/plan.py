@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configurator import UserError
-from model import GPT
+from model import GPT, GPTConfig
 from plaingpt import runtime
 from plaingpt.runtime import Runtime
 from plaingpt.training import batches
@@ -91,8 +91,22 @@ def memory_gib(model: GPT, micro_batch_size: int, cfg: "TrainConfig", rt: Runtim
         state += 4 * trained  # gradients outside of DDP's buckets, until the last micro-step
     if half:
         state += 2 * params  # bf16 copies, kept for the backward pass
-    per_token = config.activation_bytes_per_token(half, cfg.activation_checkpointing)
+    per_token = activation_bytes_per_token(config, half, cfg.activation_checkpointing)
     return (state + micro_batch_size * config.block_size * per_token) / 2**30
+
+
+def activation_bytes_per_token(config: GPTConfig, half: bool, recompute: bool) -> int:
+    """Roughly what a step keeps of each token for the backward pass, in bf16 (`half`) or fp32.
+
+    In units of n_embd, a block keeps two LayerNorms (in and out), qkv, attention, and the MLP
+    around its GELU. With `recompute` it keeps its input only, and one block at a time the rest. Of
+    the logits there are three copies.
+    """
+    block = config.n_embd * (36 if half else 64)
+    blocks = config.n_layer * block
+    if recompute:
+        blocks = config.n_layer * 4 * config.n_embd + block
+    return blocks + config.vocab_size * (10 if half else 12)
 
 
 def micro_batch_size(cfg: "TrainConfig", rt: Runtime) -> int:

@@ -23,8 +23,8 @@ import uvicorn
 
 import sample
 from model import GPT, GPTConfig
-from plaingpt import generation
 from plaingpt.checkpoint import store
+from plaingpt.sampling import Sampling
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
 from tools import page as webpage
@@ -33,9 +33,7 @@ from tools import serve
 REPO = Path(__file__).parents[2]
 
 SHAPE = GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=32)
-SAMPLING = generation.Sampling(
-    max_new_tokens=30, temperature=0.0, top_k=None, top_p=None, min_p=None, seed=None
-)
+SAMPLING = Sampling(max_new_tokens=30, temperature=0.0, top_p=None)
 JSON = {"Content-Type": "application/json"}
 
 
@@ -145,7 +143,9 @@ def test_a_text_goes_on_as_in_sample(site, folder):
     status, [start, *tokens] = site.ask({"text": "Once", "max_new_tokens": 20})
     assert status == 200 and start == {"prompt_tokens": 4, "forgotten": 0}
     settings = {"temperature": 0.0, "max_new_tokens": 20, "stream": False, "dtype": "float32"}
-    [text] = sample.sample(sample.SampleConfig(str(folder), "Once", device="cpu", **settings))
+    [text] = sample.sample(
+        sample.SampleConfig(checkpoint=str(folder), start="Once", device="cpu", **settings)
+    )
     assert "Once" + "".join(token["text"] for token in tokens) == text
     assert tokens[-1]["end"] in ("stop", "length")
 
@@ -180,9 +180,9 @@ def test_a_text_that_ends_says_so(tmp_path):
 def test_characters_come_out_once_their_bytes_are_in(folder, tmp_path, monkeypatch):
     ids = [*"aé€".encode(), 0xE2]
 
-    def drawn(self, *args, watch, **kwargs):
+    def drawn(self, idx, max_new_tokens, pick, stop_id):
         for token in ids:
-            watch(torch.zeros(1, 257))
+            pick(torch.zeros(1, 257))
             yield torch.tensor([token])
 
     monkeypatch.setattr(GPT, "generate", drawn)
@@ -223,7 +223,7 @@ def test_a_conversation(chat, talker):
         ({"text": "x", "temprature": 1}, 400, "unknown setting 'temprature'; did you mean"),
         ({"text": "x", "temperature": "hot"}, 400, "temperature expects float, not 'hot'"),
         ({"text": "x", "temperature": 10**400}, 400, "temperature expects float"),
-        ({"text": "x", "temperature": -1}, 400, "temperature must be 0, or from 0.001 on"),
+        ({"text": "x", "temperature": -1}, 400, "temperature must be 0, or at least 0.001"),
         ({"text": "x", "top_p": 2}, 400, "top_p must be above 0"),
         ({"text": "x", "seed": -1}, 400, "seed must be from 0"),
         ({"text": "x", "max_new_tokens": 31}, 400, "max_new_tokens may be 30"),
@@ -439,7 +439,7 @@ def test_defaults_of_any_size_can_be_sent(folder, open_page):
         page.wait_for_selector("#send:visible")
         send(page, "upon")
         page.wait_for_selector(".error")
-        assert "temperature must be 0, or from 0.001 on" in page.inner_text(".error")
+        assert "temperature must be 0, or at least 0.001" in page.inner_text(".error")
 
 
 def test_a_click_shows_what_was_considered(talk, open_page):

@@ -1,0 +1,20 @@
+"""The settings of sampling, apart from what applies them, so that `--help` needs no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from configurator import FractionAbove0, NonNegativeInt, PositiveInt, Range
+
+Temperature = Annotated[
+    float, Range("0, or at least 0.001", lambda value: value == 0 or 1e-3 <= value < float("inf"))
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: PositiveInt = 200  # tokens to write, unless the text ends before
+    temperature: Temperature = 0.8  # below 1 is safer, above is wilder; 0: the likeliest token
+    top_k: PositiveInt | None = None  # draw from the k likeliest tokens only
+    top_p: FractionAbove0 | None = 0.95  # draw from the likeliest that together reach this share
+    min_p: FractionAbove0 | None = None  # drop tokens below this share of the likeliest one's
+    seed: NonNegativeInt | None = None  # the same seed draws the same text; None: another each time
