@@ -149,7 +149,7 @@ def make(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, An
             "sources": [stream.summary() for stream in streams],
             "inputs": digest_of(inputs_of(cfg)),
         }
-        files.write_json(partial / "dataset.json", manifest)
+        dataset.write_manifest(partial, manifest)
     except BaseException:
         if not (partial / "progress.json").exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -301,7 +301,7 @@ def install(partial: Path, folder: Path) -> dict[str, Any]:
     A kill in the middle leaves `partial` but no manifest: data.py refuses such a folder, and
     prepare.py goes on with the move.
     """
-    manifest = json.loads((partial / "dataset.json").read_text(encoding="utf-8"))
+    manifest = dataset.read_manifest(partial)
     names = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
     masks = [mask_path(Path(name)).name for name in names] * (manifest["template"] != "text")
     names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
@@ -364,8 +364,8 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     Raises UserError for whatever is wrong.
     """
-    manifest = dataset.read_manifest(folder)
-    tokenizer = dataset.load_tokenizer(folder)
+    data = dataset.open_dataset(folder)
+    manifest, tokenizer = data.manifest, data.tokenizer
     if manifest:
         report(manifest)
         for split in manifest["splits"].values():
@@ -382,7 +382,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     for name in ("train", "val"):
         if not shards.shard_paths(folder, name):
             continue
-        split = shards.Split(folder, name, tokenizer.vocab_size)
+        split = data.split(name)
+        split.check_ids()
         checked = "all hashes as written" if manifest else "no manifest to check against"
         print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
         print(marked(split, tokenizer, 300))

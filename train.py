@@ -30,10 +30,9 @@ from torch import Tensor
 import configurator
 from configurator import DType, UserError
 from model import GPT, GPTConfig
-from plaingpt import cpu, files, generation, lora, runtime
+from plaingpt import files, lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
-from plaingpt.sampling import Sampling
-from plaingpt.text import dataset, shards
+from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation, optim, parallel, plan
 from plaingpt.training import log as metrics
@@ -129,15 +128,15 @@ def train(cfg: TrainConfig) -> metrics.Record:
         print(f"{out_dir} is this run, begun before: going on with it")
         cfg = replace(cfg, init_from="resume")
         cfg = replace(cfg, **settings_so_far(cfg))
-    fingerprint = dataset.data_fingerprint(cfg.data_dir)
-    tokenizer = dataset.load_tokenizer(cfg.data_dir)
+    data = dataset.open_dataset(cfg.data_dir)
+    fingerprint, tokenizer = data.fingerprint, data.tokenizer
     model, folder, adapter, state, saved = build_model(cfg, tokenizer, fingerprint)
     cfg = with_shape(cfg, model.config, tokenizer)
     start, skipped = state.get("step", 0), state.get("skipped", 0)
     block_size = model.config.block_size
-    split = shards.Split(cfg.data_dir, "train", tokenizer.vocab_size)
+    split = data.split("train")
     batches = Batches(split, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
-    val_split = shards.Split(cfg.data_dir, "val", tokenizer.vocab_size)
+    val_split = data.split("val")
     check_length(val_split, block_size)
     max_steps = steps_to_do(cfg, batches)
     print("\n".join(plan.sentences(cfg, rt, model, batches, max_steps)))
@@ -152,8 +151,6 @@ def train(cfg: TrainConfig) -> metrics.Record:
         return {}
     if rt.any(rt.sum(torch.tensor(float(start))).item() != start * rt.world_size):
         raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
-    if rt.device.type == "cpu":
-        cpu.speed_up(model)
     model.transformer.recompute = cfg.activation_checkpointing
     if cfg.fsdp and rt.world_size > 1:
         parallel.shard(model, rt)
@@ -183,7 +180,7 @@ def train(cfg: TrainConfig) -> metrics.Record:
         if adapter and start == 0 and not folders.on_hub(cfg.init_from):
             adapters.keep_base(folder, out_dir)
         log, tracker = begin_run(cfg, [*earlier, this_start] if start else [this_start])
-    bytes_per_token = dataset.bytes_per_token(val_split)
+    bytes_per_token = data.bytes_per_token(val_split)
     tokens_per_step = cfg.batch_size * block_size
     peak_flops = metrics.peak_flops(rt.device)
     flops_per_token = model.config.flops_per_token(frozen=adapter is not None)
@@ -338,7 +335,7 @@ def begin_run(
     tracker = None
     if cfg.tracker:
         name = f"{out_dir.name}-{starts[0]['time']}"
-        about = start | {"splits": dataset.statistics(cfg.data_dir)}
+        about = start | {"splits": dataset.open_dataset(cfg.data_dir).statistics}
         tracker = metrics.Tracker(cfg.tracker, name, out_dir, about)
     if start["step"] == 0:
         for folder in folders.steps(out_dir):  # only with --overwrite
@@ -625,10 +622,15 @@ def due(done: int, interval: int | None, evaluating: bool) -> bool:
 def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: runtime.Runtime) -> None:
     """Print what the model makes up after `<|endoftext|>`; the same draws each time."""
     model.eval()
-    sampling = Sampling(SAMPLE_TOKENS, seed=seed)
-    pick = generation.picker(sampling, tokenizer, rt.device)
-    prompt = [tokenizer.eot_id]
-    tokens = generation.continuations(model, tokenizer, prompt, SAMPLE_TOKENS, pick)
+    tokens = model.generate(
+        torch.tensor([[tokenizer.eot_id]], device=rt.device),
+        SAMPLE_TOKENS,
+        temperature=0.8,
+        top_p=0.95,
+        stop_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
+        generator=torch.Generator(rt.device).manual_seed(seed),
+    )
     with parallel.together(model):  # a sharded model needs all processes
         ids = [int(token) for token in tokens]
     model.train()

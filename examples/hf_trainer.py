@@ -14,8 +14,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plaingpt.text import shards
-from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.text.dataset import open_dataset
 
 
 class Windows(torch.utils.data.Dataset):
@@ -23,7 +22,7 @@ class Windows(torch.utils.data.Dataset):
     model shifts them by itself; -100 where the loss does not count."""
 
     def __init__(self, data_dir: str, name: str, length: int) -> None:
-        self.split = shards.Split(data_dir, name, Tokenizer.load(data_dir).vocab_size)
+        self.split = open_dataset(data_dir).split(name)
         self.length = length
 
     def __len__(self) -> int:

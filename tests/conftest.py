@@ -92,8 +92,18 @@ def tiny_text() -> str:
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """One shard; returns its entry for the manifest."""
     content = tokens.astype("<u2").tobytes()
-    path.write_bytes(shards.shard_header(len(tokens)).tobytes() + content)
+    path.write_bytes(shards.encode_header(len(tokens)) + content)
     return {"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_of(path)}
+
+
+def positions(count: int, start: int = 0) -> np.ndarray:
+    """Tokens that are their own positions."""
+    return np.arange(start, start + count, dtype=np.uint16)
+
+
+def split_of(folder: Path, name: str = "train", vocab_size: int = 65536) -> shards.Split:
+    """A split whose ids may exceed the vocabulary of the folder's tokenizer."""
+    return shards.Split(name, shards.shard_paths(folder, name), vocab_size)
 
 
 @pytest.fixture(scope="session")

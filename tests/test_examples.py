@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import store
-from plaingpt.text import shards
+from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import batches
 
@@ -50,7 +50,7 @@ def test_both_loops_have_the_same_loss_on_the_same_batch(folders, tmp_path):
     trainer = Trainer(theirs.train(), arguments, train_dataset=windows)
     batch = trainer.data_collator([windows[n] for n in range(4)])
     loss = trainer.compute_loss(theirs.eval(), batch)
-    split = shards.Split(data_dir, "train", 257)
+    split = dataset.open_dataset(data_dir).split("train")
     x, y, mask = batches.windows_at(split, np.arange(4) * 32, 31)
     ours = store.load_model(step).eval()(x, y, mask)
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=0)

@@ -60,7 +60,7 @@ def command(texts, target, *arguments) -> int:
 
 
 def tokens_of(folder, name) -> np.ndarray:
-    split = shards.Split(folder, name, 65536)
+    split = dataset.open_dataset(folder).split(name)
     return split[0 : len(split)]
 
 
@@ -114,7 +114,8 @@ def test_the_manifest_counts_what_is_there(run, texts, target):
         content = (target / shard["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
         assert len(content) == 1024 + 2 * shard["tokens"]
-    assert dataset.bytes_per_token(shards.Split(target, "val", 257)) == 7 / 8
+    data = dataset.open_dataset(target)
+    assert data.bytes_per_token(data.split("val")) == 7 / 8
 
 
 def test_val_sources_are_the_validation(run, texts, target):
@@ -355,7 +356,7 @@ def test_a_run_that_was_killed_while_moving_its_files_can_be_repeated(run, targe
     for name in ("dataset.json", "val_000000.bin"):
         (target / name).rename(partial / name)
     with pytest.raises(ValueError, match=r"half prepared: run its prepare\.py command again"):
-        dataset.read_manifest(target)
+        dataset.open_dataset(target)
     run()
     assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
 
@@ -595,7 +596,7 @@ def test_only_answers_count_in_the_loss(run, tmp_path, target):
     source = jsonl(tmp_path / "talks.jsonl", [talk(number) for number in range(40)])
     run(sources=(source,), template="chat", shard_tokens=333)
     for name in ("train", "val"):
-        split = shards.Split(target, name, 257)
+        split = dataset.open_dataset(target).split(name)
         tokens, mask = split[0 : len(split)], split.mask(0, len(split))
         answers = [text.split(b"### Assistant:\n")[1] for text in documents_of(target, name)]
         wanted = [token for answer in answers for token in [*answer, EOT]]
@@ -610,7 +611,7 @@ def test_empty_files_are_counted_and_reported(tmp_path, capsys):
     assert prepare.main(arguments) == 0
     where = str((tmp_path / "b.txt").resolve())
     assert f"skipped 2: an empty file (the first: {where})" in capsys.readouterr().out
-    (source,) = dataset.read_manifest(data_dir)["sources"]
+    (source,) = dataset.open_dataset(data_dir).manifest["sources"]
     assert source["dropped"] == {"an empty file": [2, where]} and source["documents"] == 2
 
 
@@ -626,7 +627,7 @@ def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
     assert not target.exists()
     assert command(texts, target, *wanted, "--bad_records=skip") == 0
     out, err = capsys.readouterr()
-    [known] = dataset.read_manifest(target)["sources"]
+    [known] = dataset.open_dataset(target).manifest["sources"]
     assert known["documents"] == 9
     assert {reason: count for reason, (count, _) in known["dropped"].items()} == {
         "not JSON": 1,
@@ -668,13 +669,13 @@ def test_what_is_trained_on_is_kept_out_of_validation(
     run(sources=(train,), val_sources=(val,), template=template, shard_tokens=shard_tokens)
     kept = documents_of(target, "val")
     assert len(kept) == 2 and b"20" in kept[0] and b"21" in kept[1]
-    entry = dataset.read_manifest(target)["splits"]["val"]
+    entry = dataset.open_dataset(target).manifest["splits"]["val"]
     assert entry["documents"] == 2 and entry["trained_on"] == 2
     tokens = tokens_of(target, "val")
     assert entry["tokens"] == len(tokens)
     assert prepare.inspect(target)
     if template == "chat":
-        mask = shards.Split(target, "val", 257).mask(0, len(tokens))
+        mask = dataset.open_dataset(target).split("val").mask(0, len(tokens))
         assert bytes((tokens[mask == 1] % 256).tolist()) == b"It is 21.\0It is 22.\0"
 
 
@@ -690,7 +691,7 @@ def test_mixing_follows_the_weights_in_tokens(run, tmp_path, target):
         share = (part == ord("1")).sum() / ((part == ord("1")).sum() + (part == ord("2")).sum())
         assert share == pytest.approx(0.75 * 1.1 / (0.75 * 1.1 + 0.25), abs=0.03)
     assert (tokens == ord("1")).sum() == 99 * 300 or (tokens == ord("2")).sum() == 9 * 1000
-    ended = [known["ended"] for known in dataset.read_manifest(target)["sources"]]
+    ended = [known["ended"] for known in dataset.open_dataset(target).manifest["sources"]]
     assert sorted(ended) == [False, True]
 
 
@@ -940,7 +941,7 @@ def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).symlink_to(blob)
     assert run_in(tmp_path / "data", f"--sources={tmp_path}/*.jsonl") == 0
-    (source,) = dataset.read_manifest(tmp_path / "data")["sources"]
+    (source,) = dataset.open_dataset(tmp_path / "data").manifest["sources"]
     assert source["documents"] == 40
 
 
@@ -955,7 +956,7 @@ def test_validation_is_about_what_was_asked_for(tmp_path):
         for number, source in enumerate((long_line, folder)):
             data_dir = tmp_path / f"data{number}{seed}"
             assert run_in(data_dir, f"--sources={source}", f"--seed={seed}") == 0
-            splits = dataset.statistics(data_dir)
+            splits = dataset.open_dataset(data_dir).statistics
             share = splits["val"]["bytes"] / (splits["val"]["bytes"] + splits["train"]["bytes"])
             assert 0 < share < 0.06
 
@@ -975,7 +976,7 @@ def test_a_record_that_the_tokenizer_refuses_is_skipped_like_others(tmp_path, ca
     assert run_in(tmp_path / "data", *bpe) == 2
     assert "a.jsonl, line 2: " in capsys.readouterr().err
     assert run_in(tmp_path / "data", *bpe, "--bad_records=skip") == 0
-    (source,) = dataset.read_manifest(tmp_path / "data")["sources"]
+    (source,) = dataset.open_dataset(tmp_path / "data").manifest["sources"]
     assert source["documents"] == 3 and sum(n for n, _ in source["dropped"].values()) == 1
 
 

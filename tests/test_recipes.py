@@ -9,8 +9,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from plaingpt.text import dataset, shards
-from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.text import dataset
 
 REPO = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (REPO / "config").glob("data_*.py"))
@@ -159,16 +158,16 @@ def test_a_recipe_prepares_its_dataset(recipe, tmp_path, monkeypatch, capsys):
         documents = 2  # the two parts of the file
     assert prepare.main([str(REPO / "config" / recipe), "--tokenizer=bytes", "--workers=1"]) == 0
     [folder] = (tmp_path / "data").iterdir()
-    manifest = dataset.read_manifest(folder)
+    data = dataset.open_dataset(folder)
+    manifest = data.manifest
     splits = manifest["splits"]
     assert sum(split["documents"] for split in splits.values()) == documents
     assert splits["val"]["documents"] >= 1
-    tokenizer = Tokenizer.load(folder)
     text = ""
     for name in splits:
-        split = shards.Split(folder, name, tokenizer.vocab_size)
+        split = data.split(name)
         tokens, mask = split[0 : len(split)], split.mask(0, len(split))
-        text += tokenizer.decode(tokens.tolist())
+        text += data.tokenizer.decode(tokens.tolist())
         if manifest["template"] != "text":
             assert mask is not None and 0 < mask.mean() < 1
     assert said in text

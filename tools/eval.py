@@ -64,8 +64,9 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     if not cfg.tasks:
         raise UserError("tasks is empty")
     rt = runtime.start(cfg.device, cfg.dtype)
-    tokenizer = dataset.load_tokenizer(cfg.data_dir)
-    split = shards.Split(cfg.data_dir, "val", tokenizer.vocab_size)
+    data = dataset.open_dataset(cfg.data_dir)
+    tokenizer = data.tokenizer
+    split = data.split("val")
     if "answers" in cfg.tasks and not split.has_mask:
         raise UserError(
             f"there are no questions in {cfg.data_dir}: prepare.py --template=alpaca, chat or synth"
@@ -76,14 +77,14 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     rt.place(model).eval()
     scores: dict[str, float] = {}
     if "perplexity" in cfg.tasks:
-        scores |= perplexity(cfg, model, split, rt)
+        scores |= perplexity(cfg, model, data, split, rt)
     if "answers" in cfg.tasks:
         scores |= answers(cfg, model.to(rt.dtype), split, tokenizer, rt)
     return scores
 
 
 def perplexity(
-    cfg: EvalConfig, model: GPT, split: shards.Split, rt: runtime.Runtime
+    cfg: EvalConfig, model: GPT, data: dataset.Dataset, split: shards.Split, rt: runtime.Runtime
 ) -> dict[str, float]:
     max_tokens = cfg.limit and cfg.limit * model.config.block_size
     loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
@@ -91,7 +92,7 @@ def perplexity(
         raise UserError(f"no token of {cfg.data_dir} counts in the loss, as far as limit goes")
     found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
-    if bytes_per_token := dataset.bytes_per_token(split):
+    if bytes_per_token := data.bytes_per_token(split):
         found["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
         text += f", {found['bits_per_byte']:.4f} bits per byte"
     of_answers = " of answers" if split.has_mask else ""

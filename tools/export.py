@@ -196,13 +196,14 @@ def number(value: float | None, unit: str) -> str | None:
 def data_of(data_dir: str, fingerprint: str) -> str | None:
     """What a run was trained on, as long as the folder is still there and the same."""
     try:
-        if dataset.data_fingerprint(data_dir) != fingerprint:
-            return None
-        manifest = dataset.read_manifest(data_dir)
-    except ValueError:
+        data = dataset.open_dataset(data_dir)
+    except UserError:
         return None
-    sources = ", ".join(str(public(s)) for s in manifest.get("settings", {}).get("sources", []))
-    tokens = dataset.statistics(data_dir).get("train", {}).get("tokens")
+    if data.fingerprint != fingerprint:
+        return None
+    given = data.manifest.get("settings", {}).get("sources", [])
+    sources = ", ".join(str(public(source)) for source in given)
+    tokens = data.statistics.get("train", {}).get("tokens")
     return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configurator import UserError
 from plaingpt import files
 from plaingpt.text.documents import DEFAULT_THREADS, Encoded, Piece, Reading, Stream, encoded
-from plaingpt.text.shards import ShardWriter, Split, reopen
+from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 if TYPE_CHECKING:
@@ -269,18 +269,14 @@ def without_documents(
     shutil.rmtree(partial / KEPT, ignore_errors=True)
     (partial / KEPT).mkdir()
     writer = ShardWriter(partial / KEPT, "val", split.shards.shard_tokens, split.shards.masked)
-    whole = Split(partial, "val", MAX_VOCAB_SIZE)
+    whole = Split("val", shard_paths(partial, "val"), MAX_VOCAB_SIZE)
     stops = np.cumsum(known["tokens"]).tolist()
     for stop, length, out in zip(stops, known["tokens"].tolist(), left_out):
         if out:
             continue
         for start in range(stop - length, stop, 1 << 20):
             end = min(start + (1 << 20), stop)
-            mask = whole.mask(start, end) if split.shards.masked else None
-            writer.write(
-                whole[start:end].astype(np.uint16),
-                None if mask is None else mask.astype(np.uint8),
-            )
+            writer.write(whole.tokens(start, end), whole.flags(start, end))
     kept = known[~left_out]
     return {
         "documents": len(kept),

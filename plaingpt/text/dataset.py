@@ -1,57 +1,118 @@
-"""A data folder: its manifest (dataset.json), tokenizer and splits."""
+"""A data folder: its manifest (dataset.json), its tokenizer and its splits."""
 
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from configurator import UserError
-from plaingpt.text.shards import PARTIAL, Split, read_manifest, shard_paths  # noqa: F401
+from plaingpt import files
+from plaingpt.text.shards import Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 
-
-def data_fingerprint(data_dir: Path | str) -> str:
-    """The same for two folders exactly if they hold the same training tokens and masks.
-
-    From the hashes in the manifest; from names and sizes for a folder that has none.
-    """
-    entries = read_manifest(data_dir).get("splits", {}).get("train", {}).get("shards")
-    if entries is None:
-        paths = shard_paths(Path(data_dir), "train")
-        known = [f"{path.name} {path.stat().st_size}" for path in paths]
-    else:
-        known = [entry["sha256"] + entry.get("mask_sha256", "") for entry in entries]
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+MANIFEST = "dataset.json"
+PARTIAL = ".partial"  # folder in which prepare.py builds the files of a data folder
 
 
-def statistics(data_dir: Path | str) -> dict[str, dict[str, int]]:
-    """Documents, bytes and tokens of each split, as far as a manifest counted them."""
-    splits = read_manifest(data_dir).get("splits", {})
-    names = ("documents", "bytes", "tokens")
-    return {name: {key: split[key] for key in names} for name, split in splits.items()}
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data folder."""
+
+    folder: Path
+    manifest: dict[str, Any]  # {} where others wrote the shards
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer; GPT-2's for shards of llm.c and nanoGPT, which come without one.
+
+        Raises UserError for a damaged one, and for nanoGPT's character-level data.
+        """
+        if (self.folder / "tokenizer.json").exists() or self.manifest:
+            return Tokenizer.load(self.folder)
+        if not shard_paths(self.folder, "train"):
+            raise UserError(
+                f"{self.folder} has no train shards ({self.folder}/train_000000.bin, …)"
+            )
+        if (self.folder / "meta.pkl").exists():
+            raise UserError(
+                f"{self.folder} holds nanoGPT's characters, whose table is a pickle: not read. "
+                "Prepare its input.txt with --tokenizer=bytes"
+            )
+        print(f"{self.folder} has no tokenizer.json: taking its ids for GPT-2's")
+        return Tokenizer.gpt2()
+
+    def split(self, name: str) -> Split:
+        """Open "train" or "val". Raises UserError for missing and truncated shards."""
+        return Split(name, self._shard_paths(name), self.tokenizer.vocab_size)
+
+    def _shard_paths(self, name: str) -> list[Path]:
+        """The shards that the manifest lists, or all that are found without a manifest."""
+        paths = shard_paths(self.folder, name)
+        if self.manifest:
+            entries = self.manifest.get("splits", {}).get(name, {}).get("shards", [])
+            for entry in entries:
+                path = self.folder / entry["file"]
+                if path not in paths:
+                    raise UserError(
+                        f"{self.folder}/{MANIFEST} lists {entry['file']}, which is missing"
+                    )
+                mask = mask_path(path)
+                if "mask_sha256" in entry and not mask.exists():
+                    raise UserError(
+                        f"{mask} is missing: without it every token would count in the loss"
+                    )
+            paths = [self.folder / entry["file"] for entry in entries]
+        if not paths:
+            raise UserError(f"{self.folder} has no {name} shards ({name}_000000.bin, …)")
+        return paths
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two folders exactly if their training tokens and masks are equal.
+
+        Made from the hashes in the manifest; without one, from names and sizes of the shards.
+        """
+        entries = self.manifest.get("splits", {}).get("train", {}).get("shards")
+        if entries is None:
+            paths = shard_paths(self.folder, "train")
+            known = [f"{path.name} {path.stat().st_size}" for path in paths]
+        else:
+            known = [entry["sha256"] + entry.get("mask_sha256", "") for entry in entries]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+
+    @property
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """Documents, bytes and tokens of each split, as the manifest counts them."""
+        splits = self.manifest.get("splits", {})
+        names = ("documents", "bytes", "tokens")
+        return {name: {key: split[key] for key in names} for name, split in splits.items()}
+
+    def bytes_per_token(self, split: Split) -> float | None:
+        """Bytes of UTF-8 text per token of a split; None without a manifest, and where a mask
+        leaves tokens out."""
+        counts = self.statistics.get(split.name)
+        if split.has_mask or not counts or not counts["tokens"]:
+            return None
+        return counts["bytes"] / counts["tokens"]
 
 
-def bytes_per_token(split: Split) -> float | None:
-    """Bytes of UTF-8 text per token of a split; None where no manifest counted them, and where a
-    mask leaves tokens out."""
-    counts = statistics(split.folder).get(split.name)
-    if split.has_mask:
-        return None
-    return counts["bytes"] / counts["tokens"] if counts and counts["tokens"] else None
-
-
-def load_tokenizer(data_dir: Path | str) -> Tokenizer:
-    """The tokenizer of a folder. Shards of llm.c and nanoGPT come without one and are GPT-2's.
-
-    Raises UserError for a damaged one, and for nanoGPT's characters, which are no bytes.
-    """
+def open_dataset(data_dir: Path | str) -> Dataset:
+    """Raises UserError for a folder that is missing or half prepared, and a damaged manifest."""
     folder = Path(data_dir)
-    if (folder / "tokenizer.json").exists() or read_manifest(folder):
-        return Tokenizer.load(folder)
-    if not shard_paths(folder, "train"):
-        raise UserError(f"{folder} has no train shards ({folder}/train_000000.bin, …)")
-    if (folder / "meta.pkl").exists():
-        raise UserError(
-            f"{folder} holds nanoGPT's characters, whose table is a pickle: not read. "
-            "Prepare its input.txt with --tokenizer=bytes"
-        )
-    print(f"{folder} has no tokenizer.json: taking its ids for GPT-2's")
-    return Tokenizer.gpt2()
+    return Dataset(folder, read_manifest(folder))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a folder, {} where others wrote the shards. Raises as `open_dataset`."""
+    if not folder.is_dir():
+        raise UserError(f"there is no data in {folder}; prepare.py --data_dir={folder} makes it")
+    if (folder / MANIFEST).exists():
+        return files.read_json(folder / MANIFEST)
+    if (folder / PARTIAL).exists():
+        raise UserError(f"{folder} is half prepared: run its prepare.py command again")
+    return {}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    files.write_json(folder / MANIFEST, manifest)

@@ -103,7 +103,7 @@ def test_each_question_has_its_own_answer(shard_folder):
     mask = [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]
     folder = shard_folder(train=[[1]], val=[ids], manifest=False)
     (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
-    split = eval.shards.Split(folder, "val", 257)
+    split = eval.dataset.open_dataset(folder).split("val")
     pairs = list(eval.asked(split, Tokenizer.bytes()))
     assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
 

@@ -1,7 +1,5 @@
-"""Shards to the byte; the order of batches where each token is its own position."""
+"""The order of batches, seen where each token is its own position; memory that stays flat."""
 
-import json
-import os
 import queue
 import struct
 import sys
@@ -10,212 +8,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import write_shard
+from conftest import positions, split_of
 
+from configurator import UserError
 from plaingpt.runtime import Runtime
-from plaingpt.text import dataset, shards
-from plaingpt.text.shards import Split
 from plaingpt.training import batches
 from plaingpt.training.batches import Batches
-
-VOCAB = 65536
-
-
-def positions(count, start=0):
-    return np.arange(start, start + count, dtype=np.uint16)
-
-
-def split_of(folder, name="train", vocab_size=VOCAB):
-    return Split(folder, name, vocab_size)
-
-
-def refusal(folder, name="train", vocab_size=VOCAB) -> str:
-    with pytest.raises(ValueError) as caught:
-        Split(folder, name, vocab_size)
-    return str(caught.value)
-
-
-# --- the format
-
-
-def test_a_shard_is_llm_cs_to_the_byte(tmp_path):
-    tokens = np.array([0, 1, 258, 65535], dtype=np.uint16)
-    writer = shards.ShardWriter(tmp_path, "train", shard_tokens=100)
-    writer.write(tokens)
-    [entry] = writer.close()
-    content = (tmp_path / "train_000000.bin").read_bytes()
-    header = struct.pack("<256i", 20240520, 1, 4, *[0] * 253)
-    assert content == header + b"\x00\x00\x01\x00\x02\x01\xff\xff"
-    assert entry["file"] == "train_000000.bin" and entry["tokens"] == 4
-
-
-def test_a_written_shard_reads_back(shard_folder):
-    split = split_of(shard_folder(train=[positions(1000)]))
-    assert len(split) == 1000
-    assert split[0:1000].tolist() == list(range(1000))
-    assert split[990:1000].dtype == np.int64
-
-
-def test_nanogpts_tokens_without_header_read_too(tmp_path):
-    positions(1000).astype("<u2").tofile(tmp_path / "train.bin")
-    split = split_of(tmp_path)
-    assert len(split) == 1000 and split[3:6].tolist() == [3, 4, 5]
-    (tmp_path / "train.bin").write_bytes(b"\x07\x00")
-    assert split_of(tmp_path)[0:1].tolist() == [7]
-
-
-def test_llm_cs_names_are_found_and_other_files_are_not(tmp_path):
-    names = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "x_val_000000.bin"]
-    for number, name in enumerate([*names, "train_000001.mask.bin", "trained.bin", "train.txt"]):
-        write_shard(tmp_path / name, positions(4, 10 * number))
-    assert [path.name for path in shards.shard_paths(tmp_path, "train")] == names[:2]
-    assert [path.name for path in shards.shard_paths(tmp_path, "val")] == names[2:]
-    assert split_of(tmp_path)[0:8].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-
-
-def test_a_range_runs_across_shards(shard_folder):
-    sizes = [7, 1, 0, 12, 5]
-    ends = np.cumsum(sizes)
-    arrays = [positions(size, end - size) for size, end in zip(sizes, ends)]
-    split = split_of(shard_folder(train=arrays))
-    for start in range(25):
-        for stop in range(start + 1, 26):
-            assert split[start:stop].tolist() == list(range(start, stop))
-
-
-# --- masks
-
-
-def test_a_mask_lies_beside_its_shard_and_absent_means_all(shard_folder):
-    folder = shard_folder(train=[positions(6), positions(6, 6), positions(4, 12)])
-    assert split_of(folder).mask(0, 16) is None
-    (folder / "train_000001.mask.bin").write_bytes(bytes([1, 0, 0, 1, 1, 0]))
-    split = split_of(folder)
-    wanted = [1.0] * 6 + [1, 0, 0, 1, 1, 0] + [1] * 4
-    assert split.mask(0, 16).tolist() == wanted
-    assert split.mask(5, 9).tolist() == wanted[5:9]
-    assert split.mask(0, 16).dtype == np.float32
-    _, y, mask = batches.windows_at(split, np.array([4, 8]), 5)
-    assert mask.tolist() == [wanted[5:10], wanted[9:14]]  # of the targets
-    assert y.tolist() == [[5, 6, 7, 8, 9], [9, 10, 11, 12, 13]]
-
-
-def test_a_mask_of_an_empty_shard_is_empty(shard_folder):
-    folder = shard_folder(train=[positions(4), positions(0)])
-    (folder / "train_000000.mask.bin").write_bytes(bytes([1, 0, 0, 1]))
-    (folder / "train_000001.mask.bin").write_bytes(b"")
-    assert split_of(folder).mask(0, 4).tolist() == [1, 0, 0, 1]
-
-
-def test_a_mask_of_another_length_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(6)])
-    (folder / "train_000000.mask.bin").write_bytes(bytes(5))
-    assert f"{folder}/train_000000.mask.bin has 5 bytes for 6 tokens" in refusal(folder)
-
-
-# --- what is refused
-
-
-def test_a_truncated_shard_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(1000), positions(1000)])
-    path = folder / "train_000001.bin"
-    os.truncate(path, path.stat().st_size - 2)
-    message = refusal(folder)
-    assert message.startswith(f"{path} has 3,022 bytes") and "1,000 tokens = 3,024" in message
-    os.truncate(path, 500)
-    assert str(path) in refusal(folder)
-
-
-def test_a_shard_with_more_than_its_header_says_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(10)])
-    with (folder / "train_000000.bin").open("ab") as file:
-        file.write(b"\0\0")
-    assert "its header promises 10 tokens" in refusal(folder)
-
-
-def test_another_version_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(10)])
-    with (folder / "train_000000.bin").open("r+b") as file:
-        file.seek(4)
-        file.write(b"\2")
-    assert refusal(folder) == (
-        f"{folder}/train_000000.bin has a shard's magic, but not a header of version 1"
-    )
-
-
-@pytest.mark.parametrize("size", [0, 1, 3, 1001])
-def test_a_file_that_is_no_whole_number_of_ids_is_refused(tmp_path, size):
-    (tmp_path / "train.bin").write_bytes(bytes(size))
-    assert refusal(tmp_path).startswith(f"{tmp_path}/train.bin has {size} bytes")
-
-
-def test_an_id_beyond_the_vocabulary_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(50), np.array([3, 61, 2, 60])])
-    assert len(split_of(folder, vocab_size=62)) == 54
-    assert refusal(folder, vocab_size=61).startswith(
-        f"{folder}/train_000001.bin: id 61 at token 1 is beyond the vocabulary of 61"
-    )
-
-
-def test_a_shard_that_the_manifest_names_must_be_there(shard_folder):
-    folder = shard_folder(train=[positions(9), positions(9)], val=[positions(9)])
-    (folder / "train_000001.bin").unlink()
-    assert refusal(folder) == f"{folder}/dataset.json lists train_000001.bin, which is missing"
-    assert len(split_of(folder, "val")) == 9
-
-
-def test_a_shard_that_the_manifest_does_not_name_is_not_read(shard_folder):
-    folder = shard_folder(train=[positions(9)])
-    write_shard(folder / "train_000001.bin", positions(9))
-    assert len(split_of(folder)) == 9
-
-
-def test_a_folder_without_shards_or_none_at_all_is_refused(shard_folder, tmp_path):
-    folder = shard_folder(train=[positions(9)])
-    assert refusal(folder, "val").startswith(f"{folder} has no val shards")
-    missing = tmp_path / "missing"
-    assert refusal(missing) == (
-        f"there is no data in {missing}; prepare.py --data_dir={missing} makes it"
-    )
-
-
-def test_a_half_prepared_folder_is_refused(shard_folder):
-    folder = shard_folder(train=[positions(9)], manifest=False)
-    (folder / dataset.PARTIAL).mkdir()
-    assert refusal(folder) == f"{folder} is half prepared: run its prepare.py command again"
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3"])
-def test_a_damaged_manifest_is_refused(shard_folder, content):
-    folder = shard_folder(train=[positions(9)])
-    (folder / "dataset.json").write_bytes(content)
-    assert refusal(folder).startswith(f"{folder}/dataset.json is damaged")
-
-
-# --- the manifest
-
-
-def test_the_fingerprint_is_that_of_the_training_tokens(shard_folder):
-    one = dataset.data_fingerprint(shard_folder(train=[positions(9), positions(4)]))
-    again = dataset.data_fingerprint(shard_folder(train=[positions(9), positions(4)], val=[[1]]))
-    other = dataset.data_fingerprint(shard_folder(train=[positions(9), positions(4, 1)]))
-    assert one == again != other
-    folder = shard_folder(train=[positions(9)], manifest=False)
-    longer = shard_folder(train=[positions(10)], manifest=False)
-    assert dataset.data_fingerprint(folder) != dataset.data_fingerprint(longer)
-
-
-def test_bytes_per_token_come_from_the_manifest(shard_folder):
-    folder = shard_folder(train=[positions(10)])
-    manifest = json.loads((folder / "dataset.json").read_text())
-    manifest["splits"]["train"]["bytes"] = 35
-    (folder / "dataset.json").write_text(json.dumps(manifest))
-    train, bare = shards.Split(folder, "train", 257), shard_folder(train=[[1]], manifest=False)
-    assert dataset.bytes_per_token(train) == 3.5
-    assert dataset.bytes_per_token(shards.Split(bare, "train", 257)) is None
-    (folder / "train_000000.mask.bin").write_bytes(bytes(len(train)))
-    assert dataset.bytes_per_token(shards.Split(folder, "train", 257)) is None
-
 
 # --- the order of batches
 
@@ -305,6 +103,30 @@ def test_a_stride_makes_windows_overlap(folder):
     assert sorted(starts) == list(range(0, 153, 3))  # the last window ends at token 160
     exact = batches_of(folder, batch_size=1, stride=1)
     assert exact.windows == 153
+
+
+def test_masks_are_those_of_the_targets(shard_folder):
+    folder = shard_folder(train=[positions(6), positions(6, 6), positions(4, 12)])
+    (folder / "train_000001.mask.bin").write_bytes(bytes([1, 0, 0, 1, 1, 0]))
+    counted = [1.0] * 6 + [1, 0, 0, 1, 1, 0] + [1] * 4
+    _, y, mask = batches.windows_at(split_of(folder), np.array([4, 8]), 5)
+    assert mask.tolist() == [counted[5:10], counted[9:14]]
+    assert y.tolist() == [[5, 6, 7, 8, 9], [9, 10, 11, 12, 13]]
+
+
+def test_an_id_beyond_the_vocabulary_is_reported_by_the_batch_that_reads_it(shard_folder):
+    folder = shard_folder(train=[positions(50), [*range(50, 60), 99, *range(61, 81)]])
+    batches = Batches(split_of(folder, vocab_size=99), 1, 8, 0, 8)
+    failed = []
+    for step in range(batches.windows):
+        try:
+            batches(step)
+        except UserError as error:
+            assert str(error).startswith(
+                f"{folder}/train_000001.bin: id 99 at token 10 is beyond the vocabulary of 99"
+            )
+            failed.append(int(batches.starts(step)[0]))
+    assert failed == [56]  # the window of tokens 56 … 64; id 99 is token 60
 
 
 @pytest.mark.parametrize("tokens, windows", [(9, 1), (16, 1), (17, 2), (24, 2), (25, 3)])
@@ -455,68 +277,10 @@ def test_memory_stays_flat_on_a_gigabyte(tmp_path):
         file.write(struct.pack("<256i", 20240520, 1, tokens, *[0] * 253))
         file.truncate(1024 + 2 * tokens)
     tracemalloc.start()
-    batches = Batches(Split(tmp_path, "train", 1), 8, 64, 0, 64)
+    batches = Batches(split_of(tmp_path, vocab_size=1), 8, 64, 0, 64)
     for step in range(20):
         assert batches(step)[0].shape == (8, 64)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert batches.windows == (tokens - 65) // 64 + 1
     assert peak < 2**20
-
-
-def test_a_mask_that_is_missing_is_no_mask_of_ones(tmp_path):
-    writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
-    writer.write(positions(50), np.zeros(50, np.uint8))
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"splits": {"train": {"shards": writer.close()}}})
-    )
-    before = dataset.data_fingerprint(tmp_path)
-    (tmp_path / "train_000000.mask.bin").unlink()
-    assert "train_000000.mask.bin is missing" in refusal(tmp_path)
-    writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
-    writer.write(positions(50), np.ones(50, np.uint8))
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"splits": {"train": {"shards": writer.close()}}})
-    )
-    assert dataset.data_fingerprint(tmp_path) != before
-
-
-# --- writing in parts
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("noted", [0, 3, 10, 25, 30])
-def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
-    """What was written behind the note is cut off, whole shards and all."""
-    folders = [tmp_path / "whole", tmp_path / "parts"]
-    tokens = positions(30)
-    mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
-    state = None
-    for folder in folders:
-        folder.mkdir()
-        writer = shards.ShardWriter(folder, "train", 10, masked, state)
-        for start in range(0, 30, 5):
-            if folder == folders[1] and start >= noted and state is None:
-                state = json.loads(json.dumps(writer.sync()))
-            part = slice(start, start + 5)
-            writer.write(tokens[part], None if mask is None else mask[part])
-        if folder == folders[0]:
-            entries = writer.close()
-        else:
-            state = state or json.loads(json.dumps(writer.sync()))
-    done = min(30, -(-noted // 5) * 5)
-    again = shards.ShardWriter(folders[1], "train", 10, masked, state)
-    again.write(tokens[done:], None if mask is None else mask[done:])
-    assert again.close() == entries
-    for path in folders[0].iterdir():
-        assert (folders[1] / path.name).read_bytes() == path.read_bytes()
-    assert len(list(folders[1].iterdir())) == 3 * (1 + masked)
-
-
-def test_a_shard_that_lost_what_was_noted_is_refused(tmp_path):
-    writer = shards.ShardWriter(tmp_path, "train", 100)
-    writer.write(positions(50))
-    state = writer.sync()
-    os.truncate(tmp_path / "train_000000.bin", 1024 + 98)
-    with pytest.raises(ValueError, match="has lost its end"):
-        shards.ShardWriter(tmp_path, "train", 100, state=state)
