@@ -46,8 +46,9 @@ class Range:
     holds: Callable[[Any], bool]
 
 
-PositiveInt = Annotated[int, Range("at least 1", lambda value: value >= 1)]
-NonNegativeInt = Annotated[int, Range("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)]
+IN_64_BITS = Range("below 2**63", lambda value: value < 2**63)
+PositiveInt = Annotated[int, Range("at least 1", lambda value: value >= 1), IN_64_BITS]
+NonNegativeInt = Annotated[int, Range("at least 0", lambda value: value >= 0), IN_64_BITS]
 PositiveFloat = Annotated[float, Range("a number above 0", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Range("a number from 0", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]

@@ -214,7 +214,10 @@ class GPT(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight once, by name: a tied head appears as the embedding."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        weights = self.state_dict()
+        if self.config.tie_weights:
+            del weights["lm_head.weight"]
+        return weights
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":

@@ -92,8 +92,13 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
         best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
         rank=int(os.environ.get("RANK", 0)),
         world_size=world_size,
-        restartable=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0,
+        restartable=restartable(),
     )
+
+
+def restartable() -> bool:
+    """Whether torchrun starts the processes again when one has died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def join(device: torch.device) -> None:

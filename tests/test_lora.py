@@ -19,7 +19,9 @@ from model import GPT, GPTConfig
 from plaingpt import lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import optim, plan
+from plaingpt.training import optim
+from plaingpt.training.plan import memory_gib
+from plaingpt.training.start import Start
 from tools import export
 
 SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -103,7 +105,7 @@ def test_a_target_that_is_nowhere_is_refused_with_the_closest():
 def test_the_optimizer_has_the_adapters_alone(name, moments):
     model = adapted()
     rates = {"weight_decay": 0.0, "betas": (0.9, 0.99), "momentum": 0.9, "embedding_lr_scale": 1.0}
-    optimizers = optim.build_optimizers(model, name, **rates)
+    optimizers = optim.build_optimizers(model, optim.OptimizerConfig(name, **rates))
     assert len(optimizers) == 1
     optim.set_learning_rate(optimizers, 0.01)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -289,11 +291,11 @@ def test_another_adapter_does_not_resume(run, capsys, arguments, message):
     "changes, message",
     [
         ({"init_from": "scratch"}, "lora_rank needs init_from"),
-        ({"lora_rank": -1}, "rank must be at least 1, not -1"),
+        ({"lora_rank": -1}, "lora_rank must be at least 0, not -1"),
         ({"lora_alpha": 0.0}, "alpha must be a number above 0"),
         ({"lora_dropout": 1.0}, "dropout must be in"),
         ({"lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
-        ({"lora_targets": ()}, "no targets"),
+        ({"lora_targets": ()}, "lora_targets is empty"),
     ],
 )
 def test_bad_settings(run, changes, message):
@@ -305,11 +307,12 @@ def test_bad_settings(run, changes, message):
 def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     train.train(replace(run, plan=True))
     out = capsys.readouterr().out
-    assert "LoRA: 4,096 of them train (10.7%), of rank 4 on c_attn, c_proj, c_fc." in out
+    assert "LoRA: 4,096 of them train (10.7%), rank 4 on c_attn, c_proj, c_fc." in out
     model = store.load_model(base)
     rt, memory = runtime.start("cpu", "float32"), []
     for _ in range(2):
-        memory.append(plan.memory_gib(model, 1, replace(run, optimizer="adamw"), rt) * 2**30)
+        plan = train.make_plan(replace(run, optimizer="adamw"), Start(model), None, 1, rt)
+        memory.append(memory_gib(plan) * 2**30)
         lora.add(model, CONFIG, seed=0) if len(memory) == 1 else None
     params = 34_208  # of each all but the adapters' lose gradient and moments
     adapters = model.num_params() - params

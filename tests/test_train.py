@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -18,11 +19,14 @@ import torch
 from conftest import write_shard
 
 import train
+from model import GPT
 from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import log, optim
+from plaingpt.training import compiling, evaluation, optim, run_folder
+from plaingpt.training.start import Start, model_config
+from plaingpt.training.state import make_state
 
 REPO = Path(__file__).parents[1]
 
@@ -55,10 +59,14 @@ def cfg(tmp_path_factory) -> train.TrainConfig:
     )
 
 
+def fresh_model(cfg: train.TrainConfig) -> GPT:
+    return GPT(model_config(vars(cfg), 257))
+
+
 def records(out_dir) -> list[dict]:
     """metrics.jsonl without the clock's part."""
     timing = {"tokens_per_s", "dt_ms", "mfu", "peak_mem_gib"}
-    found = log.read_records(Path(out_dir) / "metrics.jsonl")
+    found = run_folder.read_records(Path(out_dir) / "metrics.jsonl")
     return [{key: r[key] for key in r if key not in timing} for r in found]
 
 
@@ -130,11 +138,12 @@ def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
     x, y = torch.randint(257, (4, 16)), torch.randint(257, (4, 16))
     weights = []
     for micro in (1, 2, 4):
-        model = train.GPT(train.model_config(replace(cfg, dropout=0.0), 257)).init_weights(0)
-        sgd = [SGD(model.parameters())]
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        batch = (x, y, mask)
-        loss, _ = train.optimizer_step(model, model, batch, sgd, scaler, 1.0, micro, 0.0, rt)
+        plain = replace(cfg, dropout=0.0, grad_clip=0.0)
+        model = fresh_model(plain).init_weights(0)
+        plan = train.make_plan(plain, Start(model), None, micro, rt)
+        state = make_state(Start(model), Tokenizer.bytes(), plan, rt)
+        state.optimizers = [SGD(model.parameters())]
+        loss, _ = train.optimizer_step(state, (x, y, mask), 1.0, plan, rt)
         weights.append((torch.tensor(loss), *model.parameters()))
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
@@ -161,7 +170,7 @@ def test_a_validation_loss_is_the_mean_over_all_targets(cfg, tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, tmp_path, monkeypatch, capsys):
-    real = train.GPT.forward
+    real = GPT.forward
     seen = []
 
     def sometimes_nan(self, idx, targets=None, *rest):
@@ -171,7 +180,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, tmp_path, monkeyp
             return loss * (math.nan if len(seen) in (3, 4) else 1.0)
         return loss
 
-    monkeypatch.setattr(train.GPT, "forward", sometimes_nan)
+    monkeypatch.setattr(GPT, "forward", sometimes_nan)
     train.train(replace(cfg, out_dir=str(tmp_path), max_steps=6))
     assert same(seen[2], seen[3]) and same(seen[3], seen[4]) and not same(seen[4], seen[5])
     assert capsys.readouterr().out.count("skipped") == 2
@@ -218,7 +227,9 @@ def test_a_run_starts_from_a_checkpoint_with_its_shape(cfg, tmp_path, capsys):
     warm = replace(
         cfg, out_dir=str(tmp_path / "second"), init_from=str(tmp_path / "first"), n_layer=9
     )
-    with pytest.raises(ValueError, match="takes the shape from there: n_layer=9, where .* has 2"):
+    with pytest.raises(
+        ValueError, match="takes the shape of its checkpoint: n_layer=9, where .* has 2"
+    ):
         train.train(warm)
     warm = replace(warm, n_layer=train.TrainConfig().n_layer)  # as if it were not given
     first = train.train(replace(warm, learning_rate=1e-9, max_steps=1, dropout=0.0))
@@ -255,7 +266,7 @@ def test_a_run_from_another_checkpoint_resumes(cfg, tmp_path, monkeypatch):
 def test_a_finished_run_is_not_buried(cfg, tmp_path):
     done = replace(cfg, out_dir=str(tmp_path), max_steps=3)
     train.train(done)
-    with pytest.raises(ValueError, match="--init_from=resume goes on from it, --overwrite"):
+    with pytest.raises(ValueError, match="--init_from=resume continues it, --overwrite"):
         train.train(done)
     with pytest.raises(ValueError, match="is at step 3, max_steps=3"):
         train.train(replace(done, init_from="resume"))
@@ -273,14 +284,14 @@ def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, mo
         train.train(run)
     monkeypatch.setattr(train, "save", really)
     assert train.train(run)["step"] == 9
-    assert "begun before: going on with it" in capsys.readouterr().out
+    assert "holds this very run: resuming it" in capsys.readouterr().out
     assert train.train(run) == {}
     assert "max_steps=9: it is done" in capsys.readouterr().out
     starts = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 7]
-    with pytest.raises(ValueError, match="--init_from=resume goes on from it"):
+    with pytest.raises(ValueError, match="--init_from=resume continues it"):
         train.train(replace(run, learning_rate=0.1))
-    with pytest.raises(ValueError, match="--overwrite does not go with --max-restarts|not combine"):
+    with pytest.raises(ValueError, match="--overwrite does not combine with --max-restarts"):
         train.train(replace(run, overwrite=True))
 
 
@@ -338,7 +349,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
-    monkeypatch.setattr(train.evaluation, "validation_loss", lambda *_: (math.nan, 0))
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))
     state = json.loads(
@@ -380,8 +391,8 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"batch_size": 12, "micro_batch_size": 5}, "nearest that divide it are 4 and 6"),
         ({"max_steps": 0, "seed": -1}, "max_steps must be at least 1, not 0; seed must be"),
         ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
-        ({"grad_clip": math.nan}, "grad_clip must be a number from 0 on"),
-        ({"weight_decay": math.inf}, "weight_decay must be a number from 0 on"),
+        ({"grad_clip": math.nan}, "grad_clip must be a number from 0, not nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a number from 0, not inf"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"seed": 2**63}, "seed must be below"),
         ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate"),
@@ -402,7 +413,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
-def test_broken_shards_are_refused_before_the_first_step(cfg, tmp_path):
+def test_broken_shards_are_refused_and_foreign_ids_end_the_run(cfg, tmp_path):
     shutil.copytree(cfg.data_dir, tmp_path / "data")
     shard = tmp_path / "data" / "train_000000.bin"
     whole = shard.read_bytes()
@@ -410,10 +421,12 @@ def test_broken_shards_are_refused_before_the_first_step(cfg, tmp_path):
     broken = replace(cfg, data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"train_000000.bin .* it was cut off"):
         train.train(broken)
-    shard.write_bytes(whole[:-2] + b"\xff\xff")
+    assert not (tmp_path / "out").exists()
+    half = len(whole) // 4 * 2  # of the windows half, so that an early batch reads one
+    shard.write_bytes(whole[:half] + b"\xff\xff" * ((len(whole) - half) // 2))
     with pytest.raises(ValueError, match="id 65535 at token .* beyond the vocabulary of 257"):
         train.train(broken)
-    assert not (tmp_path / "out").exists()
+    assert not folders.steps(tmp_path / "out")
 
 
 # --- what a run leaves
@@ -451,9 +464,9 @@ def test_epochs_set_the_steps(cfg, tmp_path, capsys):
     assert train.train(replace(epochs, max_steps=3))["step"] == 3  # of both, what ends first
     resume = [f"--out_dir={tmp_path}", "--init_from=resume"]
     assert train.main([*resume, "--max_steps=None"]) == 0
-    assert log.read_records(tmp_path / "metrics.jsonl")[-1]["step"] == quarter
+    assert run_folder.read_records(tmp_path / "metrics.jsonl")[-1]["step"] == quarter
     assert train.main([*resume, "--max_steps=None"]) == 2
-    assert "a larger --epochs (and --max_steps, if given) goes on" in capsys.readouterr().err
+    assert "a larger --epochs (and --max_steps, if given) continues it" in capsys.readouterr().err
 
 
 def test_the_plan_needs_no_data_and_writes_nothing(cfg, tmp_path, capsys):
@@ -473,12 +486,12 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", broken)
     rt = runtime.start("cpu")
-    model = train.GPT(train.model_config(cfg, 257))
-    monkeypatch.setattr(train, "worth_compiling", lambda rt: True)
-    assert train.maybe_compiled(model, cfg, 4, rt) is model
+    model = fresh_model(cfg)
+    monkeypatch.setattr(compiling, "worth_compiling", lambda rt: True)
+    assert compiling.maybe_compiled(model, "auto", 4, rt) is model
     assert "(RuntimeError: no compiler)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--compile=true does not work here"):
-        train.maybe_compiled(model, replace(cfg, compile=True), 4, rt)
+        compiling.maybe_compiled(model, True, 4, rt)
 
 
 # --- trackers, the real libraries writing to this machine
@@ -498,7 +511,7 @@ def test_trackio_gets_metrics_settings_statistics_and_the_checkpoint(cfg, tmp_pa
         assert {"settings", "splits", "revision", "data"} <= json.loads(config).keys()
         files = base.execute("select manifest from artifact_versions").fetchall()
         assert "model.safetensors" in str(files)
-    record = log.read_records(tmp_path / "out" / "metrics.jsonl")[9]
+    record = run_folder.read_records(tmp_path / "out" / "metrics.jsonl")[9]
     assert logged["val_loss"] == record["val_loss"]
     assert logged["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert {"lr", "grad_norm", "tokens_per_s", "val_perplexity"} <= logged.keys()
@@ -546,8 +559,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
         run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
-    again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'} goes on"
-    assert f"stopped by SIGTERM; {again}" in out
+    again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}"
+    assert re.search(rf"stopped by SIGTERM after step \d+; {re.escape(again)}\n", out)
     assert len(folders.steps(tmp_path / "parts")) == 1
 
 
@@ -579,9 +592,8 @@ def newest(out_dir: Path) -> int:
 
 
 def test_optimizers_cover_the_model(cfg):
-    model = train.GPT(train.model_config(cfg, 257))
-    optimizers = optim.build_optimizers(
-        model, "muon", weight_decay=0, betas=(0.9, 0.9), momentum=0.9, embedding_lr_scale=1
-    )
+    model = fresh_model(cfg)
+    settings = {"weight_decay": 0, "betas": (0.9, 0.9), "momentum": 0.9, "embedding_lr_scale": 1}
+    optimizers = optim.build_optimizers(model, optim.OptimizerConfig("muon", **settings))
     owned = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     assert len(owned) == len(list(model.parameters()))

@@ -36,7 +36,7 @@ from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.text import sources
 from plaingpt.text.documents import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import log
+from plaingpt.training import log, run_folder
 
 REPO = Path(__file__).parents[1]
 
@@ -144,7 +144,7 @@ def measure_train(cfg: TrainBench, data_dir: Path, out_dir: Path) -> list[log.Re
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     if run.returncode:
         raise UserError(f"train.py failed: {run.stderr.strip().splitlines()[-1]}")
-    return log.read_records(out_dir / "metrics.jsonl")
+    return run_folder.read_records(out_dir / "metrics.jsonl")
 
 
 def measure_nanogpt(

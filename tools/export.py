@@ -18,7 +18,7 @@ from plaingpt import files
 from plaingpt.checkpoint import folders, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import log
+from plaingpt.training import run_folder
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def training(folder: Path) -> list[str]:
     """The lines of a model card on how it was trained."""
     state = folders.read_state(folder)
     settings, step = state["settings"], state["step"]
-    records = log.read_records(folder.parent / "metrics.jsonl")
+    records = run_folder.read_records(folder.parent / "metrics.jsonl")
     figures = {name: value for r in records if r["step"] == step for name, value in r.items()}
     rows = {
         "steps": f"{step:,}",

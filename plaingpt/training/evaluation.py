@@ -1,21 +1,46 @@
-"""The loss on held-out text."""
+"""How a model is doing: the loss on held-out text, and a sample."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from model import GPT
+from plaingpt import generation
 from plaingpt.runtime import Runtime
+from plaingpt.sampling import Sampling
 from plaingpt.text.shards import Split
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import parallel
 from plaingpt.training.batches import validation_batches
+
+SAMPLE_TOKENS = 100  # in a sample
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is validated on: fixed windows of a split."""
+
+    split: Split
+    max_tokens: int | None  # None: all of the split
+    batch_size: int  # windows that a process takes at once
+    bytes_per_token: float | None  # None: not known
+
+    def measure(self, model: GPT, rt: Runtime) -> dict[str, float]:
+        """`val_loss`, in nats per token, and `val_bpb`, in bits per byte, where that is known."""
+        loss, _ = validation_loss(model, self.split, self.max_tokens, self.batch_size, rt)
+        measured = {"val_loss": loss}
+        if self.bytes_per_token:
+            measured["val_bpb"] = bits_per_byte(loss, self.bytes_per_token)
+        return measured
 
 
 @torch.no_grad()
 def validation_loss(
     model: GPT, split: Split, max_tokens: int | None, batch_size: int, rt: Runtime
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over the fixed windows of a split, and how many tokens counted;
-    the work shared over the processes."""
+    """The mean loss in nats per token over the fixed windows of a split, and the number of tokens
+    that counted. The processes share the work."""
     was_training = model.training
     model.eval()
     total, counted = torch.zeros(2, dtype=torch.float64)
@@ -34,5 +59,18 @@ def validation_loss(
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token, in a unit that does not depend on the tokenizer."""
+    """A loss in nats per token in a unit that does not depend on the tokenizer."""
     return loss / math.log(2) / bytes_per_token
+
+
+def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: Runtime) -> None:
+    """Print what the model writes after `<|endoftext|>`, with the same draws each time."""
+    model.eval()
+    pick = generation.picker(Sampling(seed=seed), tokenizer, rt.device)
+    prompt = [tokenizer.eot_id]
+    tokens = generation.continuations(model, tokenizer, prompt, SAMPLE_TOKENS, pick)
+    with parallel.unsharded(model):  # a sharded model needs all processes
+        ids = [int(token) for token in tokens]
+    model.train()
+    text = tokenizer.decode(ids).removesuffix(tokenizer.eot)
+    print("\n".join(f"  | {line}" for line in text.splitlines()))

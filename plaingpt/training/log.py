@@ -1,19 +1,20 @@
-"""What a run tells: the console line, metrics.jsonl, the plot, an optional tracker."""
+"""What the console says of a run: its line per step, the clock, the peaks of known GPUs."""
 
-import importlib
-import json
 import math
 import re
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
 
-from configurator import UserError
+from plaingpt.runtime import Runtime, peak_memory_gib
+from plaingpt.training.plan import Plan
+from plaingpt.training.state import TrainState
 
 # One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu,
-# peak_mem_gib; and where it was evaluated val_loss and val_bpb.
+# peak_mem_gib; after an evaluation also val_loss and val_bpb.
 Record = dict[str, Any]
+
 # Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
 PEAK_TFLOPS = {
     "A100": 312,
@@ -39,7 +40,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that a device's data sheet promises, or None where the table has none."""
+    """FLOP/s that a device's data sheet promises, None for devices that are not in the table."""
     if device.type != "cuda":
         return None
     for name, tflops in PEAK_TFLOPS.items():  # "H100 PCIe" stands before "H100"
@@ -48,8 +49,9 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def console_line(record: Record, max_steps: int, eta_s: float) -> str:
+def console_line(record: Record, max_steps: int) -> str:
     """One line for a training step, in fixed fields and units."""
+    eta_s = (max_steps - record["step"]) * record["dt_ms"] / 1000
     digits = len(str(max_steps))
     mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
     return (
@@ -76,110 +78,49 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one record a line, steps in order, none twice.
+def throughput(state: TrainState, plan: Plan, dt: float, rt: Runtime) -> Record:
+    """The metrics of a step besides its loss; `dt` is its time in seconds."""
+    peak = peak_flops(rt.device)
+    return {
+        "skipped": state.skipped,
+        "tokens": state.step * plan.tokens_per_step,
+        "tokens_per_s": plan.tokens_per_step / dt,
+        "dt_ms": 1000 * dt,
+        "mfu": plan.flops_per_step / dt / (peak * rt.world_size) if peak else None,
+        "peak_mem_gib": peak_memory_gib(rt.device),
+    }
 
-    Opening it drops the records after `first_step`, which a resumed run is about to make again.
-    """
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        self.records = [r for r in read_records(path) if r["step"] <= first_step]
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+class Clock:
+    """Times the steps of a run, and says after six of them how long the rest will take."""
 
-    def add(self, record: Record) -> None:
-        """Append a record; a number that is not finite becomes null, as JSON has none."""
-        record = {key: finite(value) for key, value in record.items()}
-        self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def __init__(self, steps: int) -> None:
+        self.steps_left = self.steps = steps
+        self.began = self.warm = self.seconds = 0.0
+        self.timed = 0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.began
+        self.timed += 1
+        self.steps_left -= 1
+        done = self.steps - self.steps_left
+        if done == 1:  # the first step is slower than the others
+            self.warm = now
+        if done == 6:
+            left = (now - self.warm) / 5 * self.steps_left
+            print(f"Time: about {duration(left)} for the remaining steps.")
+
+    def read(self) -> float:
+        """The mean seconds of a step since the last reading."""
+        mean = self.seconds / self.timed
+        self.seconds, self.timed = 0.0, 0
+        return mean
 
 
 def finite(value: float | None) -> float | None:
-    """A number as JSON can carry it: None where it is not finite."""
+    """The number, or None, which JSON can carry, if it is not finite."""
     return value if value is None or math.isfinite(value) else None
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) - 1:
-                raise UserError(f"{path}:{number + 1} is not JSON") from None
-    return records
-
-
-def plot(records: list[Record], path: Path) -> None:
-    """Draw training and validation loss, learning rate and gradient norm over the steps, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    losses, rates, norms = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
-    lines = [
-        (losses, "loss", "training", "C0-"),
-        (losses, "val_loss", "validation", "C1o-"),
-        (rates, "lr", None, "C2-"),
-        (norms, "grad_norm", None, "C3-"),
-    ]
-    for axes, key, label, style in lines:
-        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
-        axes.grid(alpha=0.3)
-    losses.set_ylabel("loss (nats per token)")
-    if losses.lines:
-        losses.legend()
-    rates.set_ylabel("lr")
-    norms.set(xlabel="step", ylabel="norm")
-    partial = path.with_name(path.name + ".partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
-
-
-class Tracker:
-    """A run as wandb or trackio shows it: the two have the same calls."""
-
-    def __init__(self, library: str, name: str, out_dir: Path, config: dict[str, Any]) -> None:
-        """Start, or go on with, the run of that name. Raises UserError where the library is not
-        installed, or does not start."""
-        try:
-            self.library = importlib.import_module(library)
-        except ImportError:
-            raise UserError(
-                f"--tracker={library} needs a library that is not here: pip install {library}"
-            ) from None
-        self.name = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
-        places = {"id": self.name, "dir": str(out_dir)} if library == "wandb" else {}
-        try:
-            self.library.init(
-                project="plaingpt", name=self.name, config=config, resume="allow", **places
-            )
-        except Exception as error:  # of kinds that are the library's own
-            raise UserError(f"--tracker={library} does not start: {error}") from error
-
-    def log(self, record: Record) -> None:
-        """The record of a step, and the perplexity of its losses."""
-        values = {key: value for key, value in record.items() if finite(value) is not None}
-        step = values.pop("step")
-        for key in ("loss", "val_loss"):
-            if key in values:
-                values[key.replace("loss", "perplexity")] = math.exp(min(values[key], 700))
-        self.library.log(values, step=step)
-
-    def finish(self, checkpoint: Path | None) -> None:
-        """End the run; the checkpoint folder goes with it, as an artifact."""
-        if checkpoint:
-            artifact = self.library.Artifact(self.name, type="model")
-            artifact.add_dir(str(checkpoint))
-            self.library.log_artifact(artifact)
-        self.library.finish()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from configurator import UserError
-from plaingpt.training.parallel import own, sharded_as, whole
+from plaingpt.training.parallel import full_tensor, local_shard, sharded_as
 
 OptimizerName = Literal["muon", "adamw"]
 
@@ -116,17 +117,21 @@ class Muon(Optimizer):
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        mine = [own(grad) for grad in grads]
-        torch._foreach_lerp_([own(buffer) for buffer in buffers], mine, 1 - group["momentum"])
-        torch._foreach_lerp_(mine, [own(buffer) for buffer in buffers], group["momentum"])
-        stack = torch.stack([whole(grad) for grad in grads])  # with Nesterov's momentum now
+        mine = [local_shard(grad) for grad in grads]
+        torch._foreach_lerp_(
+            [local_shard(buffer) for buffer in buffers], mine, 1 - group["momentum"]
+        )
+        torch._foreach_lerp_(mine, [local_shard(buffer) for buffer in buffers], group["momentum"])
+        stack = torch.stack([full_tensor(grad) for grad in grads])  # with Nesterov's momentum now
         parts = group.get("parts", 1)
         rows, columns = stack.size(1) // parts, stack.size(2)
         updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
-        weights = [own(p) for p in parameters]
+        weights = [local_shard(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        shards = [own(sharded_as(p, update)) for p, update in zip(parameters, updates.unbind())]
+        shards = [
+            local_shard(sharded_as(p, update)) for p, update in zip(parameters, updates.unbind())
+        ]
         torch._foreach_add_(weights, shards, alpha=scale)
 
 
@@ -148,15 +153,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x
 
 
-def build_optimizers(
-    model: nn.Module,
-    optimizer: OptimizerName,
-    *,
-    weight_decay: float,
-    betas: tuple[float, float],
-    momentum: float,
-    embedding_lr_scale: float,
-) -> list[Optimizer]:
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: OptimizerName
+    weight_decay: float
+    betas: tuple[float, float]  # AdamW's
+    momentum: float  # Muon's
+    embedding_lr_scale: float  # with Muon: AdamW's learning rate as a multiple of Muon's
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     """The optimizers that together train every parameter of a GPT that is not frozen.
 
     "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
@@ -169,19 +175,20 @@ def build_optimizers(
             continue
         if parameter.dim() < 2:
             plain.append(parameter)
-        elif optimizer == "adamw" or ".h." not in name:
+        elif config.name == "adamw" or ".h." not in name:
             decayed.append(parameter)
         else:
             (qkv if name.endswith("c_attn.weight") else matrices).append(parameter)
-    lr_scale = embedding_lr_scale if optimizer == "muon" else 1.0
+    lr_scale = config.embedding_lr_scale if config.name == "muon" else 1.0
     groups = [
-        {"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": lr_scale},
         {"params": plain, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=betas)]
-    if optimizer == "muon":
+    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=config.betas)]
+    if config.name == "muon":
         groups = [{"params": qkv, "parts": 3}, {"params": matrices, "parts": 1}]
-        optimizers.append(Muon(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay))
+        muon = Muon(groups, 0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizers.append(muon)
     return [each for each in optimizers if each.parameters()]
 
 

@@ -8,20 +8,23 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
+from plaingpt import cpu
 from plaingpt.runtime import Runtime
 
-# What torch.distributed has for sharding is not imported at the top: it takes 0.6 s.
+# The parts of torch.distributed that shard are imported where they are used: they take 0.6 s.
 
 
 def shard(model: GPT, rt: Runtime) -> None:
     """Leave each process its part of every weight, and so of every gradient and moment (FSDP2).
 
-    The weights of a block are put together while it computes. They stay float32, cast by autocast
-    as those of one process are, so that the losses are the same to rounding.
+    A block's weights are gathered while it computes. They stay float32 and are cast by autocast, as
+    in a single process, so that the losses agree to rounding.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if rt.device.type == "cpu":
+        cpu.speed_up(model)
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -35,8 +38,8 @@ def average_gradients(step_model: Any, rt: Runtime) -> DistributedDataParallel:
 
 
 def share_gradients(step_model: Callable[..., Tensor], share: bool) -> None:
-    """Whether the next backward pass averages gradients: with DDP only the last micro-step has to.
-    Shards share in each: what waits would be a whole gradient in every process."""
+    """Set whether the next backward pass averages gradients. With DDP only the last micro-step has
+    to; FSDP always does, because waiting would keep a whole gradient in every process."""
     if isinstance(step_model, DistributedDataParallel):
         step_model.require_backward_grad_sync = share
 
@@ -46,8 +49,8 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def together(model: Any) -> Iterator[None]:
-    """While it lasts, what a sharded model does outside of its own forward pass works, too."""
+def unsharded(model: Any) -> Iterator[None]:
+    """Gather a sharded model, so that calls other than its own forward pass work."""
     if is_sharded(model):
         model.unshard()
     yield
@@ -55,18 +58,18 @@ def together(model: Any) -> Iterator[None]:
         model.reshard()
 
 
-def whole(tensor: Any) -> Tensor:
-    """A tensor that is sharded over the processes (DTensor), put together; others as they are."""
+def full_tensor(tensor: Any) -> Tensor:
+    """A sharded tensor (DTensor) gathered from all processes; any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def own(tensor: Any) -> Tensor:
-    """This process's shard of a tensor, sharing its memory; a tensor that is whole as it is."""
+def local_shard(tensor: Any) -> Tensor:
+    """This process's shard of a tensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_as(like: Any, tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor that all processes have, if `like` is sharded."""
+    """This process's shard of a tensor that every process holds, if `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -75,11 +78,11 @@ def sharded_as(like: Any, tensor: Tensor) -> Tensor:
     return same.redistribute(placements=like.placements)
 
 
-def gathered(tensors: dict[str, Tensor], rt: Runtime) -> dict[str, Tensor]:
-    """Sharded tensors put together one by one, on the CPU of the main process; {} in others."""
+def gather_to_main(tensors: dict[str, Tensor], rt: Runtime) -> dict[str, Tensor]:
+    """Sharded tensors gathered one by one on the CPU of the main process; {} in the others."""
     found = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if rt.is_main:
             found[name] = full.cpu()
     return found

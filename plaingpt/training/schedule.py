@@ -1,33 +1,47 @@
-"""The learning rate as a pure function of the step."""
+"""Pure functions of the step: the learning rate, and when what comes once in a while is due."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
-Schedule = Literal["cosine", "wsd"]
+ScheduleName = Literal["cosine", "wsd"]
 
 
-def learning_rate(
-    step: int,
-    *,
-    max_steps: int,
-    peak: float,
-    min_lr: float,
-    warmup_steps: int,
-    schedule: Schedule,
-    decay_fraction: float,
-) -> float:
-    """The learning rate of step 0, 1, …, max_steps - 1.
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of each step, from 0 to max_steps - 1.
 
     Linear warm-up to `peak`, then "cosine" down to `min_lr`, or "wsd" (warm-up, stable, decay;
     arXiv 2404.06395): `peak` until the last `decay_fraction` of the steps, then linear.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    start = warmup_steps
-    if schedule == "wsd":
-        start = max(start, round(max_steps * (1 - decay_fraction)))
-    if step < start:
-        return peak
-    done = min((step - start + 1) / max(max_steps - start, 1), 1.0)  # in (0, 1]
-    left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
-    return min_lr + (peak - min_lr) * left
+
+    max_steps: int
+    peak: float
+    min_lr: float
+    warmup_steps: int
+    schedule: ScheduleName
+    decay_fraction: float
+
+    def at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        start = self.warmup_steps
+        if self.schedule == "wsd":
+            start = max(start, round(self.max_steps * (1 - self.decay_fraction)))
+        if step < start:
+            return self.peak
+        done = min((step - start + 1) / max(self.max_steps - start, 1), 1.0)  # in (0, 1]
+        left = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
+        return self.min_lr + (self.peak - self.min_lr) * left
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something to do after every so many steps (0: never), and perhaps after the last one."""
+
+    steps: int
+    last: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether it is due after `step` steps."""
+        return step == self.last or (self.steps > 0 and step % self.steps == 0)

@@ -16,7 +16,7 @@ from plaingpt import files
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import log
+from plaingpt.training import run_folder
 from tools import export
 
 
@@ -60,7 +60,7 @@ def test_the_card_has_the_runs_figures(run, tmp_path):
     out_dir = export.export(export.ExportConfig(str(run), str(tmp_path / "mine")))
     card = huggingface_hub.ModelCard.load(out_dir / "README.md")
     assert card.data.library_name == "transformers" and "gpt2" in card.data.tags
-    last = log.read_records(run / "metrics.jsonl")[-1]
+    last = run_folder.read_records(run / "metrics.jsonl")[-1]
     tokens = json.loads((run / "run.json").read_text())["starts"][0]["settings"]["max_steps"] * 64
     for words in (
         "# mine",
@@ -145,7 +145,7 @@ def test_a_folder_of_someone_else_has_a_card_without_figures(run, tmp_path):
 
 
 def test_data_that_changed_since_is_not_named_and_folders_of_this_machine_never(run, tmp_path):
-    manifest = Path(train.saved_settings(folders.find(run))["data_dir"]) / "dataset.json"
+    manifest = Path(folders.read_state(folders.find(run))["settings"]["data_dir"]) / "dataset.json"
     before = manifest.read_text()
     for changes, row in (
         ({"settings": {"sources": ["/home/me/private/tales.txt", "hf:owner/tales"]}}, True),

@@ -1,7 +1,6 @@
 """The schedule as a function; Muon against torch.optim.Muon; groups; state by name."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -9,71 +8,8 @@ from torch import nn
 
 from model import GPT, GPTConfig
 from plaingpt.training import optim
-from plaingpt.training.schedule import learning_rate
 
 SHAPE = GPTConfig(vocab_size=61, block_size=8, n_layer=2, n_head=2, n_embd=16)
-
-
-# --- the learning rate
-
-
-def rates(schedule="cosine", max_steps=100, warmup_steps=10, min_lr=0.1, decay_fraction=0.2):
-    return [
-        learning_rate(
-            step,
-            max_steps=max_steps,
-            peak=1.0,
-            min_lr=min_lr,
-            warmup_steps=warmup_steps,
-            schedule=schedule,
-            decay_fraction=decay_fraction,
-        )
-        for step in range(max_steps)
-    ]
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_the_rate_warms_up_peaks_and_ends_at_min_lr(schedule):
-    values = rates(schedule)
-    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert max(values) == values[9] == 1.0
-    assert values[-1] == pytest.approx(0.1)
-    assert all(after <= before for before, after in itertools.pairwise(values[9:]))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_the_rate_falls_at_every_step_of_the_decay(schedule):
-    decay = rates(schedule)[10 if schedule == "cosine" else 80 :]
-    assert decay[0] < 1.0
-    assert all(after < before for before, after in itertools.pairwise(decay))
-
-
-def test_cosine_is_half_way_down_at_half_time():
-    assert rates()[10 + 44] == pytest.approx(0.55)
-    assert rates()[10 + 29] == pytest.approx(0.1 + 0.9 * 0.75)  # a third: cos 60° = 1/2
-
-
-def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():
-    values = rates("wsd")
-    assert set(values[9:80]) == {1.0}
-    assert values[80:] == pytest.approx([1 - 0.9 * (step + 1) / 20 for step in range(20)])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_the_rate_without_warm_up(schedule):
-    values = rates(schedule, warmup_steps=0)
-    assert values[0] == (1.0 if schedule == "wsd" else pytest.approx(1.0, abs=1e-3))
-    assert values[-1] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_a_run_can_be_all_warm_up(schedule):
-    values = rates(schedule, max_steps=10, warmup_steps=20)
-    assert values == pytest.approx([(step + 1) / 20 for step in range(10)])
-
-
-def test_wsd_without_decay_stays_at_the_peak():
-    assert set(rates("wsd", decay_fraction=0.0)[10:]) == {1.0}
 
 
 # --- Muon
@@ -185,7 +121,8 @@ def test_a_parameter_without_gradient_is_left_alone():
 def build(model, optimizer, lr=0.01, **settings):
     defaults = {"weight_decay": 0.1, "betas": (0.9, 0.95), "momentum": 0.95}
     defaults["embedding_lr_scale"] = 1.0
-    optimizers = optim.build_optimizers(model, optimizer, **{**defaults, **settings})
+    config = optim.OptimizerConfig(optimizer, **{**defaults, **settings})
+    optimizers = optim.build_optimizers(model, config)
     optim.set_learning_rate(optimizers, lr)
     return optimizers
 

@@ -27,12 +27,13 @@ KILLS = int(os.environ.get("PLAINGPT_TEST_KILLS", 1))
 WORKER = """
 import json, math, os, sys
 import train
+from model import GPT
 from plaingpt.checkpoint import folders
 from plaingpt.checkpoint import hugging_face
 from plaingpt.checkpoint import adapters
 from plaingpt.checkpoint import store
 
-real, calls = train.GPT.forward, 0
+real, calls = GPT.forward, 0
 def nan_in_one_process(self, idx, targets=None, *rest):
     global calls
     loss = real(self, idx, targets, *rest)
@@ -44,7 +45,7 @@ def nan_in_one_process(self, idx, targets=None, *rest):
 
 train.runtime.leave = lambda: None  # torchrun's store cannot be joined twice
 for run in json.loads(sys.argv[1]):
-    train.GPT.forward, calls = (nan_in_one_process if run[0].endswith("_nan") else real), 0
+    GPT.forward, calls = (nan_in_one_process if run[0].endswith("_nan") else real), 0
     status = train.main(run)
     if status:
         sys.exit(status)
@@ -246,7 +247,7 @@ def test_a_signal_to_any_worker_saves_and_ends_all_with_0(run_of, tmp_path, name
     os.kill(max(workers_of(group)), signal.Signals[name])
     out = finish(group)
     assert "stopped by" in out
-    step = int(re.search(r"goes on from step (\d+)", out)[1])
+    step = int(re.search(r"after step (\d+)", out)[1])
     assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
 
 
@@ -255,6 +256,6 @@ def test_what_does_not_divide_or_combine_is_one_line(run_of, tmp_path):
     group = torchrun(2, REPO / "train.py", *arguments(run))
     _, err = group.communicate(timeout=120)
     assert group.returncode != 0
-    assert "error: batch_size=3 does not divide over 2 processes" in err
+    assert "error: batch_size=3 cannot be divided among 2 processes" in err
     assert f'File "{REPO / "train.py"}"' not in err
     assert not Path(run.out_dir).exists()

@@ -1,0 +1,183 @@
+"""What a run leaves beside its checkpoints: run.json, metrics.jsonl, loss.png, a tracker."""
+
+import importlib
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from configurator import UserError
+from plaingpt import runtime
+from plaingpt.checkpoint import folders
+from plaingpt.files import remove, write_json
+from plaingpt.runtime import Runtime
+from plaingpt.training.log import Record, finite
+
+
+class RunLog:
+    """Takes the records of a run, for metrics.jsonl, loss.png and a tracker. Only the main process
+    writes them."""
+
+    def __init__(
+        self, out_dir: Path, metrics: "MetricsLog | None" = None, tracker: "Tracker | None" = None
+    ) -> None:
+        self.out_dir, self.metrics, self.tracker = out_dir, metrics, tracker
+
+    def add(self, record: Record) -> None:
+        """Note a record; one with a validation loss redraws the plot."""
+        if self.metrics:
+            self.metrics.add(record)
+            if "val_loss" in record and record["step"] > 0:
+                plot(self.metrics.records, self.out_dir / "loss.png")
+        if self.tracker:
+            self.tracker.log(record)
+
+    def finish(self) -> None:
+        if self.tracker:
+            self.tracker.finish(folders.find(self.out_dir))
+
+
+def begin_run(
+    out_dir: Path, starts: list[dict[str, Any]], tracker: str | None, splits: dict[str, Any]
+) -> RunLog:
+    """Make or continue a run folder, whose run.json lists its `starts`, the last one now; `splits`
+    are the statistics of the data, for the tracker.
+
+    Raises UserError if the tracker cannot be started.
+    """
+    start = starts[-1]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    opened = None
+    if tracker:
+        name = f"{out_dir.name}-{starts[0]['time']}"
+        opened = Tracker(tracker, name, out_dir, start | {"splits": splits})
+    if start["step"] == 0:
+        for folder in folders.steps(out_dir):  # left by a run that --overwrite replaces
+            remove(folder)
+    write_json(out_dir / "run.json", {"starts": starts})
+    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), opened)
+
+
+def describe_start(
+    settings: dict[str, Any], rt: Runtime, step: int, fingerprint: str
+) -> dict[str, Any]:
+    """What it takes to repeat a run, for run.json and the tracker."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime()),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        "settings": settings,
+        "data": fingerprint,
+        "device": str(rt.device),
+        "dtype": str(rt.dtype),
+        "world_size": rt.world_size,
+        "versions": runtime.versions(),
+        "revision": runtime.revision(),
+    }
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one record per line, in the order of the steps, none twice.
+
+    Opening it drops the records after `first_step`: a resumed run is about to write them again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        self.records = [r for r in read_records(path) if r["step"] <= first_step]
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    def add(self, record: Record) -> None:
+        """Append a record; a number that is not finite becomes null, which JSON can carry."""
+        record = {key: finite(value) for key, value in record.items()}
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, without a last line that a kill cut short."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise UserError(f"{path}:{number + 1} is not JSON") from None
+    return records
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Draw the losses, the learning rate and the gradient norm over the steps, as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    losses, rates, norms = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
+    lines = [
+        (losses, "loss", "training", "C0-"),
+        (losses, "val_loss", "validation", "C1o-"),
+        (rates, "lr", None, "C2-"),
+        (norms, "grad_norm", None, "C3-"),
+    ]
+    for axes, key, label, style in lines:
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+        axes.grid(alpha=0.3)
+    losses.set_ylabel("loss (nats per token)")
+    if losses.lines:
+        losses.legend()
+    rates.set_ylabel("lr")
+    norms.set(xlabel="step", ylabel="norm")
+    partial = path.with_name(path.name + ".partial")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(path)
+
+
+class Tracker:
+    """A run in wandb or trackio, which share one API."""
+
+    def __init__(self, library: str, name: str, out_dir: Path, config: dict[str, Any]) -> None:
+        """Start or continue the run of that name. Raises UserError if the library is not installed
+        or does not start."""
+        try:
+            self.library = importlib.import_module(library)
+        except ImportError:
+            raise UserError(
+                f"--tracker={library} needs a library that is not installed: pip install {library}"
+            ) from None
+        self.name = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
+        places = {"id": self.name, "dir": str(out_dir)} if library == "wandb" else {}
+        try:
+            self.library.init(
+                project="plaingpt", name=self.name, config=config, resume="allow", **places
+            )
+        except Exception as error:  # the library's own kinds
+            raise UserError(f"--tracker={library} does not start: {error}") from error
+
+    def log(self, record: Record) -> None:
+        """Send the record of a step, with the perplexities of its losses."""
+        values = {key: value for key, value in record.items() if finite(value) is not None}
+        step = values.pop("step")
+        for key in ("loss", "val_loss"):
+            if key in values:
+                values[key.replace("loss", "perplexity")] = math.exp(min(values[key], 700))
+        self.library.log(values, step=step)
+
+    def finish(self, checkpoint: Path) -> None:
+        """End the run, with the checkpoint folder as an artifact."""
+        artifact = self.library.Artifact(self.name, type="model")
+        artifact.add_dir(str(checkpoint))
+        self.library.log_artifact(artifact)
+        self.library.finish()

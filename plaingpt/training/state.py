@@ -1,0 +1,91 @@
+"""What changes during a run: the model on its device, what trains it, and how far it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPT
+from plaingpt import lora
+from plaingpt.checkpoint import store
+from plaingpt.runtime import Runtime
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import optim, parallel
+from plaingpt.training.compiling import maybe_compiled
+from plaingpt.training.optim import Optimizer
+from plaingpt.training.plan import Plan
+from plaingpt.training.start import Start
+
+
+@dataclass
+class TrainState:
+    model: GPT
+    step_model: Callable[..., Tensor]  # the model as a step calls it: compiled, or wrapped by DDP
+    tokenizer: Tokenizer
+    adapter: lora.Adapter | None  # with LoRA: what trains and is saved, in place of the weights
+    optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler  # enabled in float16 only
+    step: int  # steps done
+    skipped: int  # of those, the ones whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+
+    def count(self, finite: bool) -> None:
+        """Count a step, which updated the weights if it was `finite`."""
+        self.step += 1
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+
+def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> TrainState:
+    """Move the model of a start to its device, or shard it, and give it its optimizers."""
+    model = start.model
+    model.transformer.recompute = plan.activation_checkpointing
+    if plan.sharded:
+        parallel.shard(model, rt)
+    else:
+        rt.place(model)
+    optimizers = optim.build_optimizers(model, plan.optimizer)
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    if start.optimizer:
+        optim.load_optimizer_state(model, optimizers, start.optimizer["parameters"])
+        if start.optimizer["scaler"]:  # {} if the run had another dtype
+            scaler.load_state_dict(start.optimizer["scaler"])
+        start.optimizer.clear()  # it is up to twice as large as the model
+    step_model = maybe_compiled(model, plan.compile, plan.micro_batch_size, rt)
+    if rt.world_size > 1 and not plan.sharded:
+        step_model = parallel.average_gradients(step_model, rt)
+    return TrainState(
+        model,
+        step_model,
+        tokenizer,
+        start.adapter,
+        optimizers,
+        scaler,
+        step=start.step,
+        skipped=start.skipped,
+    )
+
+
+def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt: Runtime) -> None:
+    """Write a checkpoint, from all processes: each may hold a part of the tensors.
+
+    `about` is what state.json says besides the step. Raises OSError if it cannot be written.
+    """
+    model = state.model
+    tensors = lora.adapter_tensors(model.weights()) if state.adapter else model.weights()
+    weights = parallel.gather_to_main(tensors, rt)
+    parameters = {
+        name: parallel.gather_to_main(moments, rt)
+        for name, moments in optim.optimizer_state(model, state.optimizers).items()
+    }
+    if not rt.is_main:
+        return
+    optimizer = {"parameters": parameters, "scaler": state.scaler.state_dict()}
+    about = {"step": state.step, "world_size": rt.world_size, "skipped": state.skipped} | about
+    folder = store.save(
+        out_dir, state.step, model.config, weights, state.tokenizer, optimizer, about, state.adapter
+    )
+    print(f"step {state.step}: saved {folder}")

@@ -1,0 +1,85 @@
+"""metrics.jsonl, and the plot."""
+
+import json
+import struct
+
+import pytest
+
+from plaingpt.training import run_folder
+
+# --- metrics.jsonl
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def test_records_are_appended_a_line_each(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = run_folder.MetricsLog(path, 0)
+    metrics.add({"step": 1, "loss": 2.5})
+    assert path.read_text() == '{"step": 1, "loss": 2.5}\n'
+    metrics.add({"step": 2, "loss": 2.25})
+    assert (
+        metrics.records
+        == run_folder.read_records(path)
+        == [
+            {"step": 1, "loss": 2.5},
+            {"step": 2, "loss": 2.25},
+        ]
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_reopening_drops_the_steps_that_will_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = run_folder.MetricsLog(path, 0)
+    for step in range(1, 6):
+        metrics.add({"step": step, "run": 1})
+    metrics = run_folder.MetricsLog(path, 3)
+    assert [r["step"] for r in run_folder.read_records(path)] == [1, 2, 3]
+    metrics.add({"step": 4, "run": 2})
+    steps = [(r["step"], r["run"]) for r in run_folder.read_records(path)]
+    assert steps == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert run_folder.MetricsLog(path, 0).records == []
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.', "{", "\0\0\0"])
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
+    metrics = run_folder.MetricsLog(path, 10)
+    metrics.add({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_and_the_file_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, '{"step": 1}', '{"ste', '{"step": 3}')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+        run_folder.MetricsLog(path, 10)
+    assert path.read_bytes() == before
+
+
+def test_a_missing_file_has_no_records(tmp_path):
+    assert run_folder.read_records(tmp_path / "metrics.jsonl") == []
+
+
+# --- the plot
+
+
+def test_the_plot_is_a_png(tmp_path):
+    path = tmp_path / "loss.png"
+    records = [{"step": step, "loss": 5 / step} for step in range(1, 50)]
+    run_folder.plot(records, path)
+    without = path.read_bytes()
+    records += [{"step": 48, "val_loss": 4.5}, {"step": 49, "val_loss": 4.4}]
+    run_folder.plot(records, path)
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content != without
+    width, height = struct.unpack(">II", content[16:24])
+    assert 400 <= width <= 2000 and 200 <= height <= 2000
+    assert 5_000 < len(content) < 200_000
+    assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
