@@ -13,6 +13,16 @@ import configurator
 import prepare
 import sample
 import train
+from configurator import (
+    Fraction,
+    FractionAbove0,
+    FractionBelow1,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+)
 
 REPO = Path(__file__).parents[1]
 
@@ -39,7 +49,7 @@ def resolve(*argv: str) -> Settings:
 
 
 def problems(*argv: str) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         resolve(*argv)
     return str(caught.value)
 
@@ -148,6 +158,8 @@ def test_a_string_keeps_its_spaces():
         ("--sizes=1,x", "sizes expects int,…, not '1,x'"),
         ("--sizes=(1,", "sizes expects int,…, not '(1,'"),
         ("--sizes=(1,'x')", "sizes expects int,…, not \"(1,'x')\""),
+        ("--sizes=[{[]}]", "sizes expects int,…, not '[{[]}]'"),
+        ("--sizes=({1:{}},{{}})", "sizes expects int,…, not '({1:{}},{{}})'"),
         ("--no-steps", "steps expects int, not False"),
         ("--steps", "--steps needs a value"),
         ("--steps --fast", "--steps needs a value"),
@@ -161,6 +173,11 @@ def test_a_mistake_on_the_command_line_is_said(argv, message):
     text = problems(*argv.split(" "))
     assert f"command line: {message}" in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[" * 10**5 + "]" * 10**5, "(" + "-" * 10**5 + "1)"])
+def test_a_value_that_is_nested_too_deeply_is_a_wrong_value(text):
+    assert "command line: sizes expects int,…" in problems(f"--sizes={text}")
 
 
 def test_a_value_behind_a_negated_flag_is_not_dropped():
@@ -257,6 +274,63 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     latin = tmp_path / "latin.py"
     latin.write_bytes("name = 'é'".encode("latin-1"))
     assert problems(str(latin)).startswith(f"{latin}: UnicodeDecodeError: ")
+
+
+# --- ranges
+
+
+@dataclass(frozen=True)
+class Ranged:
+    count: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    most: PositiveInt | None = None
+    rate: PositiveFloat = 0.5
+    decay: NonNegativeFloat = 0.0
+    share: Fraction = 1.0
+    dropout: FractionBelow1 = 0.0
+    top_p: FractionAbove0 | None = 1.0
+    name: str = ""
+
+
+def test_settings_within_their_ranges_pass():
+    configurator.validate(Ranged())
+    configurator.validate(Ranged(most=1, seed=2**63 - 1, share=0.0, top_p=None), problems=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("count", 0, "at least 1"),
+        ("seed", -1, "from 0 to 2**63 - 1"),
+        ("seed", 2**63, "from 0 to 2**63 - 1"),
+        ("most", 0, "at least 1"),
+        ("rate", 0.0, "a number above 0"),
+        ("rate", float("inf"), "a number above 0"),
+        ("rate", float("nan"), "a number above 0"),
+        ("decay", -0.1, "a number from 0"),
+        ("share", 1.1, "in [0, 1]"),
+        ("dropout", 1.0, "in [0, 1)"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+    ],
+)
+def test_a_setting_outside_its_range_is_named_with_its_value(name, value, words):
+    with pytest.raises(UserError) as caught:
+        configurator.validate(Ranged(**{name: value}))
+    assert str(caught.value) == f"{name} must be {words}, not {value}"
+
+
+def test_ranges_and_other_problems_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        configurator.validate(Ranged(count=0, share=2.0), ["too much", "too late"])
+    assert str(caught.value) == (
+        "count must be at least 1, not 0; share must be in [0, 1], not 2.0; too much; too late"
+    )
+
+
+def test_a_range_does_not_change_how_a_type_is_read_and_described():
+    assert configurator.resolve(Ranged, ["--most=7", "--rate=1"])[0] == Ranged(most=7, rate=1.0)
+    with pytest.raises(UserError, match="most expects int or None, not 'x'"):
+        configurator.resolve(Ranged, ["--most=x"])
 
 
 # --- what is printed
