@@ -104,7 +104,7 @@ def test_each_question_has_its_own_answer(shard_folder):
     folder = shard_folder(train=[[1]], val=[ids], manifest=False)
     (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
     split = eval.dataset.open_dataset(folder).split("val")
-    pairs = list(eval.asked(split, Tokenizer.bytes()))
+    pairs = list(eval.questions(split, Tokenizer.bytes()))
     assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
 
 
@@ -132,4 +132,4 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, tiny_text, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     Tokenizer.train([tiny_text], 300).save(tmp_path)
     assert eval.main([f"--checkpoint={out_dir}", f"--data_dir={tmp_path}"]) == 2
-    assert "has another tokenizer than" in capsys.readouterr().err
+    assert "have different tokenizers" in capsys.readouterr().err
