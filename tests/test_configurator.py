@@ -36,7 +36,7 @@ class Settings:
     limit: int | None = 5  # how many at most
     fast: bool = False  # whether to hurry
     frills: bool = True  # whether to decorate
-    no_frills: bool = False  # a name that begins with no
+    no_frills: bool = False  # a name that starts with no
     mode: Literal["slow", "quick"] = "slow"  # how to go
     build: bool | Literal["auto"] = "auto"  # whether to build
     files: tuple[str, ...] = ("a.txt",)  # what to read
@@ -67,7 +67,7 @@ def config_file(tmp_path):
 # --- order
 
 
-def test_nothing_given_is_the_defaults():
+def test_no_arguments_give_the_defaults():
     assert resolve() == Settings()
 
 
@@ -169,7 +169,7 @@ def test_a_string_keeps_its_spaces():
         ("steps=1", "'steps=1' is neither a config file (*.py) nor --key=value"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_said(argv, message):
+def test_a_mistake_on_the_command_line_is_reported(argv, message):
     text = problems(*argv.split(" "))
     assert f"command line: {message}" in text
     assert len(text.splitlines()) == 1
@@ -194,7 +194,7 @@ def test_expressions_see_the_values_so_far(config_file):
     assert (config.steps, config.max_new_tokens) == (60, 21)
 
 
-def test_modules_functions_and_underscores_are_the_files_own(config_file):
+def test_modules_functions_and_underscores_are_ignored(config_file):
     path = config_file(
         "import math\n"
         "from os.path import join\n"
@@ -251,7 +251,7 @@ def test_a_mistake_in_a_file_names_the_file(config_file, line, message):
     assert problems(path) == f"{path}: {message}"
 
 
-def test_all_problems_are_told_at_once(config_file):
+def test_all_problems_are_reported_at_once(config_file):
     first = config_file("stepz = 1\nlr = 'x'", "first.py")
     second = config_file("fast = 3", "second.py")
     text = problems(first, second, "--mode=warp", "--nam=x", "stray", "--limit")
@@ -319,7 +319,7 @@ def test_a_setting_outside_its_range_is_named_with_its_value(name, value, words)
     assert str(caught.value) == f"{name} must be {words}, not {value}"
 
 
-def test_ranges_and_other_problems_are_told_at_once():
+def test_ranges_and_other_problems_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         configurator.validate(Ranged(count=0, share=2.0), ["too much", "too late"])
     assert str(caught.value) == (
@@ -347,7 +347,7 @@ def test_the_difference_from_the_defaults_is_printed_with_its_origin(config_file
     ]
 
 
-def test_only_the_first_process_prints(monkeypatch, capsys):
+def test_only_the_main_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert configurator.configure(Settings, ["--steps=3"]).steps == 3
     assert capsys.readouterr() == ("", "")
@@ -415,7 +415,7 @@ def test_an_interrupt_is_status_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_reader_that_left_is_no_error():
+def test_a_reader_that_left_is_not_an_error():
     code = (
         "import sys, configurator, dataclasses\n"
         "settings = dataclasses.make_dataclass('S', [])\n"
@@ -438,7 +438,7 @@ def test_a_reader_that_left_is_no_error():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9\nmore"), "out of memory"),
     ],
 )
-def test_where_memory_and_numbers_end_is_one_line(capsys, error, said):
+def test_a_lack_of_memory_is_one_line(capsys, error, said):
     def run(config):
         raise error
 
@@ -448,7 +448,7 @@ def test_where_memory_and_numbers_end_is_one_line(capsys, error, said):
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OverflowError, TypeError])
-def test_our_own_mistakes_keep_their_traceback(kind):
+def test_other_errors_keep_their_traceback(kind):
     def run(config):
         raise kind("a bug")
 
@@ -456,6 +456,6 @@ def test_our_own_mistakes_keep_their_traceback(kind):
         configurator.command(Settings, run, [])
 
 
-def test_a_closed_output_is_no_error(monkeypatch):
+def test_a_closed_output_is_not_an_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     assert configurator.command(Settings, print, []) == 0

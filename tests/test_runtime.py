@@ -40,12 +40,12 @@ def has(monkeypatch, *, gpus=0, mps=False, capability=(8, 0), bf16_cpu=False):
         ({}, "cpu", torch.float32),
     ],
 )
-def test_auto_is_the_best_that_is_here(monkeypatch, machine, device, dtype):
+def test_auto_is_the_best_that_the_machine_has(monkeypatch, machine, device, dtype):
     has(monkeypatch, **machine)
     assert runtime.start() == Runtime(torch.device(device), dtype)
 
 
-def test_a_named_device_and_dtype_are_taken(monkeypatch):
+def test_a_named_device_and_dtype_are_used(monkeypatch):
     has(monkeypatch, gpus=2, capability=(7, 0), bf16_cpu=True)
     assert runtime.start("cpu") == Runtime(CPU, torch.bfloat16)
     assert runtime.start("cuda:1") == Runtime(torch.device("cuda:1"), torch.float16)
@@ -57,7 +57,7 @@ def test_a_named_device_and_dtype_are_taken(monkeypatch):
     "name",
     ["gpu", "cuda", "cuda:0", "mps", "cpu:x", "cpu:", "cpu:٣", "cpu:9999999999", "", "meta"],
 )
-def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
+def test_a_device_that_the_machine_lacks_is_refused(monkeypatch, name):
     has(monkeypatch)
     with pytest.raises(UserError, match="device '.*' is not on this machine, which has: cpu$"):
         runtime.start(name)
