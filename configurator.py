@@ -121,9 +121,10 @@ def validate(config: Any, problems: Iterable[str] = ()) -> None:
     found = []
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for allowed in ranges_of(hint):
-            if value is not None and not allowed.holds(value):
-                found.append(f"{name} must be {allowed.words}, not {value}")
+        for option in options_of(hint):
+            for allowed in getattr(option, "__metadata__", ()):  # of an Annotated
+                if value is not None and not allowed.holds(value):
+                    found.append(f"{name} must be {allowed.words}, not {value}")
     if found := [*found, *problems]:
         raise UserError("; ".join(found))
 
@@ -271,12 +272,6 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def options_of(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def ranges_of(hint: Any) -> list[Range]:
-    """The ranges of a type, or of the members of a union."""
-    annotated = [option for option in options_of(hint) if get_origin(option) is Annotated]
-    return [each for option in annotated for each in option.__metadata__]
 
 
 def check(value: Any, hint: Any) -> Any:
