@@ -1,17 +1,16 @@
 """
 One frozen dataclass + Python config files + --key=value → one checked config.
 
-Every command's settings are a frozen dataclass, one field a line; the comment behind a field is
-what --help prints. The order is defaults < config files as given < command line:
+A command's settings are a frozen dataclass, one field per line; the comment after a field is what
+--help prints. Later values win: defaults < config files in the order given < command line:
 
     python train.py config/gpt2_124m.py --batch_size=32 --learning_rate 3e-4 --no-compile
 
 A config file is plain Python whose public names are settings. It sees the values so far, so
-`max_steps = 2 * max_steps` works; modules, functions and names that begin with _ are its own.
+`max_steps = 2 * max_steps` works; modules, functions and names that start with _ are ignored.
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import io
@@ -20,27 +19,28 @@ import os
 import sys
 import tokenize
 import traceback
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
-WORDS = {"true": True, "yes": True, "on": True, "1": True}
-WORDS |= {"false": False, "no": False, "off": False, "0": False}
-INVALID = object()  # what parse and check return for a value that does not fit
+Saved = Callable[[Any], dict[str, Any]]  # a config → what replaces its defaults
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
+BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
+INVALID = object()  # returned by `check` and `parse` for a value that does not fit its type
+
+
+class UserError(ValueError):
+    """A mistake that the user can fix; `command` shows it as one line, without a traceback."""
 
 
 # --- types of settings
 
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
-
-
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have, as `validate` checks and explains them."""
+    """The values a setting may take: how `validate` tests them, and how it words the error."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -54,30 +54,10 @@ NonNegativeFloat = Annotated[float, Range("a number from 0", lambda value: 0 <= 
 Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
 FractionBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 FractionAbove0 = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-class UserError(ValueError):
-    """Something that a user can put right; it is shown as one line, without a traceback."""
-
-
-Saved = Callable[[Config], dict[str, Any]]
-
-
-def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) -> Config:
-    """Resolve `argv` into a `cls`, and print what differs from the defaults to stderr.
-
-    `saved` returns values that take the place of the defaults, given what `argv` says.
-    Raises UserError with all problems at once, one a line; SystemExit(0) after --help.
-    """
-    config, origin = resolve(cls, argv)
-    if saved:
-        config, origin = resolve(cls, argv, saved(config))
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name, where in origin.items():
-        value = getattr(config, name)
-        if value != defaults[name] and os.environ.get("RANK", "0") == "0":
-            print(f"{name} = {value!r} (default {defaults[name]!r}, {where})", file=sys.stderr)
-    return config
+# --- a command
 
 
 def command(
@@ -88,18 +68,18 @@ def command(
 ) -> int:
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
-    Returns the exit status: 0, or 2 after a UserError (bad settings, bad data), an OSError (a full
-    disk) or a lack of memory, 130 after Ctrl-C. Anything else is our own bug and keeps its
-    traceback.
+    Returns the exit status: 0; 2 after a UserError (bad settings, bad data), an OSError (a full
+    disk) or lack of memory; 130 after Ctrl-C; 141 where the reader of the output left. Any other
+    exception is our own bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A log shows each line at once, and one that cannot spell a sample does not end the run.
+        # Logs show each line at once; a character that the terminal cannot print ends no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
-        if sys.stdout:  # None where it was closed
+        if sys.stdout:  # None if it was closed
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as problem:
@@ -116,33 +96,42 @@ def command(
     return 0
 
 
-def validate(config: Any, problems: typing.Iterable[str] = ()) -> None:
-    """Raises UserError that lists every setting outside its `Range`, then the caller's `problems`.
+def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) -> Config:
+    """Resolve `argv` into a `cls`, and print what differs from the defaults to stderr.
 
-    A command calls it first, so that settings given from Python are checked as well.
+    `saved` gets what `argv` alone gives, and returns values that replace the defaults, such as
+    those of a run to resume. Raises UserError with all problems, one per line; SystemExit(0) after
+    --help.
+    """
+    config, origin = resolve(cls, argv)
+    if saved:
+        config, origin = resolve(cls, argv, saved(config))
+    defaults = defaults_of(cls)
+    for name, where in origin.items():
+        value = getattr(config, name)
+        if value != defaults[name] and os.environ.get("RANK", "0") == "0":
+            print(f"{name} = {value!r} (default {defaults[name]!r}, {where})", file=sys.stderr)
+    return config
+
+
+def validate(config: Any, problems: Iterable[str] = ()) -> None:
+    """Raise a UserError that lists every setting outside its `Range`, then `problems`.
+
+    Commands call it themselves, so that configs built in Python are checked as well.
     """
     found = []
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for allowed in ranges_of(hint):
-            if value is not None and not allowed.holds(value):
-                found.append(f"{name} must be {allowed.words}, not {value}")
+        for option in options_of(hint):
+            for allowed in getattr(option, "__metadata__", ()):  # of an Annotated
+                if value is not None and not allowed.holds(value):
+                    found.append(f"{name} must be {allowed.words}, not {value}")
     if found := [*found, *problems]:
         raise UserError("; ".join(found))
 
 
-def ranges_of(hint: Any) -> list[Range]:
-    """The ranges of a type, or of the members of a union."""
-    return [
-        each
-        for option in options_of(hint)
-        if typing.get_origin(option) is Annotated
-        for each in option.__metadata__
-    ]
-
-
 def is_out_of_memory(problem: BaseException) -> bool:
-    """numpy's and CUDA's kinds of error, and that of PyTorch's allocator on a CPU."""
+    """Whether numpy, CUDA or (with a plain RuntimeError) PyTorch's CPU allocator ran out of it."""
     return isinstance(problem, MemoryError) or "memory" in str(problem).lower()
 
 
@@ -150,13 +139,15 @@ def one_line(problem: BaseException) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
 
 
+# --- from files and arguments to a config
+
+
 def resolve(
     cls: type[Config], argv: list[str], saved: dict[str, Any] | None = None
 ) -> tuple[Config, dict[str, str]]:
-    """`configure` without the printing: the config, and where each given value came from."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    values = {name: default_of(field) for name, field in fields.items()}
+    """The config, and where each value that was given comes from; raises as `configure` does."""
+    hints = get_type_hints(cls)
+    values = defaults_of(cls)
     origin: dict[str, str] = {}
     problems: list[str] = []
 
@@ -170,13 +161,13 @@ def resolve(
 
     for name, value in (saved or {}).items():
         put(name, value, "the run so far")
-    files, pairs = split_arguments(cls, argv, hints, problems)
+    files, pairs = split_arguments(cls, argv, problems)
     for path in files:
         for name, value in run_file(path, values, problems).items():
-            if name in fields:
+            if name in values:
                 put(name, value, path)
             else:
-                problems.append(f"{path}: {unknown(name, fields)}")
+                problems.append(f"{path}: {unknown(name, values)}")
     for name, value in pairs:
         put(name, value, "command line")
     if problems:
@@ -185,22 +176,28 @@ def resolve(
 
 
 def split_arguments(
-    cls: type, argv: list[str], hints: dict[str, Any], problems: list[str]
+    cls: type, argv: list[str], problems: list[str]
 ) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Config files and (name, parsed value) pairs of a command line; problems are appended."""
+    """The config files and the (name, parsed value) pairs of a command line.
+
+    A value that cannot be parsed stays text. Appends to `problems`; exits after --help.
+    """
+    hints = get_type_hints(cls)
     files: list[str] = []
     pairs: list[tuple[str, Any]] = []
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        answer_help(cls, [argument])
+        if argument in ("-h", "--help"):
+            print(help_text(cls))
+            raise SystemExit(0)
         if not argument.startswith("--"):
             if argument.endswith(".py"):
                 files.append(argument)
             else:
                 problems.append(
                     f"command line: {argument!r} is neither a config file (*.py) nor --key=value "
-                    "(quote a value that holds spaces or *)"
+                    "(quote a value that contains spaces or *)"
                 )
             continue
         name, equals, text = argument[2:].partition("=")
@@ -232,12 +229,15 @@ def split_arguments(
 
 
 def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Run a config file on top of `values`; return the public names that it assigned."""
+    """The public names that a config file assigns when it runs on top of `values`.
+
+    Appends to `problems` whatever the file raises, with its line.
+    """
     space = {**values, "__name__": "config", "__file__": path}
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), space)
-    except (Exception, SystemExit) as error:  # the user's own code: anything can come out of it
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         where = path
         if isinstance(error, SyntaxError):
             where += f":{error.lineno}"
@@ -249,42 +249,42 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
         return {}
     assigned = {}
     for name, value in space.items():
-        ours = name.startswith("_") or isinstance(value, types.ModuleType) or callable(value)
-        if not ours and (name not in values or value is not values[name]):
+        private = name.startswith("_") or isinstance(value, ModuleType) or callable(value)
+        if not private and (name not in values or value is not values[name]):
             assigned[name] = value
     return assigned
 
 
-def unknown(name: str, known: typing.Iterable[str]) -> str:
+def unknown(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-# --- types: what a value may be, and how it is written on a command line
+# --- values: which ones a type allows, and how they are written on a command line
 
 
-def default_of(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def defaults_of(cls: type) -> dict[str, Any]:
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(cls)
+    }
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def check(value: Any, hint: Any) -> Any:
-    """`value` as a `hint` (an int for a float becomes one, a list a tuple), or INVALID."""
+    """`value` as a `hint` (for float an int is converted, for a tuple a list), or INVALID."""
     options = options_of(hint)
     for option in options:
-        if typing.get_origin(option) is Literal:
-            if any(value == word and type(value) is type(word) for word in typing.get_args(option)):
+        if get_origin(option) is Literal:
+            if any(value == word and type(value) is type(word) for word in get_args(option)):
                 return value
-        elif typing.get_origin(option) is tuple:
+        elif get_origin(option) is tuple:
             if isinstance(value, (tuple, list)):
-                items = tuple(check(item, typing.get_args(option)[0]) for item in value)
+                items = tuple(check(item, get_args(option)[0]) for item in value)
                 if not any(item is INVALID for item in items):
                     return items
         elif type(value) is option or (value is None and option is type(None)):
@@ -295,18 +295,18 @@ def check(value: Any, hint: Any) -> Any:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """The value that `text` from a command line stands for, or INVALID."""
+    """The value that `text` means on a command line, or INVALID."""
     for option in sorted(options_of(hint), key=lambda option: option is str):
         if option is type(None) and text.lower() == "none":
             return None
-        if option is bool and text.lower() in WORDS:
-            return WORDS[text.lower()]
-        if typing.get_origin(option) is Literal:
-            for word in typing.get_args(option):
+        if option is bool and text.lower() in BOOLEANS:
+            return BOOLEANS[text.lower()]
+        if get_origin(option) is Literal:
+            for word in get_args(option):
                 if text == str(word):
                     return word
-        elif typing.get_origin(option) is tuple:
-            return parse_tuple(text, typing.get_args(option)[0])
+        elif get_origin(option) is tuple:
+            return parse_tuple(text, get_args(option)[0])
         elif option in (int, float, str):
             try:
                 return option(text)
@@ -316,12 +316,12 @@ def parse(text: str, hint: Any) -> Any:
 
 
 def parse_tuple(text: str, item_hint: Any) -> Any:
-    """`a,b` or Python's own ("a", "b")."""
-    if text[:1] in ("(", "["):
+    """The tuple that `a,b` or Python's own `("a", "b")` means, or INVALID."""
+    if text.startswith(("(", "[")):
         try:
             return check(ast.literal_eval(text), tuple[item_hint, ...])
-        except (ValueError, SyntaxError):
-            return INVALID
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return INVALID  # the last three: [{[]}], and brackets nested too deeply
     items = tuple(parse(item.strip(), item_hint) for item in text.split(",") if item.strip())
     return INVALID if any(item is INVALID for item in items) else items
 
@@ -329,10 +329,10 @@ def parse_tuple(text: str, item_hint: Any) -> Any:
 def describe(hint: Any) -> str:
     words = []
     for option in options_of(hint):
-        if typing.get_origin(option) is Literal:
-            words += [str(word) for word in typing.get_args(option)]
-        elif typing.get_origin(option) is tuple:
-            words.append(f"{describe(typing.get_args(option)[0])},…")
+        if get_origin(option) is Literal:
+            words += [str(word) for word in get_args(option)]
+        elif get_origin(option) is tuple:
+            words.append(f"{describe(get_args(option)[0])},…")
         else:
             words.append("None" if option is type(None) else option.__name__)
     return " or ".join(words)
@@ -342,34 +342,30 @@ def describe(hint: Any) -> str:
 
 
 def answer_help(cls: type, argv: list[str] | None = None) -> None:
-    """Print the help and exit if it is asked for.
+    """Print the help and exit if the command line asks for it.
 
-    Scripts call it before they import torch, which takes longer than printing the help.
+    Commands call this before they import torch, which takes seconds.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    if "-h" in arguments or "--help" in arguments:
-        print(help_text(cls))
-        raise SystemExit(0)
+    split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
 
 
 def help_text(cls: type) -> str:
-    """The docstring of the command, then a line a setting: name, type, default, comment."""
-    hints, comments = typing.get_type_hints(cls), comments_of(cls)
+    """The docstring of the command, then a line per setting: name, comment, type, default.
+
+    A command's own settings come before those that it inherits.
+    """
+    hints, comments, defaults = get_type_hints(cls), comments_of(cls), defaults_of(cls)
     lines = [inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""), "", "settings:"]
-    inherited = [
-        field for field in dataclasses.fields(cls) if field.name not in cls.__annotations__
-    ]
-    own = [field for field in dataclasses.fields(cls) if field not in inherited]
-    for field in [*own, *inherited]:
-        kind = f"{describe(hints[field.name])}, default {default_of(field)!r}"
-        lines += [f"  --{field.name:<18} {comments.get(field.name, '')} ({kind})"]
+    for name in sorted(defaults, key=lambda name: name not in cls.__annotations__):
+        kind = f"{describe(hints[name])}, default {defaults[name]!r}"
+        lines += [f"  --{name:<18} {comments.get(name, '')} ({kind})"]
     return "\n".join(lines)
 
 
 def comments_of(cls: type) -> dict[str, str]:
     """The comment behind each field, read from the source of the dataclass and its bases."""
     comments: dict[str, str] = {}
-    for each in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+    for each in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
         name = ""
         for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(each)).readline):
             before = token.line[: token.start[1]]

@@ -1,6 +1,6 @@
-"""Where a run happens: rank, world size, device, dtype, autocast, seeding and signals.
+"""Where a run happens: processes, device, dtype, autocast, seeding, signals and memory.
 
-Several processes are torchrun's: it tells each its place in environment variables.
+torchrun starts several processes and tells each its rank in environment variables.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from plaingpt import cpu
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place in a run; `dtype` is that of matrix products (float32: no autocast)."""
+    """One process's place in a run. Matrix products run in `dtype`; float32: without autocast."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    restartable: bool = False  # torchrun starts the processes again when one has died
+    restartable: bool = False  # torchrun restarts the processes when one dies
 
     @property
     def is_main(self) -> bool:
-        """One process of all writes the files."""
+        """Whether this is the one process that writes files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """A tensor added up over all processes."""
+        """`values` summed over all processes, on the device of `values`."""
         if self.world_size == 1:
             return values
         total = values.to(self.device, copy=True)
@@ -50,7 +50,7 @@ class Runtime:
         return total.to(values.device)
 
     def any(self, value: bool) -> bool:
-        """Whether it is true in some process; the same answer in all."""
+        """Whether `value` is true in any process; all get the same answer."""
         if self.world_size == 1:
             return value
         return self.sum(torch.tensor(float(value))).item() > 0
@@ -58,7 +58,7 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        # Each weight is used once a step, so that a cache of casts only takes memory.
+        # Each weight is used once per step: caching its cast would only take memory.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def place(self, model: GPT, dtype: torch.dtype = torch.float32) -> GPT:
@@ -74,17 +74,17 @@ class Runtime:
 
 
 def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
-    """Choose the device and dtype of this process, and join the others if torchrun started some;
-    "auto" takes the best that is here.
+    """Choose this process's device and dtype, and join the other processes that torchrun started.
 
-    Raises UserError for a device that this machine does not have.
+    "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     cpu.keep_freed_memory()
     name = best_device() if device == "auto" else device
     if name == "cuda" and world_size > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    chosen = torch.device(checked_device(name))
+    check_device(name)
+    chosen = torch.device(name)
     if world_size > 1:
         join(chosen)
     return Runtime(
@@ -102,50 +102,50 @@ def restartable() -> bool:
 
 
 def join(device: torch.device) -> None:
-    """Wait for the other processes of the run: NCCL between GPUs, gloo between CPUs."""
+    """Form a process group with the rest of the run: NCCL between GPUs, gloo between CPUs."""
     if device.type == "mps":
-        raise UserError("several processes work on CUDA or on the CPU, not on mps: --device=cpu")
+        raise UserError("several processes need CUDA or the CPU, not mps: --device=cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = meeting_place(rank, world_size)
+        store = rendezvous(rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def meeting_place(rank: int, world_size: int) -> dist.Store:
-    """Where the processes find each other: a store in the main one.
+def rendezvous(rank: int, world_size: int) -> dist.Store:
+    """The store through which the processes find each other; the main process hosts it.
 
-    torchrun's own outlives the processes that it starts again and keeps the addresses of the dead,
-    which new ones would wait for (pytorch issue 135712). So it only says where the store is.
+    torchrun's own store outlives a restart and keeps the addresses of dead processes, which the
+    new ones would wait for (pytorch issue 135712). So it only holds the port of the main process's.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return dist.TCPStore(host, port, world_size, is_master=rank == 0)
-    torchruns = dist.TCPStore(host, port, is_master=False)
+    agent = dist.TCPStore(host, port, is_master=False)  # torchrun's
     if rank == 0:
         store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
-        torchruns.set("plaingpt", str(store.port))
+        agent.set("plaingpt", str(store.port))
         return store
     while True:
-        port = int(torchruns.get("plaingpt"))  # maybe still that of a dead one, which is closed
+        port = int(agent.get("plaingpt"))  # may still be that of a dead process: try again
         with contextlib.suppress(dist.DistError):
             return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM put their names into, in place of what they do otherwise.
+    """A list that SIGINT and SIGTERM add their names to, instead of their usual effect.
 
-    A second SIGINT does what it always did; a second SIGTERM nothing, as schedulers and torchrun
-    may both send one. Only a main thread can listen for signals.
+    A second SIGINT has its usual effect; a second SIGTERM has none, as schedulers and torchrun may
+    both send one. Outside the main thread, which alone can handle signals, the list stays empty.
     """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -169,7 +169,7 @@ def stop_signals() -> Iterator[list[str]]:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint remembers of the software that made it."""
+    """The software versions that a checkpoint records."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """The git revision of this code, "-dirty" if it was changed since; None where git has none."""
+    """The git revision of this code, with "-dirty" after local changes; None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         run = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True, timeout=10)
@@ -188,8 +188,8 @@ def revision() -> str | None:
 
 
 def device_memory_gib(device: torch.device) -> float | None:
-    """All the memory of the device (on a CPU: this process's share of the machine's), None where it
-    does not tell."""
+    """The total memory of the device, or for a CPU this process's share of the machine's; None if
+    the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     try:
@@ -200,12 +200,12 @@ def device_memory_gib(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """The most that this process has used so far, of a GPU's memory or of the machine's; None where
-    the system does not tell (all but Linux)."""
+    """The most memory that this process has used so far, on the GPU or else on the machine; None if
+    the system does not report it (only Linux does)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
-        # Not getrusage, whose maximum starts with that of the process before exec.
+        # Not getrusage, whose maximum includes the memory of the process before exec.
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return None
@@ -218,20 +218,19 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def checked_device(name: str) -> str:
+def check_device(name: str) -> None:
     available = {"cpu": True, "cuda": torch.cuda.is_available()}
     available["mps"] = torch.backends.mps.is_available()
     kind, _, index = name.partition(":")
-    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
-        here = ", ".join(kind for kind, there in available.items() if there)
+    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:[0-9]{1,9})?", name):
+        here = ", ".join(kind for kind, usable in available.items() if usable)
         raise UserError(f"device {name!r} is not on this machine, which has: {here}")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
-    return name
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
+    """bf16 where the hardware multiplies in it, fp16 on older GPUs, fp32 otherwise."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16

@@ -13,6 +13,16 @@ import configurator
 import prepare
 import sample
 import train
+from configurator import (
+    Fraction,
+    FractionAbove0,
+    FractionBelow1,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+)
 
 REPO = Path(__file__).parents[1]
 
@@ -26,7 +36,7 @@ class Settings:
     limit: int | None = 5  # how many at most
     fast: bool = False  # whether to hurry
     frills: bool = True  # whether to decorate
-    no_frills: bool = False  # a name that begins with no
+    no_frills: bool = False  # a name that starts with no
     mode: Literal["slow", "quick"] = "slow"  # how to go
     build: bool | Literal["auto"] = "auto"  # whether to build
     files: tuple[str, ...] = ("a.txt",)  # what to read
@@ -39,7 +49,7 @@ def resolve(*argv: str) -> Settings:
 
 
 def problems(*argv: str) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         resolve(*argv)
     return str(caught.value)
 
@@ -57,7 +67,7 @@ def config_file(tmp_path):
 # --- order
 
 
-def test_nothing_given_is_the_defaults():
+def test_no_arguments_give_the_defaults():
     assert resolve() == Settings()
 
 
@@ -148,6 +158,8 @@ def test_a_string_keeps_its_spaces():
         ("--sizes=1,x", "sizes expects int,…, not '1,x'"),
         ("--sizes=(1,", "sizes expects int,…, not '(1,'"),
         ("--sizes=(1,'x')", "sizes expects int,…, not \"(1,'x')\""),
+        ("--sizes=[{[]}]", "sizes expects int,…, not '[{[]}]'"),
+        ("--sizes=({1:{}},{{}})", "sizes expects int,…, not '({1:{}},{{}})'"),
         ("--no-steps", "steps expects int, not False"),
         ("--steps", "--steps needs a value"),
         ("--steps --fast", "--steps needs a value"),
@@ -157,10 +169,15 @@ def test_a_string_keeps_its_spaces():
         ("steps=1", "'steps=1' is neither a config file (*.py) nor --key=value"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_said(argv, message):
+def test_a_mistake_on_the_command_line_is_reported(argv, message):
     text = problems(*argv.split(" "))
     assert f"command line: {message}" in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[" * 10**5 + "]" * 10**5, "(" + "-" * 10**5 + "1)"])
+def test_a_value_that_is_nested_too_deeply_is_a_wrong_value(text):
+    assert "command line: sizes expects int,…" in problems(f"--sizes={text}")
 
 
 def test_a_value_behind_a_negated_flag_is_not_dropped():
@@ -177,7 +194,7 @@ def test_expressions_see_the_values_so_far(config_file):
     assert (config.steps, config.max_new_tokens) == (60, 21)
 
 
-def test_modules_functions_and_underscores_are_the_files_own(config_file):
+def test_modules_functions_and_underscores_are_ignored(config_file):
     path = config_file(
         "import math\n"
         "from os.path import join\n"
@@ -234,7 +251,7 @@ def test_a_mistake_in_a_file_names_the_file(config_file, line, message):
     assert problems(path) == f"{path}: {message}"
 
 
-def test_all_problems_are_told_at_once(config_file):
+def test_all_problems_are_reported_at_once(config_file):
     first = config_file("stepz = 1\nlr = 'x'", "first.py")
     second = config_file("fast = 3", "second.py")
     text = problems(first, second, "--mode=warp", "--nam=x", "stray", "--limit")
@@ -259,6 +276,64 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert problems(str(latin)).startswith(f"{latin}: UnicodeDecodeError: ")
 
 
+# --- ranges
+
+
+@dataclass(frozen=True)
+class Ranged:
+    count: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    most: PositiveInt | None = None
+    rate: PositiveFloat = 0.5
+    decay: NonNegativeFloat = 0.0
+    share: Fraction = 1.0
+    dropout: FractionBelow1 = 0.0
+    top_p: FractionAbove0 | None = 1.0
+    name: str = ""
+
+
+def test_settings_within_their_ranges_pass():
+    configurator.validate(Ranged())
+    configurator.validate(Ranged(most=1, seed=2**63 - 1, share=0.0, top_p=None), problems=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("count", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**63, "below 2**63"),
+        ("count", 10**400, "below 2**63"),
+        ("most", 0, "at least 1"),
+        ("rate", 0.0, "a number above 0"),
+        ("rate", float("inf"), "a number above 0"),
+        ("rate", float("nan"), "a number above 0"),
+        ("decay", -0.1, "a number from 0"),
+        ("share", 1.1, "in [0, 1]"),
+        ("dropout", 1.0, "in [0, 1)"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+    ],
+)
+def test_a_setting_outside_its_range_is_named_with_its_value(name, value, words):
+    with pytest.raises(UserError) as caught:
+        configurator.validate(Ranged(**{name: value}))
+    assert str(caught.value) == f"{name} must be {words}, not {value}"
+
+
+def test_ranges_and_other_problems_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        configurator.validate(Ranged(count=0, share=2.0), ["too much", "too late"])
+    assert str(caught.value) == (
+        "count must be at least 1, not 0; share must be in [0, 1], not 2.0; too much; too late"
+    )
+
+
+def test_a_range_does_not_change_how_a_type_is_read_and_described():
+    assert configurator.resolve(Ranged, ["--most=7", "--rate=1"])[0] == Ranged(most=7, rate=1.0)
+    with pytest.raises(UserError, match="most expects int or None, not 'x'"):
+        configurator.resolve(Ranged, ["--most=x"])
+
+
 # --- what is printed
 
 
@@ -273,7 +348,7 @@ def test_the_difference_from_the_defaults_is_printed_with_its_origin(config_file
     ]
 
 
-def test_only_the_first_process_prints(monkeypatch, capsys):
+def test_only_the_main_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert configurator.configure(Settings, ["--steps=3"]).steps == 3
     assert capsys.readouterr() == ("", "")
@@ -341,7 +416,7 @@ def test_an_interrupt_is_status_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_reader_that_left_is_no_error():
+def test_a_reader_that_left_is_not_an_error():
     code = (
         "import sys, configurator, dataclasses\n"
         "settings = dataclasses.make_dataclass('S', [])\n"
@@ -364,7 +439,7 @@ def test_a_reader_that_left_is_no_error():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9\nmore"), "out of memory"),
     ],
 )
-def test_where_memory_and_numbers_end_is_one_line(capsys, error, said):
+def test_a_lack_of_memory_is_one_line(capsys, error, said):
     def run(config):
         raise error
 
@@ -374,7 +449,7 @@ def test_where_memory_and_numbers_end_is_one_line(capsys, error, said):
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OverflowError, TypeError])
-def test_our_own_mistakes_keep_their_traceback(kind):
+def test_other_errors_keep_their_traceback(kind):
     def run(config):
         raise kind("a bug")
 
@@ -382,6 +457,6 @@ def test_our_own_mistakes_keep_their_traceback(kind):
         configurator.command(Settings, run, [])
 
 
-def test_a_closed_output_is_no_error(monkeypatch):
+def test_a_closed_output_is_not_an_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     assert configurator.command(Settings, print, []) == 0

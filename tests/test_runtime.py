@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from configurator import UserError
 from plaingpt import runtime
 from plaingpt.runtime import Runtime
 
@@ -39,12 +40,12 @@ def has(monkeypatch, *, gpus=0, mps=False, capability=(8, 0), bf16_cpu=False):
         ({}, "cpu", torch.float32),
     ],
 )
-def test_auto_is_the_best_that_is_here(monkeypatch, machine, device, dtype):
+def test_auto_is_the_best_that_the_machine_has(monkeypatch, machine, device, dtype):
     has(monkeypatch, **machine)
     assert runtime.start() == Runtime(torch.device(device), dtype)
 
 
-def test_a_named_device_and_dtype_are_taken(monkeypatch):
+def test_a_named_device_and_dtype_are_used(monkeypatch):
     has(monkeypatch, gpus=2, capability=(7, 0), bf16_cpu=True)
     assert runtime.start("cpu") == Runtime(CPU, torch.bfloat16)
     assert runtime.start("cuda:1") == Runtime(torch.device("cuda:1"), torch.float16)
@@ -52,16 +53,19 @@ def test_a_named_device_and_dtype_are_taken(monkeypatch):
     assert runtime.start("auto", "bfloat16") == Runtime(CUDA, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:0", "mps", "cpu:x", "cpu:", "", "meta"])
-def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
+@pytest.mark.parametrize(
+    "name",
+    ["gpu", "cuda", "cuda:0", "mps", "cpu:x", "cpu:", "cpu:٣", "cpu:9999999999", "", "meta"],
+)
+def test_a_device_that_the_machine_lacks_is_refused(monkeypatch, name):
     has(monkeypatch)
-    with pytest.raises(ValueError, match="device '.*' is not on this machine, which has: cpu$"):
+    with pytest.raises(UserError, match="device '.*' is not on this machine, which has: cpu$"):
         runtime.start(name)
 
 
 def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
     has(monkeypatch, gpus=2)
-    with pytest.raises(ValueError, match="'cuda:2': this machine has 2 GPUs"):
+    with pytest.raises(UserError, match="'cuda:2': this machine has 2 GPUs"):
         runtime.start("cuda:2")
 
 
@@ -90,7 +94,9 @@ def test_float32_runs_without_autocast():
 
 
 def test_importing_any_file_prints_nothing_and_sets_nothing():
-    names = ", ".join(sorted(path.stem for path in REPO.glob("*.py")))
+    files = [*REPO.glob("*.py"), *REPO.glob("plaingpt/**/*.py"), *REPO.glob("tools/*.py")]
+    parts = sorted(path.relative_to(REPO).with_suffix("").parts for path in files)
+    names = ", ".join(".".join(part) for part in parts)
     code = (
         "import os; before = dict(os.environ)\n"
         f"import {names}\n"

@@ -1,35 +1,51 @@
 """
-Score a checkpoint on the held-out part of prepared data.
+Score a checkpoint on the validation split of prepared data.
 
-    python -m tools.eval                                                  # out/stdlib on data/stdlib
+    python -m tools.eval                                            # out/stdlib on data/stdlib
     python -m tools.eval --checkpoint=gpt2 --data_dir=data/wikitext --limit=1000
     python -m tools.eval --checkpoint=out/instruct --data_dir=data/mine --tasks=perplexity,answers
 
-perplexity: the loss that train.py reports, on windows as long as the model's context that do not
-overlap; its exponential; and bits per byte, which compares models of different tokenizers. Of data
-with a mask only the answers count.
+perplexity: the loss that train.py reports, over windows that are as long as the model's context and
+do not overlap; its exponential; and bits per byte, which compares models with different tokenizers.
+If the data has a mask, only the answers count.
 
-answers: the likeliest answer to each held-out question (by itself, without the turns before it),
-compared with the one that is there: the share of equal ones, and the mean F1 of their words, both
-without case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
-than the context is cut at its beginning. The first three are printed: the question (---), the
-model's answer (>) and the one that is there (=).
+answers: the likeliest answer to each question of the split (alone, without the turns before it),
+compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
+ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
+than the context loses its beginning. For the first three, this prints the question (---), the
+model's answer (>) and the reference answer (=).
 """
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import configurator
+from configurator import DType, PositiveInt, UserError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
+    data_dir: str = "data/stdlib"  # what prepare.py wrote
+    tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
+    limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+
+
+if __name__ == "__main__":
+    configurator.answer_help(EvalConfig)  # before torch is imported, which takes a second
 
 import math
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 
-import configurator
-from configurator import DType, UserError
 from model import GPT
 from plaingpt import generation, runtime
 from plaingpt.checkpoint import store
@@ -38,42 +54,30 @@ from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 
-ANSWER_TOKENS = 100  # that an answer may be longer than the one that is there
-EXAMPLES = 3  # answers that are printed
-BATCH_SIZE = 8  # windows that are scored at once
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
-    data_dir: str = "data/stdlib"  # what prepare.py wrote
-    tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
-    limit: int | None = None  # windows, or questions, of a task at most; None: all
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+EXTRA_TOKENS = 100  # that an answer may be longer than the reference answer
+EXAMPLES = 3  # answers to print
+BATCH_SIZE = 8  # windows per batch
 
 
 def score(cfg: EvalConfig) -> dict[str, float]:
     """Print and return the figures of all tasks.
 
-    Raises UserError for a checkpoint that cannot be opened, data of another tokenizer, and data
-    without what a task needs.
+    Raises UserError for settings out of range, a checkpoint that cannot be opened, data with
+    another tokenizer, and data that lacks what a task needs.
     """
-    if cfg.limit is not None and cfg.limit < 1:
-        raise UserError(f"limit must be at least 1, not {cfg.limit}")
-    if not cfg.tasks:
-        raise UserError("tasks is empty")
+    configurator.validate(cfg, [] if cfg.tasks else ["tasks is empty"])
     rt = runtime.start(cfg.device, cfg.dtype)
     data = dataset.open_dataset(cfg.data_dir)
     tokenizer = data.tokenizer
     split = data.split("val")
     if "answers" in cfg.tasks and not split.has_mask:
         raise UserError(
-            f"there are no questions in {cfg.data_dir}: prepare.py --template=alpaca, chat or synth"
+            f"there are no questions in {cfg.data_dir}: prepare it with --template=alpaca, chat "
+            "or synth"
         )
     model, own_tokenizer = store.load(cfg.checkpoint)
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{cfg.checkpoint} has another tokenizer than {cfg.data_dir}")
+        raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
     rt.place(model).eval()
     scores: dict[str, float] = {}
     if "perplexity" in cfg.tasks:
@@ -89,7 +93,7 @@ def perplexity(
     max_tokens = cfg.limit and cfg.limit * model.config.block_size
     loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
     if not tokens:
-        raise UserError(f"no token of {cfg.data_dir} counts in the loss, as far as limit goes")
+        raise UserError(f"no token of {cfg.data_dir}, up to limit, counts in the loss")
     found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
     if bytes_per_token := data.bytes_per_token(split):
@@ -108,12 +112,12 @@ def answers(
 ) -> dict[str, float]:
     exact, overlaps = [], []
     pick = generation.picker(Sampling(temperature=0), tokenizer, rt.device)
-    for number, (question, answer) in enumerate(islice(asked(split, tokenizer), cfg.limit)):
-        drawn = generation.continuations(
-            model, tokenizer, question, len(answer) + ANSWER_TOKENS, pick
-        )
+    pairs = islice(questions(split, tokenizer), cfg.limit)
+    for number, (question, reference) in enumerate(pairs):
+        max_new_tokens = len(reference) + EXTRA_TOKENS
+        drawn = generation.continuations(model, tokenizer, question, max_new_tokens, pick)
         given = tokenizer.decode([int(token) for token in drawn]).removesuffix(tokenizer.eot)
-        wanted = tokenizer.decode(answer).removesuffix(tokenizer.eot)
+        wanted = tokenizer.decode(reference).removesuffix(tokenizer.eot)
         exact.append(words(given) == words(wanted))
         overlaps.append(f1(words(given), words(wanted)))
         if number < EXAMPLES:
@@ -124,11 +128,11 @@ def answers(
     return found
 
 
-def asked(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """Each question and answer of a split, as ids: a run of tokens that do not count in the loss,
-    and the one that does behind it, up to the end of a text.
+def questions(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids of each question of a split, and of its reference answer.
 
-    Raises UserError where there are none.
+    A question is a run of tokens that do not count in the loss; its answer is the run that follows
+    and does count, up to the end of the text. Raises UserError if the split has none.
     """
     counts = np.asarray(split.mask(0, len(split)), dtype=bool)
     edges = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1).tolist(), len(split)]
@@ -136,21 +140,22 @@ def asked(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int]
     for start, middle, end in zip(edges, edges[1:], edges[2:]):
         if not counts[start]:
             answer = split[middle:end].tolist()
-            if tokenizer.eot_id in answer:  # the next text may begin with what counts
+            if tokenizer.eot_id in answer:  # what follows may be a text that counts from its start
                 answer = answer[: answer.index(tokenizer.eot_id)]
             found = True
             yield split[start:middle].tolist(), answer
     if not found:
-        raise UserError("no answer of this data counts in the loss")
+        raise UserError("this data has no answer that counts in the loss")
 
 
 def words(text: str) -> list[str]:
+    """The words of a text, without case, punctuation and articles."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def f1(given: list[str], wanted: list[str]) -> float:
-    """The harmonic mean of the shares of words of each that are in the other."""
+    """The harmonic mean of precision and recall of the words `given`."""
     if not given or not wanted:
         return float(given == wanted)
     common = (Counter(given) & Counter(wanted)).total()

@@ -1,9 +1,10 @@
 """
-What a browser gets from serve.py: page.html, and the answers that it asks for.
+What tools.serve sends to a browser: page.html, and the answers that the page asks for.
 
-POST /answer with JSON, {"messages": [{"role": …, "content": …}, …]}, or {"text": …} to continue,
-and settings of `Sampling`. The answer is a line of JSON for each token, behind one that says how
-long the prompt is, and how much of what was asked did not fit: messages, or tokens of a text.
+POST /answer takes JSON: {"messages": [{"role": …, "content": …}, …]} for a model that holds
+conversations, {"text": …} for one that continues texts, and any settings of `Sampling`. The reply
+is JSON lines: how long the prompt is and how much of the input did not fit (messages, or tokens of
+a text), then one line per token.
 """
 
 import asyncio
@@ -16,7 +17,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,6 +28,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 import configurator
+from configurator import UserError
 from model import GPT
 from plaingpt import generation
 from plaingpt.sampling import Sampling
@@ -35,10 +36,9 @@ from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
-SETTINGS = [field.name for field in fields(Sampling)]  # that a request may give
-ALTERNATIVES = 10  # of each token that are shown
+ALTERNATIVES = 10  # shown for each token
 MAX_BODY = 1 << 16  # bytes of a request
-MAX_SECONDS = 600  # of an answer, also for those who do not read it
+MAX_SECONDS = 600  # of an answer, even if nobody reads it
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -53,50 +53,49 @@ def build_app(
     name: str,
     hosts: list[str],
 ) -> Starlette:
-    """The pages of a server; only requests for `hosts` are answered, as a name that someone else
-    has pointed here is how a foreign page would get in."""
+    """The application that answers `max_requests` at a time with `model`, which it calls `name`.
+
+    It answers only requests for `hosts`: a foreign page could get in by pointing a name of its own
+    at this machine.
+    """
     slots = asyncio.Semaphore(max_requests)
-    chat = generation.holds_conversations(tokenizer)
     block_size = model.config.block_size
+    description = {
+        "name": name,
+        "chat": generation.holds_conversations(tokenizer),
+        "remembers": tokenizer.chat_template == templates.CHAT,
+        "parameters": model.num_params(),
+        "block_size": block_size,
+        "defaults": {each.name: getattr(defaults, each.name) for each in fields(Sampling)},
+    }
 
-    def prompt_of(asked: dict[str, Any], max_new_tokens: int) -> tuple[list[int], int]:
-        """The ids to go on from, and how many messages, or tokens of a text, are left out."""
-        if chat:
-            messages = templates.messages_of(asked)
-            ids, kept = generation.prompt_ids(messages, tokenizer, block_size, max_new_tokens)
-            return ids, len(messages) - len(kept)
-        ids = tokenizer.encode(templates.field(asked, "text")) or [tokenizer.eot_id]
-        return ids[-block_size:], max(len(ids) - block_size, 0)
-
-    settings = {name: getattr(defaults, name) for name in SETTINGS}
-
-    async def about(request: Request) -> JSONResponse:
-        shape = {"parameters": model.num_params(), "block_size": block_size}
-        kind = {"chat": chat, "remembers": tokenizer.chat_template == templates.CHAT}
-        return JSONResponse({"name": name, **kind, **shape, "defaults": settings})
+    async def describe(request: Request) -> JSONResponse:
+        return JSONResponse(description)
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
-        if slots.locked():  # maybe by an answer whose end has just been sent
+        if slots.locked():  # perhaps by an answer that has just been sent
             await asyncio.sleep(0.1)
         if slots.locked():
             raise HTTPException(503, "busy with other answers: try again in a moment")
         await slots.acquire()
         try:
             sampling = sampling_of(asked, defaults)
-            ids, forgotten = await run_in_threadpool(prompt_of, asked, sampling.max_new_tokens)
+            count = sampling.max_new_tokens
+            prompt = await run_in_threadpool(prompt_of, asked, tokenizer, block_size, count)
         except BaseException as error:
             slots.release()
-            if isinstance(error, ValueError):
+            if isinstance(error, UserError):
                 raise HTTPException(400, str(error)) from None
             raise
+        ids, forgotten = prompt
         first = {"prompt_tokens": len(ids), "forgotten": forgotten}
-        tokens = considered(model, tokenizer, ids, sampling)
+        tokens = with_alternatives(model, tokenizer, ids, sampling)
         lines = json_lines(first, tokens, request.app.state.stopping)
         response = StreamingResponse(lines, media_type="application/x-ndjson")
 
         async def respond(*arguments: Any) -> None:
-            """Ends, and so stops drawing, when the visitor leaves."""
+            """Send the response; a visitor who leaves cancels it, which stops the drawing."""
             try:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(response(*arguments), MAX_SECONDS)
@@ -105,24 +104,26 @@ def build_app(
 
         return respond
 
-    async def page(request: Request) -> FileResponse:
-        return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY})
-
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, error.status_code)
-
     app = Starlette(
         routes=[
-            Route("/", page),
-            Route("/model", about),
+            Route("/", send_page),
+            Route("/model", describe),
             Route("/answer", answer, methods=["POST"]),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={HTTPException: failed},
+        exception_handlers={HTTPException: send_error},
     )
-    app.state.stopping = lambda: False  # who runs it knows better
+    app.state.stopping = lambda: False  # whoever runs the server replaces it
     return app
+
+
+async def send_page(request: Request) -> FileResponse:
+    return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+
+
+async def send_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code)
 
 
 async def json_lines(
@@ -133,32 +134,36 @@ async def json_lines(
         yield json.dumps(token) + "\n"
 
 
+# --- what a request asks for
+
+
 async def read_json(request: Request) -> dict[str, Any]:
-    """The JSON of a request. Raises HTTPException for what is none, or too large."""
-    # A page of another site can send a form here, but not JSON.
+    """The JSON object of a request. Raises HTTPException if it is something else, or too large."""
+    # Another site's page can make a browser send a form here, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise HTTPException(415, "Content-Type has to be application/json")
+        raise HTTPException(415, "Content-Type must be application/json")
     body = b""
     try:
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY:
-                raise HTTPException(413, f"a request may have {MAX_BODY:,} bytes at most")
+                raise HTTPException(413, f"a request may have at most {MAX_BODY:,} bytes")
         asked = json.loads(body)
     except ClientDisconnect:
         raise HTTPException(400, "the request was cut off") from None
     except (ValueError, RecursionError):
-        raise HTTPException(400, "the request is no JSON") from None
+        raise HTTPException(400, "the request is not JSON") from None
     if not isinstance(asked, dict):
-        raise HTTPException(400, "the request is no JSON object")
+        raise HTTPException(400, "the request is not a JSON object")
     return asked
 
 
 def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
-    """The settings of a request. Raises UserError that lists unknown names, wrong types, and
-    values out of range."""
-    given, problems = {}, []
-    hints = typing.get_type_hints(Sampling)
+    """The settings of a request, on top of `defaults`.
+
+    Raises UserError that lists unknown names, wrong types, and values out of range.
+    """
+    hints, given, problems = typing.get_type_hints(Sampling), {}, []
     for name in sorted(asked.keys() - {"messages", "text"}):
         if name not in hints:
             problems.append(configurator.unknown(name, hints))
@@ -171,32 +176,50 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
             given[name] = value
     sampling = replace(defaults, **given)
     if sampling.max_new_tokens > defaults.max_new_tokens:
-        problems.append(f"max_new_tokens may be {defaults.max_new_tokens:,} at most")
+        problems.append(f"max_new_tokens must be at most {defaults.max_new_tokens:,}")
     configurator.validate(sampling, problems)
     return sampling
 
 
-def considered(
+def prompt_of(
+    asked: dict[str, Any], tokenizer: Tokenizer, block_size: int, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """The ids of the prompt, and how many messages, or tokens of a text, did not fit.
+
+    Raises UserError for messages that are not a conversation, or a text that is missing.
+    """
+    if generation.holds_conversations(tokenizer):
+        messages = templates.messages_of(asked)
+        ids, kept = generation.prompt_ids(messages, tokenizer, block_size, max_new_tokens)
+        return ids, len(messages) - len(kept)
+    ids = tokenizer.encode(templates.field(asked, "text")) or [tokenizer.eot_id]
+    return ids[-block_size:], max(len(ids) - block_size, 0)
+
+
+# --- the answer
+
+
+def with_alternatives(
     model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
-    """Of each token drawn after `ids`: the text that it completes, its id, its own text, its
-    probability, and id, text and probability of the likeliest ones in its place. The last has an
-    "end": "stop" if it is the one that ends a text, or "length".
+    """Draw the tokens that follow `ids`, and yield what the page shows of each.
 
-    Probabilities are the model's own, before temperature and filters.
+    That is the "text" it completes (none within a character of several bytes), its "id", its own
+    text as "token", its "probability", and [id, text, probability] of the likeliest "alternatives".
+    The last has an "end": "stop" if it is <|endoftext|>, "length" otherwise. Probabilities are the
+    model's own, before temperature and filters.
     """
     pick = generation.picker(sampling, tokenizer, model.lm_head.weight.device)
-    logits = torch.empty(0)
+    seen: list[Tensor] = []
 
-    def watched(given: Tensor) -> Tensor:
-        nonlocal logits
-        logits = given[:, : tokenizer.vocab_size]
-        return pick(given)
+    def pick_and_keep(logits: Tensor) -> Tensor:
+        seen.append(logits[:, : tokenizer.vocab_size])
+        return pick(logits)
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    drawn = generation.continuations(model, tokenizer, ids, sampling.max_new_tokens, watched)
+    drawn = generation.continuations(model, tokenizer, ids, sampling.max_new_tokens, pick_and_keep)
     for number, token in enumerate(map(int, drawn), start=1):
-        probabilities = logits[0].softmax(dim=-1)
+        probabilities = seen.pop()[0].softmax(dim=-1)
         top = probabilities.topk(min(ALTERNATIVES, len(probabilities)))
         stopped = token == tokenizer.eot_id
         last = stopped or number == sampling.max_new_tokens

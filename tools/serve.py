@@ -1,5 +1,5 @@
 """
-A page on this machine to talk to a model, and to see what it considered at each token.
+A local page to talk to a model, and to see the alternatives that it had at each token.
 
     pip install -r requirements-serve.txt
     python -m tools.serve                                  # http://127.0.0.1:8000, Ctrl-C ends
@@ -8,49 +8,55 @@ A page on this machine to talk to a model, and to see what it considered at each
 For other programs there is `transformers serve` (README).
 """
 
-import os
-import socket
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import configurator
-from configurator import DType, PositiveInt, UserError
-from plaingpt import runtime
-from plaingpt.checkpoint import store
+from configurator import DType, PositiveInt, Range, UserError
 from plaingpt.sampling import Sampling
 
-LOOPBACK = ("127.0.0.1", "localhost")
-MAX_CONNECTIONS = 64
+Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)]
 
 
 @dataclass(frozen=True)
 class ServeConfig(Sampling):
     checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
-    host: str = "127.0.0.1"  # this machine only; 0.0.0.0: whoever reaches it, without a password
-    port: int = 8000  # 0: any free port
+    host: str = "127.0.0.1"  # this machine only; 0.0.0.0: open to the network, without a password
+    port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 2  # answers at a time; further requests get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
 
 
+if __name__ == "__main__":
+    configurator.answer_help(ServeConfig)  # before torch is imported, which takes a second
+
+import os
+import socket
+
+from plaingpt import runtime
+from plaingpt.checkpoint import store
+
+LOOPBACK = ("127.0.0.1", "localhost")
+MAX_CONNECTIONS = 64
+
+
 def serve(cfg: ServeConfig) -> None:
     """Answer requests until Ctrl-C.
 
-    Raises UserError for settings out of range, a checkpoint that cannot be opened and missing
-    packages, OSError where the port is taken.
+    Raises UserError for settings out of range, a checkpoint that cannot be opened and packages
+    that are not installed, OSError if the port is taken.
     """
     try:
         import uvicorn
 
         from tools import page
     except ModuleNotFoundError as error:
-        raise UserError(f"no {error.name} here: pip install -r requirements-serve.txt") from None
-    problems = []
-    if not cfg.host:
-        problems.append("host is empty")
-    if not 0 <= cfg.port < 2**16:
-        problems.append(f"port must be from 0 to 65535, not {cfg.port}")
-    configurator.validate(cfg, problems)
+        raise UserError(
+            f"{error.name} is not installed: pip install -r requirements-serve.txt"
+        ) from None
+    configurator.validate(cfg, [] if cfg.host else ["host is empty"])
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
     rt.place(model, rt.dtype).eval()
@@ -63,7 +69,7 @@ def serve(cfg: ServeConfig) -> None:
     app = page.build_app(model, tokenizer, cfg, cfg.max_requests, cfg.checkpoint, hosts)
     settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     server = uvicorn.Server(settings)
-    app.state.stopping = lambda: server.should_exit  # answers end then, too
+    app.state.stopping = lambda: server.should_exit  # ends the answers in progress
     try:
         print(f"http://{cfg.host}:{listening.getsockname()[1]}  (Ctrl-C ends)")
         server.run(sockets=[listening])

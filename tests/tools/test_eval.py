@@ -1,4 +1,4 @@
-"""Scores: those of training, and answers that are compared as for SQuAD."""
+"""Scores equal those of training; answers are compared as for SQuAD."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def run(cfg, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def taught(cfg, tmp_path_factory):  # noqa: F811
-    """Four questions and answers, and a model that was trained on them until it knows them."""
+    """Four questions and answers, and a model that was trained until it knows them."""
     folder = tmp_path_factory.mktemp("taught")
     told = [
         {
@@ -41,7 +41,7 @@ def taught(cfg, tmp_path_factory):  # noqa: F811
     (folder / "qa.json").write_text(json.dumps(told * 2))
     words = [f"--sources={folder}/qa.json", "--template=chat", "--val_fraction=0"]
     assert prepare.main([*words, "--tokenizer=bytes", f"--data_dir={folder}/data"]) == 0
-    for name in ("000000.bin", "000000.mask.bin"):  # what it knows is what it is asked
+    for name in ("000000.bin", "000000.mask.bin"):  # ask what it was trained on
         shutil.copy(folder / f"data/train_{name}", folder / f"data/val_{name}")
     (folder / "data/dataset.json").unlink()
     changes = {"block_size": 48, "max_steps": 160, "dropout": 0.0, "eval_interval": 1000}
@@ -54,7 +54,7 @@ def taught(cfg, tmp_path_factory):  # noqa: F811
     return paths
 
 
-def test_the_loss_is_that_of_training(run, capsys):
+def test_the_loss_equals_that_of_training(run, capsys):
     last, out_dir, data_dir = run
     scores = eval.score(eval.EvalConfig(out_dir, data_dir, device="cpu"))
     assert scores["loss"] == pytest.approx(last["val_loss"], abs=1e-3)
@@ -79,7 +79,7 @@ def test_bits_per_byte(tmp_path):
     assert evaluation.bits_per_byte(0.6931472, 1.0) == pytest.approx(1.0)
 
 
-def test_answers_that_were_learned_are_equal(taught, capsys):
+def test_learned_answers_match(taught, capsys):
     command = [f"--checkpoint={taught['out_dir']}", f"--data_dir={taught['data_dir']}"]
     assert eval.main([*command, "--tasks=perplexity,answers", "--device=cpu"]) == 0
     out = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_each_question_has_its_own_answer(shard_folder):
     folder = shard_folder(train=[[1]], val=[ids], manifest=False)
     (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
     split = eval.dataset.open_dataset(folder).split("val")
-    pairs = list(eval.asked(split, Tokenizer.bytes()))
+    pairs = list(eval.questions(split, Tokenizer.bytes()))
     assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
 
 
@@ -132,4 +132,4 @@ def test_data_of_another_tokenizer_is_refused(run, tmp_path, tiny_text, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     Tokenizer.train([tiny_text], 300).save(tmp_path)
     assert eval.main([f"--checkpoint={out_dir}", f"--data_dir={tmp_path}"]) == 2
-    assert "has another tokenizer than" in capsys.readouterr().err
+    assert "have different tokenizers" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The local page: what it answers and refuses, and how it looks and works in a real browser.
 
-The browser is Debian's chromium (`apt install chromium`), or what PLAINGPT_TEST_BROWSER names.
+The browser is chromium (`apt install chromium`), or the one that PLAINGPT_TEST_BROWSER names.
 """
 
 import http.client
@@ -113,7 +113,7 @@ def talk(tmp_path_factory):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Tokens take 20 ms; returns how many were drawn in all."""
+    """Tokens take 20 ms; returns the list of all that were drawn."""
     drawn = []
     really = GPT.generate
 
@@ -128,7 +128,7 @@ def slow(monkeypatch):
 
 
 def ended(drawn: list) -> int:
-    """How many tokens were drawn, once no more are."""
+    """How many tokens were drawn, once the drawing has ended."""
     while True:
         before = len(drawn)
         time.sleep(0.3)
@@ -136,7 +136,7 @@ def ended(drawn: list) -> int:
             return before
 
 
-# --- what it answers
+# --- answers
 
 
 def test_a_text_goes_on_as_in_sample(site, folder):
@@ -157,7 +157,7 @@ def test_each_token_has_its_probability_and_alternatives(site, folder):
     for token in tokens[:5]:
         probabilities = model(torch.tensor([ids]))[0, -1].softmax(-1)
         top = probabilities.topk(webpage.ALTERNATIVES)
-        id_ = top.indices[0].item()  # the likeliest, as the temperature is 0
+        id_ = top.indices[0].item()  # the likeliest: the temperature is 0
         assert token["id"] == id_ == token["alternatives"][0][0]
         assert token["token"] == Tokenizer.bytes().decode([id_]) == token["alternatives"][0][1]
         assert token["probability"] == pytest.approx(probabilities[id_].item(), abs=1e-4)
@@ -168,7 +168,7 @@ def test_each_token_has_its_probability_and_alternatives(site, folder):
 
 def test_a_text_that_ends_says_so(tmp_path):
     model = GPT(SHAPE).init_weights(1)
-    with torch.no_grad():  # it draws <|endoftext|> and nothing else
+    with torch.no_grad():  # it draws only <|endoftext|>
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256] * 1e4)
     weights = model.state_dict()
     ends = store.save(tmp_path, 1, SHAPE, weights, Tokenizer.bytes(), {}, {})
@@ -191,6 +191,11 @@ def test_characters_come_out_once_their_bytes_are_in(folder, tmp_path, monkeypat
     assert [token["text"] for token in tokens] == ["a", "", "é", "", "", "€", "�"]
     assert tokens[-1]["end"] == "length"
     assert tokens[0]["probability"] == pytest.approx(1 / 257, 1e-3)
+
+
+def test_any_text_that_json_can_carry_is_answered(site):
+    status, [start, *tokens] = site.ask({"text": "\ud800 \0", "max_new_tokens": 2})
+    assert status == 200 and start["prompt_tokens"] == 5 and tokens
 
 
 def test_a_seed_repeats_an_answer_and_none_does_not(site):
@@ -226,14 +231,14 @@ def test_a_conversation(chat, talker):
         ({"text": "x", "temperature": -1}, 400, "temperature must be 0, or at least 0.001"),
         ({"text": "x", "top_p": 2}, 400, "top_p must be above 0"),
         ({"text": "x", "seed": -1}, 400, "seed must be from 0"),
-        ({"text": "x", "max_new_tokens": 31}, 400, "max_new_tokens may be 30"),
+        ({"text": "x", "max_new_tokens": 31}, 400, "max_new_tokens must be at most 30"),
         ({"text": 5}, 400, "text is no text"),
         ({"messages": []}, 400, "no field 'text'"),
-        ([1], 400, "the request is no JSON object"),
-        ("{", 400, "the request is no JSON"),
-        (b"\xff", 400, "the request is no JSON"),
-        ("[" * 60_000, 400, "the request is no JSON"),
-        ({"text": "x" * 70_000}, 413, "a request may have 65,536 bytes"),
+        ([1], 400, "the request is not a JSON object"),
+        ("{", 400, "the request is not JSON"),
+        (b"\xff", 400, "the request is not JSON"),
+        ("[" * 60_000, 400, "the request is not JSON"),
+        ({"text": "x" * 70_000}, 413, "a request may have at most 65,536 bytes"),
     ],
 )
 def test_a_bad_request_gets_one_line(site, body, status, message):
@@ -255,13 +260,13 @@ def test_a_bad_request_gets_one_line(site, body, status, message):
         ([{"content": "x"}], "unknown role None"),
     ],
 )
-def test_what_is_no_conversation_gets_one_line(chat, messages, message):
+def test_a_bad_conversation_gets_one_line(chat, messages, message):
     status, [line] = chat.ask({"messages": messages})
     assert status == 400 and message in line["error"]
 
 
 def test_other_sites_cannot_ask(site):
-    """Neither a form of another page, nor a name that someone has pointed at this machine."""
+    """Neither a form on another page, nor a name that someone pointed at this machine."""
     assert site.ask({"text": "x"}, headers={"Content-Type": "text/plain"})[0] == 415
     assert site.ask({"text": "x"}, headers={**JSON, "Host": "evil.example"})[0] == 400
     assert site.ask("", "/", "GET", headers={"Host": f"localhost:{site.port}"})[0] == 200
@@ -289,13 +294,13 @@ def test_requests_beyond_the_limit_are_told_to_wait(site, slow):
     for thread in threads:
         thread.join()
     assert [status for status, _ in found] == [200, 200]
-    for _ in range(3):  # a refused request takes no slot either
+    for _ in range(3):  # a bad request gives its slot back
         assert site.ask({"text": 5})[0] == 400
     assert site.ask({"text": "x", "max_new_tokens": 1})[0] == 200
 
 
 def test_a_visitor_who_leaves_stops_the_work(site, slow):
-    for _ in range(3):  # more than there are slots
+    for _ in range(3):  # more often than there are slots
         before = len(slow)
         connection = http.client.HTTPConnection("127.0.0.1", site.port)
         connection.request("POST", "/answer", json.dumps({"text": "x", "seed": 3}), JSON)
@@ -352,7 +357,7 @@ def browser():
     path = shutil.which(named or "chromium") or shutil.which("google-chrome")
     if not path:
         pytest.skip("no chromium here")
-    # It finds no machine but this one.
+    # It reaches only this machine.
     options = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as started:
         sandbox = os.geteuid() != 0
@@ -369,7 +374,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Open a site in a page of its own; what it writes to the console as an error fails a test."""
+    """Open a site in a page of its own; an error on its console fails the test."""
     playwright = pytest.importorskip("playwright.sync_api")
     contexts, problems = [], []
 
@@ -496,9 +501,9 @@ def test_an_error_is_shown_and_the_question_kept(talk, open_page):
     page.wait_for_selector(".answer .token")
 
 
-def test_what_the_model_writes_is_text_and_no_markup(folder, tmp_path, open_page):
+def test_what_the_model_writes_is_text_not_markup(folder, tmp_path, open_page):
     model = store.load_model(folder)
-    with torch.no_grad():  # it writes < and nothing else
+    with torch.no_grad():  # it writes only <
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[ord("<")] * 1e4)
     state = model.state_dict()
     markup = store.save(tmp_path, 1, SHAPE, state, Tokenizer.bytes(), {}, {})
@@ -520,7 +525,7 @@ def test_light_and_dark_narrow_and_wide(talk, open_page, tmp_path, scheme, paper
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == f"rgb({paper})"
     columns_there = page.evaluate("getComputedStyle(document.body).gridTemplateColumns").split()
     assert len(columns_there) == columns
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # none sideways
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # fits
     for part in ("#text", "#considered", "#log", "#send"):
         box = page.locator(part).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width, part
