@@ -351,7 +351,7 @@ def browser():
     named = os.environ.get("PLAINGPT_TEST_BROWSER")
     path = shutil.which(named or "chromium") or shutil.which("google-chrome")
     if not path:
-        pytest.skip("no chromium here")
+        pytest.skip("chromium is not installed")
     # It finds no machine but this one.
     options = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as started:
@@ -370,7 +370,7 @@ def browser():
 @pytest.fixture
 def open_page(browser):
     """Open a site in a page of its own; what it writes to the console as an error fails a test."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     contexts, problems = [], []
 
     def opened(site, **options):
