@@ -53,30 +53,27 @@ def fenced_lines(markdown: str) -> list[str]:
 
 
 def inline_commands(markdown: str) -> list[str]:
-    """The `commands` in running text and tables: spans of several words that begin as one does."""
+    """The `commands` in running text and tables: spans of several words, the first a program."""
     spans = re.findall(r"`([^`]+)`", FENCE.sub("", markdown))
     spans = [" ".join(span.split()) for span in spans]
     return [span for span in spans if " " in span and first_word(span) in PROGRAMS]
 
 
 def header_lines(path: str) -> list[str]:
-    """The commands in a file's docstring: indented lines that begin as one does."""
+    """The commands in a file's docstring: indented lines whose first word is a program."""
     header = (REPO / path).read_text(encoding="utf-8").split('"""')[1]
     lines = re.sub(r"\\\n\s*", "", header).splitlines()
-    return [line.strip() for line in lines if re.match(r"    \S", line) and is_command(line)]
-
-
-def is_command(line: str) -> bool:
-    return first_word(line) in PROGRAMS
+    lines = [line.strip() for line in lines if re.match(r"    \S", line)]
+    return [line for line in lines if first_word(line) in PROGRAMS]
 
 
 def first_word(command: str) -> str:
-    """The program, behind what may precede it: time, srun and environment variables."""
+    """The program, after `time`, `srun` and environment variables."""
     return re.sub(r"^\s*(time |srun |[A-Z_]+=\S+ )*", "", command).split()[0]
 
 
 def commands_of(lines: list[str]) -> list[tuple[str, list[str]]]:
-    """(program, arguments) of each command; of Python the program is the script or module."""
+    """(program, arguments) of each command; for Python, the program is the script or module."""
     found = []
     for line in lines:
         for command in re.sub(r"\s+# .*", "", line).split(" && "):
@@ -87,13 +84,13 @@ def commands_of(lines: list[str]) -> list[tuple[str, list[str]]]:
             if words[0] == "python":
                 words = [word for word in words[1:] if word != "-m"]
             found.append((words[0], words[1:]))
-            if words[0] == "cd":  # the rest of the line runs in somebody else's folder
+            if words[0] == "cd":  # the rest of the line runs in another project's folder
                 break
     return found
 
 
 def check(program: str, arguments: list[str]) -> None:
-    """Fails for a program that nobody knows, and for arguments that it does not take."""
+    """Fail for an unknown program, and for arguments that the program would reject."""
     if "--help" in arguments:
         with pytest.raises(SystemExit):
             configurator.resolve(CLASSES[program], arguments)
@@ -205,7 +202,7 @@ def test_every_command_of_the_docs_parses(path, monkeypatch):
 
 @pytest.mark.parametrize("path", DOCS)
 def test_no_command_of_the_docs_is_overlooked(path):
-    """Counted in another way: wherever a line or a span begins with what runs Python."""
+    """Counts them in a second way: lines and code spans that start with what runs Python."""
     text = (REPO / path).read_text(encoding="utf-8")
     start = r"(?:^|&& |(?<!`)`)(?:time |srun |[A-Z_]+=\S+ )*(?:python|torchrun|uv run)\s"
     written = re.findall(start, text, flags=re.MULTILINE)
