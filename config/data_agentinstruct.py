@@ -1,12 +1,12 @@
 """
-Orca AgentInstruct: a million conversations to make a chat model of a pretrained one.
+Orca AgentInstruct: a million conversations that turn a pretrained model into a chat model.
 
     python prepare.py config/data_agentinstruct.py
 
-15 splits by kind of task (writing, reading, code, …), 1.05 million records, about 1 billion
-tokens. `messages` is a JSON string, which template=chat takes as it is.
-Licence: CDLA-Permissive 2.0. Download: 2.4 GB, streamed. Disk: about 3 GB, shards and masks.
-Time: about ten minutes on two cores, or the download's.
+15 splits, one per kind of task (writing, reading, code, …), 1.05 million records, about 1 billion
+tokens. `messages` is a JSON string, which template=chat accepts.
+Licence: CDLA-Permissive 2.0. Download: 2.4 GB, streamed. Disk: about 3 GB of shards and masks.
+Time: about ten minutes on two cores, or as long as the download.
 """
 
 data_dir = "data/agentinstruct"

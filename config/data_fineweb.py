@@ -1,12 +1,12 @@
 """
-FineWeb, its random sample of 10 billion tokens: what config/gpt2_124m.py trains on.
+FineWeb's random sample of 10 billion tokens, the training data of config/gpt2_124m.py.
 
     python prepare.py config/data_fineweb.py
     python train.py config/gpt2_124m.py --plan
 
-Cleaned English web pages of Common Crawl, 14.9 million documents, 10.4 billion GPT-2 tokens.
-Licence: ODC-By 1.0. Download: 31 GB, streamed, none of it kept. Disk: 21 GB of shards.
-Time: the download's, or about an hour on two cores, where tokenizing takes longer.
+Cleaned English web pages from Common Crawl, 14.9 million documents, 10.4 billion GPT-2 tokens.
+Licence: ODC-By 1.0. Download: 31 GB, streamed and not kept. Disk: 21 GB of shards.
+Time: as long as the download, or about an hour on two cores if tokenizing is slower.
 """
 
 data_dir = "data/fineweb"

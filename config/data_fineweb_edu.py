@@ -1,12 +1,12 @@
 """
-FineWeb-Edu, its random sample of 10 billion tokens: pages that a classifier found educational.
+FineWeb-Edu's random sample of 10 billion tokens: pages that a classifier rates as educational.
 
     python prepare.py config/data_fineweb_edu.py
     python train.py config/gpt2_124m.py --data_dir=data/fineweb_edu --plan
 
 9.7 million documents, 10.0 billion GPT-2 tokens.
-Licence: ODC-By 1.0. Download: 29 GB, streamed, none of it kept. Disk: 20 GB of shards.
-Time: the download's, or about an hour on two cores, where tokenizing takes longer.
+Licence: ODC-By 1.0. Download: 29 GB, streamed and not kept. Disk: 20 GB of shards.
+Time: as long as the download, or about an hour on two cores if tokenizing is slower.
 """
 
 data_dir = "data/fineweb_edu"

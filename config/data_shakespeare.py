@@ -1,10 +1,11 @@
 """
-Tiny Shakespeare by the byte, from a file of your own: what config/shakespeare_cpu.py trains on.
+Tiny Shakespeare in bytes, from a local file: the training data of config/shakespeare_cpu.py.
 
     python prepare.py config/data_shakespeare.py --sources=input.txt
     python train.py config/shakespeare_cpu.py
 
-The file is input.txt of Karpathy's char-rnn, 1,115,394 bytes; its last tenth is for validation.
+The file is input.txt of Karpathy's char-rnn, 1,115,394 bytes; its last tenth is the validation
+split.
 Licence: public domain. Disk: 2 MB of shards. Time: a second.
 """
 

@@ -1,18 +1,18 @@
 """
-Teach a checkpoint to hold conversations: messages, the loss on the assistant's words only.
+Teach a checkpoint to hold conversations: the loss covers only the assistant's words.
 
     python prepare.py config/data_agentinstruct.py --max_documents=100_000
     python train.py config/finetune_chat.py
     python sample.py --checkpoint=out/chat --chat
 
-Your own conversations, a {"messages": [{"role": …, "content": …}, …]} a line:
+Your own conversations, one {"messages": [{"role": …, "content": …}, …]} per line:
 
     python prepare.py --sources=talks.jsonl --template=chat --tokenizer=gpt2 --data_dir=data/talks
     python train.py config/finetune_chat.py --data_dir=data/talks
 
-Hardware: one GPU of 16 GB.
-Tokens: an epoch over what you prepared.
-Expect: not run with OpenAI's weights.
+Hardware: one GPU with 16 GB.
+Tokens: one epoch over the data that you prepared.
+Expect: not run with OpenAI's weights yet.
 """
 
 data_dir = "data/agentinstruct"

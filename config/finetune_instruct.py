@@ -1,19 +1,19 @@
 """
-Teach a checkpoint to follow instructions: Alpaca's form, the loss on answers only.
+Teach a checkpoint to follow instructions: Alpaca's form; the loss covers only the answers.
 
     python prepare.py config/data_alpaca.py
     python train.py config/finetune_instruct.py
     python sample.py --checkpoint=out/instruct --chat
 
-A checkpoint of your own, on data that its tokenizer made:
+Your own checkpoint, on data prepared with its tokenizer:
 
     python prepare.py config/data_alpaca.py --sources=mine.json --tokenizer=out/stdlib/step_001500 \
         --data_dir=data/mine
     python train.py config/finetune_instruct.py --init_from=out/stdlib --data_dir=data/mine
 
-Hardware: one GPU of 16 GB; a CPU takes hours for GPT-2's size, minutes for the second form.
-Tokens: 3 epochs of the 5 million tokens of Stanford's 52,002 records.
-Expect: not run with OpenAI's weights; docs/finetuning.md has a run from a checkpoint of ours.
+Hardware: one GPU with 16 GB; a CPU takes hours for GPT-2, minutes for the quick start's model.
+Tokens: 3 epochs over the 5 million tokens of Stanford's 52,002 records.
+Expect: not run with OpenAI's weights yet; docs/finetuning.md has figures for a small model.
 """
 
 data_dir = "data/alpaca"
@@ -24,7 +24,7 @@ batch_size = 32
 micro_batch_size = 8
 epochs = 3
 optimizer = "adamw"
-learning_rate = 5e-5  # a tenth of pretraining's or less: more forgets what the weights know
+learning_rate = 5e-5  # at most a tenth of pretraining's, which would erase what the model knows
 warmup_steps = 20
 schedule = "cosine"
 dropout = 0.1

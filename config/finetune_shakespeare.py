@@ -1,14 +1,15 @@
 """
-Continue the pretraining of GPT-2 on a text: tiny Shakespeare.
+Continue pretraining GPT-2 on one text: tiny Shakespeare.
 
     python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=gpt2 \
         --data_dir=data/shakespeare_gpt2
     python train.py config/finetune_shakespeare.py
     python sample.py --checkpoint=out/shakespeare_gpt2 --start "ROMEO:"
 
-Text: as in config/shakespeare_cpu.py. Hardware: one GPU of 16 GB, or a patient CPU.
-Tokens: 3 epochs of 0.3 million.
-Expect: not run with OpenAI's weights; nanoGPT reports a validation loss of 2.8 to 2.9 from gpt2-xl.
+Text: as in config/shakespeare_cpu.py. Hardware: one GPU with 16 GB, or a CPU and patience.
+Tokens: 3 epochs over 0.3 million tokens.
+Expect: not run with OpenAI's weights yet; nanoGPT reports a validation loss of 2.8 to 2.9 when it
+starts from gpt2-xl.
 """
 
 data_dir = "data/shakespeare_gpt2"

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare by the byte, in the size of nanoGPT's recipe for a CPU.
+Tiny Shakespeare in bytes, at the size of nanoGPT's CPU recipe.
 
     python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=bytes \
         --data_dir=data/shakespeare

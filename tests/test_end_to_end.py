@@ -1,21 +1,26 @@
-"""The three commands one after another, the README's commands, and every file in config/."""
+"""The three commands one after another, every command of the docs, and every file in config/."""
 
+import inspect
 import json
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
+import hf_trainer
 import pytest
+import to_gguf
+import torch.distributed.run
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
 import prepare
 import sample
 import train
-from tools import eval, export, serve
+from tools import bench, eval, export, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -26,20 +31,87 @@ CLASSES = {
     "tools.serve": serve.ServeConfig,
     "tools.eval": eval.EvalConfig,
 }
+BENCHES = {"prepare": bench.PrepareBench, "train": bench.TrainBench}
+EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
+OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
+OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd"}
+PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
+DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
+DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-def commands_of(text: str) -> list[tuple[str, list[str]]]:
-    """(script, arguments) of each `python script.py …` command, continued lines joined."""
-    text = re.sub(r"\\\n\s*", "", text)
+# --- finding commands, and checking them
+
+
+def fenced_lines(markdown: str) -> list[str]:
+    """The lines of all ```sh blocks, continued ones joined, without comments and assignments."""
+    blocks = "\n".join(body for language, body in FENCE.findall(markdown) if language == "sh")
+    lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
+    return [line for line in lines if line and not re.match(r"#|\w+=\$\(", line)]
+
+
+def inline_commands(markdown: str) -> list[str]:
+    """The `commands` in running text and tables: spans of several words, the first a program."""
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", markdown))
+    spans = [" ".join(span.split()) for span in spans]
+    return [span for span in spans if " " in span and first_word(span) in PROGRAMS]
+
+
+def header_lines(path: str) -> list[str]:
+    """The commands in a file's docstring: indented lines whose first word is a program."""
+    header = (REPO / path).read_text(encoding="utf-8").split('"""')[1]
+    lines = re.sub(r"\\\n\s*", "", header).splitlines()
+    lines = [line.strip() for line in lines if re.match(r"    \S", line)]
+    return [line for line in lines if first_word(line) in PROGRAMS]
+
+
+def first_word(command: str) -> str:
+    """The program, after `time`, `srun` and environment variables."""
+    return re.sub(r"^\s*(time |srun |[A-Z_]+=\S+ )*", "", command).split()[0]
+
+
+def commands_of(lines: list[str]) -> list[tuple[str, list[str]]]:
+    """(program, arguments) of each command; for Python, the program is the script or module."""
     found = []
-    for line in re.findall(r"^(?:    )?((?:pip|python) .*)$", text, flags=re.MULTILINE):
-        for command in line.split("  #")[0].split(" && "):
+    for line in lines:
+        for command in re.sub(r"\s+# .*", "", line).split(" && "):
             words = shlex.split(command)
-            words = [word for word in words if word != "-m"]
-            if words[0] == "python" and words[1] in CLASSES:
-                found.append((words[1], words[2:]))
+            words = words[words.index(first_word(command)) :]
+            if words[:2] == ["uv", "run"]:
+                words = ["python", *words[2:]]
+            if words[0] == "python":
+                words = [word for word in words[1:] if word != "-m"]
+            found.append((words[0], words[1:]))
+            if words[0] == "cd":  # the rest of the line runs in another project's folder
+                break
     return found
+
+
+def check(program: str, arguments: list[str]) -> None:
+    """Fail for an unknown program, and for arguments that the program would reject."""
+    if "--help" in arguments:
+        with pytest.raises(SystemExit):
+            configurator.resolve(CLASSES[program], arguments)
+    elif program in CLASSES:
+        cfg, _ = configurator.resolve(CLASSES[program], arguments)
+        configurator.validate(cfg)
+    elif program == "tools.bench":
+        cfg, _ = configurator.resolve(BENCHES[arguments[0]], arguments[1:])
+        if isinstance(cfg, bench.TrainBench):
+            check("train.py", shlex.split(cfg.settings))
+    elif program == "torchrun":
+        known = torch.distributed.run.get_args_parser().parse_args(arguments)
+        check(known.training_script, known.training_script_args)
+    elif program in EXAMPLES:
+        inspect.signature(EXAMPLES[program].main).bind(*arguments)
+    elif program == "pip":
+        assert arguments[0] == "install"
+        for before, name in pairwise(arguments):
+            assert before != "-r" or (REPO / name).is_file(), name
+    else:
+        assert program in OTHERS, f"{program} {arguments}"
 
 
 def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -87,12 +159,12 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path, monkeypat
 def test_every_config_loads_and_its_header_names_commands_that_parse(path, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     header = (REPO / path).read_text(encoding="utf-8").split('"""')[1]
-    commands = commands_of(header)
+    commands = commands_of(header_lines(path))
     assert any(path in arguments for _, arguments in commands)
     for word in () if "data_" in path else ("Hardware:", "Tokens:", "Expect:"):
         assert word in header
-    for script, arguments in commands:
-        configurator.resolve(CLASSES[script], arguments)
+    for program, arguments in commands:
+        check(program, arguments)
     if "finetune_" in path:
         assert train.main([path, "--plan"]) == 2  # for want of data
         assert "there is no data in data/" in capsys.readouterr().err
@@ -110,23 +182,77 @@ def test_a_config_holds_only_what_differs_from_the_defaults(monkeypatch):
         assert [name for name in origin if getattr(cfg, name) == defaults[name]] == [], path
 
 
-def test_every_command_of_a_scripts_header_parses(monkeypatch):
+@pytest.mark.parametrize("script", [*CLASSES, "tools.bench", *EXAMPLES])
+def test_every_command_of_a_scripts_header_parses(script, monkeypatch):
     monkeypatch.chdir(REPO)
-    for script in CLASSES:
-        path = script if script.endswith(".py") else script.replace(".", "/") + ".py"
-        header = (REPO / path).read_text(encoding="utf-8").split('"""')[1]
-        commands = commands_of(header)
-        assert commands
-        for name, arguments in commands:
-            configurator.resolve(CLASSES[name], arguments)
+    path = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+    commands = commands_of(header_lines(path))
+    assert script in {program for program, _ in commands}
+    for program, arguments in commands:
+        check(program, arguments)
 
 
-def test_every_command_of_the_readme_parses(monkeypatch):
+@pytest.mark.parametrize("path", DOCS)
+def test_every_command_of_the_docs_parses(path, monkeypatch):
     monkeypatch.chdir(REPO)
-    commands = commands_of((REPO / "README.md").read_text(encoding="utf-8"))
-    assert {script for script, _ in commands} == set(CLASSES)
-    for script, arguments in commands:
-        configurator.resolve(CLASSES[script], arguments)
+    text = (REPO / path).read_text(encoding="utf-8")
+    for program, arguments in commands_of([*fenced_lines(text), *inline_commands(text)]):
+        check(program, arguments)
+
+
+@pytest.mark.parametrize("path", DOCS)
+def test_no_command_of_the_docs_is_overlooked(path):
+    """Counts them in a second way: lines and code spans that start with what runs Python."""
+    text = (REPO / path).read_text(encoding="utf-8")
+    start = r"(?:^|&& |(?<!`)`)(?:time |srun |[A-Z_]+=\S+ )*(?:python|torchrun|uv run)\s"
+    written = re.findall(start, text, flags=re.MULTILINE)
+    commands = commands_of([*fenced_lines(text), *inline_commands(text)])
+    programs = {*CLASSES, *EXAMPLES, "tools.bench", "torchrun"}
+    found = [program for program, _ in commands if program in programs or program == "cd"]
+    assert len(found) == len(written)
+
+
+def test_the_readme_and_the_docs_name_every_command():
+    programs = set()
+    for path in DOCS:
+        text = (REPO / path).read_text(encoding="utf-8")
+        programs |= {program for program, _ in commands_of(fenced_lines(text))}
+    assert {*CLASSES, *EXAMPLES, "tools.bench", "torchrun"} <= programs
+
+
+@pytest.mark.parametrize("path", DOCS)
+def test_python_in_the_docs_compiles_and_links_lead_somewhere(path):
+    text = (REPO / path).read_text(encoding="utf-8")
+    for language, body in FENCE.findall(text):
+        if language == "python":
+            compile(body, path, "exec")
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", text)):
+        name, _, anchor = target.partition("#")
+        file = (REPO / path).parent / name if name else REPO / path
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", FENCE.sub("", file.read_text("utf-8")), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train.py --no_such_setting=1",
+        "torchrun --no-such-flag train.py",
+        "torchrun --standalone train.py --batch_size=0.5",
+        "python -m tools.bench train --settings=--no_such_setting=1",
+        "python examples/to_gguf.py llama.cpp",
+        "pip install -r no_such_file.txt",
+        "uv run no_such_file.py",
+        "no-such-program",
+    ],
+)
+def test_a_wrong_command_would_be_found(line):
+    [(program, arguments)] = commands_of([line])
+    with pytest.raises((ValueError, TypeError, AssertionError, SystemExit)):
+        check(program, arguments)
 
 
 def test_gpt2_124m_trains_on_a_cpu(tmp_path, monkeypatch):

@@ -6,9 +6,7 @@ import urllib.request
 from contextlib import closing
 from dataclasses import replace
 
-import ctranslate2
 import numpy as np
-import openai
 import pytest
 import torch
 from conftest import free_port
@@ -83,6 +81,7 @@ def own_threads():
 
 
 def test_ctranslate2(folder, tmp_path, tokenizer, own_threads):
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
     generator = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", intra_threads=1)
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -98,6 +97,8 @@ def test_ctranslate2(folder, tmp_path, tokenizer, own_threads):
 
 
 def test_transformers_serve_answers_the_openai_client(tokenizer, tmp_path, monkeypatch):
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    pytest.importorskip("fastapi", reason="fastapi (transformers[serving]) is not installed")
     from transformers.cli.serve import Serve
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
