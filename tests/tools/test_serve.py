@@ -356,13 +356,8 @@ def browser():
     named = os.environ.get("PLAINGPT_TEST_BROWSER")
     path = shutil.which(named or "chromium") or shutil.which("google-chrome")
     if not path:
-<<<<<<< HEAD
-        pytest.skip("no chromium here")
-    # It reaches only this machine.
-=======
         pytest.skip("chromium is not installed")
-    # It finds no machine but this one.
->>>>>>> docs
+    # It reaches only this machine.
     options = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     with playwright.sync_playwright() as started:
         sandbox = os.geteuid() != 0
@@ -379,13 +374,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-<<<<<<< HEAD
     """Open a site in a page of its own; an error on its console fails the test."""
-    playwright = pytest.importorskip("playwright.sync_api")
-=======
-    """Open a site in a page of its own; what it writes to the console as an error fails a test."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
->>>>>>> docs
     contexts, problems = [], []
 
     def opened(site, **options):
