@@ -161,7 +161,7 @@ def train(cfg: TrainConfig) -> Record:
     start = open_start(asdict(cfg), asdict(TrainConfig()), dataset)
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
 
-    # what it is going to do
+    # what it will do
     data = open_data(cfg, dataset, start.model.config.block_size, micro)
     plan = make_plan(cfg, start, data.batches, micro, rt)
     print("\n".join(sentences(plan)))
@@ -177,7 +177,7 @@ def train(cfg: TrainConfig) -> Record:
     if rt.any(rt.sum(torch.tensor(float(start.step))).item() != start.step * rt.world_size):
         raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
 
-    # and doing it
+    # do it
     state = make_state(start, dataset.tokenizer, plan, rt)
     log = RunLog(out_dir)
     if rt.is_main:
@@ -194,7 +194,7 @@ def run(
 ) -> Record:
     """The training loop: from state.step to plan.max_steps, or until a signal."""
     record: Record = {}
-    if state.step == 0 and cfg.init_from != "scratch":  # what fine-tuning starts out with
+    if state.step == 0 and cfg.init_from != "scratch":  # the baseline of fine-tuning
         log.add({"step": 0, **evaluate(state, data.validation, rt)})
     clock = Clock(plan.max_steps - state.step)
     with runtime.stop_signals() as stop:
@@ -208,7 +208,7 @@ def run(
             clock.stop()
             state.count(math.isfinite(loss + norm))
             step = state.step
-            stopping = rt.any(bool(stop))  # asked once a step: a signal may come at any line
+            stopping = rt.any(bool(stop))  # asked once a step: a signal may come at any time
             if state.skipped_in_a_row:
                 report_skipped(state, loss, norm)
 
@@ -275,7 +275,7 @@ def open_data(cfg: TrainConfig, dataset: Dataset, block_size: int, micro: int) -
 def make_plan(
     cfg: TrainConfig, start: Start, batches: Batches | None, micro: int, rt: Runtime
 ) -> Plan:
-    """What the settings come to: every None becomes a number here."""
+    """The run that the settings ask for, with every None resolved."""
     config = start.model.config
     steps = [cfg.max_steps] if cfg.max_steps else []
     if cfg.epochs is not None and batches:

@@ -20,10 +20,10 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss m
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), chosen by `key`, sends each index.
+    """The image of each index under a pseudo-random permutation of range(size), chosen by `key`.
 
-    Any position on demand in O(1) memory: a four-round Feistel network on the smallest even number
-    of bits that holds `size`, walked until it lands inside (Black & Rogaway 2002).
+    Any position is computed on demand in O(1) memory: a four-round Feistel network on the smallest
+    even number of bits that holds `size`, iterated until it lands inside (Black & Rogaway 2002).
     """
     half = max(1, math.ceil((size - 1).bit_length() / 2))
     low = np.uint64(2**half - 1)
@@ -41,7 +41,7 @@ def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """A mixer of 64-bit integers whose every output bit depends on every input bit (splitmix64)."""
+    """Mix 64-bit integers so that each output bit depends on every input bit (splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -62,7 +62,7 @@ class Batches:
     stride: int
 
     def __post_init__(self) -> None:
-        """Raises UserError for a split that holds less than one window."""
+        """Raises UserError if the split holds less than one window."""
         check_length(self.split, self.block_size)
 
     @property
@@ -81,14 +81,17 @@ class Batches:
 
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Inputs and targets, int64 (B, T), and the loss mask of the targets, float (B, T), or None
-        if all count; of several processes each gets its share, B = batch_size / world_size."""
+        if all count. Each process gets its share: B = batch_size / world_size.
+
+        Raises UserError for ids outside the vocabulary.
+        """
         share = self.batch_size // world_size
         starts = self.starts(step)[rank * share : (rank + 1) * share]
         return windows_at(self.split, starts, self.block_size)
 
     def ahead(self, steps: range, rt: Runtime) -> Iterator[Batch]:
-        """This process's batch of each step, on its device. A thread reads the next one, and
-        queues its copy to a GPU behind the step that runs."""
+        """This process's batch of each step, on its device. A thread reads the next batch and queues
+        its copy to a GPU while a step runs."""
 
         def read(step: int) -> Batch:
             x, y, mask = self(step, rt.rank, rt.world_size)
@@ -110,7 +113,7 @@ def on_device(tensor: Tensor, rt: Runtime) -> Tensor:
 
 
 def check_length(split: Split, block_size: int) -> None:
-    """Raises UserError for a split that holds less than one window."""
+    """Raises UserError if a split holds less than one window."""
     if len(split) < block_size + 1:
         raise UserError(
             f"the {split.name} split has {len(split):,} tokens, but one window takes "
@@ -133,14 +136,14 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Fixed windows of a split, evenly spread, as (inputs, targets, mask), each (B, T).
-
-    Raises UserError for a split that holds less than one window.
+    """Fixed windows of a split, evenly spaced, as (inputs, targets, mask), each (B, T).
 
     Without `max_tokens` every token but the first is the target of exactly one window: the last
-    window reaches back to be full, and its mask leaves out what was counted before. Several
-    processes take turns at the batches, each as many as the others: what is missing to that is a
-    window whose mask is all zeros.
+    window reaches back to be full, and its mask excludes the targets counted before. Processes take
+    turns at the batches, all the same number of times; a process that has none left gets a window
+    whose mask is all zeros.
+
+    Raises UserError if the split holds less than one window.
     """
     check_length(split, block_size)
     targets = len(split) - 1
@@ -150,11 +153,11 @@ def validation_batches(
     for first in range(0, chosen, batch_size * world_size):
         here = first + rank * batch_size
         wanted = numbers[here : here + batch_size] * block_size
-        nothing = not len(wanted)
-        wanted = numbers[:1] * block_size if nothing else wanted
+        exhausted = not len(wanted)
+        wanted = numbers[:1] * block_size if exhausted else wanted
         starts = np.minimum(wanted, targets - block_size)
         x, y, mask = windows_at(split, starts, block_size)
         mask = torch.ones(y.shape) if mask is None else mask
-        for row, again in enumerate(wanted - starts):
-            mask[row, : block_size if nothing else again] = 0
+        for row, repeated in enumerate(wanted - starts):
+            mask[row, : block_size if exhausted else repeated] = 0
         yield x, y, mask

@@ -1,4 +1,4 @@
-"""AdamW, Muon, parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW, Muon, and which of them trains which parameter."""
 
 import math
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ OptimizerName = Literal["muon", "adamw"]
 
 
 class Optimizer:
-    """Parameters in groups with their settings, and what it remembers of each parameter.
+    """Groups of parameters with their settings, and a state for each parameter.
 
-    As torch.optim.Optimizer, whose constructor imports torch._dynamo: a second, which a run of a
-    few seconds would notice.
+    It stands in for torch.optim.Optimizer, whose constructor imports torch._dynamo: a second, which
+    a run of a few seconds would notice.
     """
 
     def __init__(self, params: Iterable[Any], **settings: Any) -> None:
@@ -86,14 +86,14 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Nesterov momentum whose update is orthogonalized (Jordan et al. 2024, kellerjordan.github.io
-    /posts/muon), for the weight matrices of the hidden layers.
+    """Nesterov momentum with an orthogonalized update, for the weight matrices of hidden layers
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The update is scaled by 0.2·sqrt(max(rows, columns)), so that its size is like AdamW's and the
-    same learning rates serve both (Moonlight, arXiv 2502.16982). A group's matrices are cut into
-    `parts` along their rows, each orthogonalized by itself: the q, k and v of a fused projection.
-    All matrices of one shape go through as one batch: for small models they are most of the cost.
-    Sharded ones are put together for that, in every process.
+    The update is scaled by 0.2·sqrt(max(rows, columns)) to the size of AdamW's, so that the same
+    learning rates serve both (Moonlight, arXiv 2502.16982). The matrices of a group are split along
+    their rows into `parts` that are orthogonalized separately: the q, k and v of a fused
+    projection. All matrices of one shape form one batch, because in small models they are most of
+    the cost. Sharded matrices are gathered for this, in every process.
     """
 
     def __init__(
@@ -117,29 +117,26 @@ class Muon(Optimizer):
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        mine = [local_shard(grad) for grad in grads]
-        torch._foreach_lerp_(
-            [local_shard(buffer) for buffer in buffers], mine, 1 - group["momentum"]
-        )
-        torch._foreach_lerp_(mine, [local_shard(buffer) for buffer in buffers], group["momentum"])
-        stack = torch.stack([full_tensor(grad) for grad in grads])  # with Nesterov's momentum now
+        mine, averages = [local_shard(g) for g in grads], [local_shard(b) for b in buffers]
+        torch._foreach_lerp_(averages, mine, 1 - group["momentum"])
+        torch._foreach_lerp_(mine, averages, group["momentum"])  # Nesterov's
+        stack = torch.stack([full_tensor(grad) for grad in grads])
         parts = group.get("parts", 1)
         rows, columns = stack.size(1) // parts, stack.size(2)
         updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
         weights = [local_shard(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        shards = [
-            local_shard(sharded_as(p, update)) for p, update in zip(parameters, updates.unbind())
-        ]
+        sharded = (sharded_as(p, update) for p, update in zip(parameters, updates.unbind()))
+        shards = [local_shard(update) for update in sharded]
         torch._foreach_add_(weights, shards, alpha=scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Roughly U·Vᵀ of each U·S·Vᵀ in a stack (n, rows, columns), in bf16.
+    """Approximately U·Vᵀ for each U·S·Vᵀ in a stack (n, rows, columns), in bf16.
 
-    A quintic Newton-Schulz iteration whose coefficients are steep at zero: singular values end
-    between about 0.7 and 1.2, which serves as well as 1 (Jordan et al. 2024).
+    A quintic Newton-Schulz iteration with coefficients that are steep at zero: singular values end
+    up between about 0.7 and 1.2, which serves as well as 1 (Jordan et al. 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
@@ -165,9 +162,9 @@ class OptimizerConfig:
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     """The optimizers that together train every parameter of a GPT that is not frozen.
 
-    "muon": Muon on the matrices of the blocks, AdamW on the rest. "adamw": AdamW on all. Weight
-    decay applies to matrices and embeddings, not to biases and LayerNorms. The learning
-    rates are 0 until set_learning_rate, to be called before each step.
+    "muon" puts Muon on the matrices of the blocks and AdamW on the rest, "adamw" AdamW on all.
+    Weight decay applies to matrices and embeddings, not to biases and LayerNorms. Learning rates
+    are 0 until set_learning_rate is called, before each step.
     """
     qkv, matrices, decayed, plain = (list[nn.Parameter]() for _ in range(4))
     for name, parameter in model.named_parameters():
@@ -199,49 +196,52 @@ def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """What the optimizers remember of each parameter, by the parameter's name."""
+    """The optimizers' state of each parameter, by the name of the parameter."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[p]: dict(state) for each in optimizers for p, state in each.state.items()}
 
 
 def load_optimizer_state(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    saved: dict[str, dict[str, Tensor]],
+    model: nn.Module, optimizers: list[Optimizer], saved: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Give `optimizers` back what `optimizer_state` took. Settings such as the learning rate are
-    not part of it: they are this run's own.
+    """Restore what `optimizer_state` returned. Settings such as the learning rate are not part of
+    it: they are this run's own.
 
-    Raises UserError where `saved` is of other parameters, shapes or of another optimizer.
+    Raises UserError if `saved` belongs to other parameters, shapes or another optimizer.
     """
     if not saved:  # from before the first finite step
         return
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     foreign = sorted(set(saved) - set(names.values()))
     if foreign:
-        raise UserError(f"the saved optimizer state is of parameters not here, as {foreign[0]}")
+        raise UserError(f"the saved optimizer state has parameters not here, such as {foreign[0]}")
     for each in optimizers:
-        wanted = (
-            {"momentum_buffer"} if isinstance(each, Muon) else {"exp_avg", "exp_avg_sq", "step"}
-        )
         for parameter in each.parameters():
-            name = names[parameter]
-            state = saved.get(name, {})
-            if set(state) != wanted:
-                raise UserError(
-                    f"the saved optimizer state of {name} holds {sorted(state)}, this run's "
-                    f"{type(each).__name__} needs {sorted(wanted)}: keep the optimizer setting"
-                )
-            for key, value in state.items():
-                if key != "step" and value.shape != parameter.shape:
-                    raise UserError(
-                        f"the saved {key} of {name} has shape {tuple(value.shape)}, "
-                        f"the parameter {tuple(parameter.shape)}"
-                    )
+            state = saved.get(names[parameter], {})
+            check_state(state, each, names[parameter], parameter)
             each.state[parameter] = {
                 key: value if key == "step" else sharded_as(parameter, value)
                 for key, value in copied(state, parameter).items()
             }
+
+
+def check_state(
+    state: dict[str, Tensor], optimizer: Optimizer, name: str, parameter: Tensor
+) -> None:
+    wanted = {"exp_avg", "exp_avg_sq", "step"}
+    if isinstance(optimizer, Muon):
+        wanted = {"momentum_buffer"}
+    if set(state) != wanted:
+        raise UserError(
+            f"the saved optimizer state of {name} holds {sorted(state)}, this run's "
+            f"{type(optimizer).__name__} needs {sorted(wanted)}: keep the optimizer setting"
+        )
+    for key, value in state.items():
+        if key != "step" and value.shape != parameter.shape:
+            raise UserError(
+                f"the saved {key} of {name} has shape {tuple(value.shape)}, "
+                f"the parameter {tuple(parameter.shape)}"
+            )
 
 
 def copied(state: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
