@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and how long functions and files may be."""
+"""The rules of the house: who may import whom, and how many parameters a function may have."""
 
 import ast
 import sys
@@ -13,8 +13,6 @@ COMMANDS = {"train", "prepare", "sample"} | {
     f"tools.{name}" for name in ("eval", "export", "serve", "bench")
 }
 MAX_PARAMETERS = 6
-MAX_FUNCTION_LINES = 70
-MAX_FILE_LINES = 420
 
 
 def module_of(path: Path) -> str:
@@ -30,9 +28,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 
 def imports_of(module: str) -> set[str]:
-    """All that a file imports, in functions and for type checking as well.
+    """Everything a file imports, including in functions and for type checking.
 
-    `from a import b` is a.b where that is a file of ours, else a.
+    `from a import b` counts as a.b if that is a file of ours, else as a.
     """
     found = set()
     for node in ast.walk(TREES[module]):
@@ -51,7 +49,7 @@ OURS = {module: names & FILES.keys() for module, names in IMPORTS.items()}
 
 
 def reached_from(modules: set[str]) -> set[str]:
-    """The modules, and all of ours that they import, directly or not."""
+    """The modules, and all of ours that they import, directly or indirectly."""
     reached: set[str] = set()
     while new := modules - reached:
         reached |= new
@@ -96,33 +94,15 @@ def test_preparing_text_does_not_import_torch():
         assert not {name for name in IMPORTS[module] if "torch" in name.split(".")}, module
 
 
-# --- sizes
-
-
-FUNCTIONS = [
-    (f"{module}.{node.name}", node)
-    for module, tree in TREES.items()
-    for node in ast.walk(tree)
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-]
-
-
 def test_functions_take_few_parameters():
     def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         return len([each for each in given if each.arg not in ("self", "cls")])
 
-    counts = {name: parameters(node) for name, node in FUNCTIONS}
-    assert {name: n for name, n in counts.items() if n > MAX_PARAMETERS} == {}
-
-
-def test_functions_are_short():
-    counts = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in FUNCTIONS}
-    assert {name: n for name, n in counts.items() if n > MAX_FUNCTION_LINES} == {}
-
-
-def test_files_are_short():
     counts = {
-        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()
+        f"{module}.{node.name}": parameters(node)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
-    assert {name: n for name, n in counts.items() if n > MAX_FILE_LINES} == {}
+    assert {name: n for name, n in counts.items() if n > MAX_PARAMETERS} == {}

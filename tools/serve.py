@@ -5,7 +5,7 @@ A local page to talk to a model, and to see the alternatives that it had at each
     python -m tools.serve                                  # http://127.0.0.1:8000, Ctrl-C ends
     python -m tools.serve --checkpoint=out/instruct --port=8080 --temperature=0.5
 
-For other programs there is `transformers serve` (README).
+For other programs there is `transformers serve` (docs/elsewhere.md).
 """
 
 import sys
