@@ -1,10 +1,10 @@
 """
-Train a checkpoint of plainGPT further, by Hugging Face's own Trainer, on plainGPT's shards.
+Continue training a plainGPT checkpoint with Hugging Face's own Trainer, on plainGPT's shards.
 
     pip install transformers accelerate
     python examples/hf_trainer.py out/stdlib/step_001500 data/stdlib out/trainer 100
 
-The arguments: a checkpoint folder (ours or any GPT-2), a data folder, where to write, steps.
+Arguments: a checkpoint folder (ours or any GPT-2), a data folder, an output folder, steps.
 """
 
 import sys
@@ -18,8 +18,8 @@ from plaingpt.text.dataset import open_dataset
 
 
 class Windows(torch.utils.data.Dataset):
-    """The windows of a split as Trainer takes them: ids, and labels that are the same ids, as the
-    model shifts them by itself; -100 where the loss does not count."""
+    """The windows of a split as Trainer expects them: ids, and as labels the same ids, because the
+    model shifts them; -100 where a token does not count in the loss."""
 
     def __init__(self, data_dir: str, name: str, length: int) -> None:
         self.split = open_dataset(data_dir).split(name)

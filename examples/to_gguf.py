@@ -1,12 +1,12 @@
 """
-Turn a checkpoint into a GGUF file, with llama.cpp's own converter:
+Convert a checkpoint into a GGUF file with llama.cpp's own converter:
 
     git clone https://github.com/ggml-org/llama.cpp
     python examples/to_gguf.py llama.cpp out/stdlib stdlib.gguf
     llama-server -m stdlib.gguf                             # or any other program of llama.cpp
 
-The converter knows tokenizers by a hash of the ids that they give to a text, and so none that was
-trained here. What it has to be told is how they split a text: as GPT-2 does.
+The converter recognizes a tokenizer by a hash of the ids it gives to a sample text, so it cannot
+know one that was trained here. This script tells it how ours split a text: as GPT-2 does.
 """
 
 import sys
@@ -14,21 +14,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # plainGPT's files
 
+from configurator import UserError
 from plaingpt.checkpoint import folders
 from plaingpt.text.tokenizer import Tokenizer
 
 
 def main(llama_cpp: str, where: str, out_file: str) -> None:
-    """Raises ValueError without a converter, for an adapter, and for a tokenizer that GGUF cannot
-    say."""
+    """Raises UserError if the converter is missing, the checkpoint is an adapter, or GGUF cannot
+    express its tokenizer."""
     folder = folders.find(where)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is an adapter: merge it first, with export.py")
+    if folders.is_adapter(folder):
+        raise UserError(f"{folder} is an adapter: merge it first, with python -m tools.export")
     if not (Path(llama_cpp) / "convert_hf_to_gguf.py").exists():
-        raise ValueError(f"{llama_cpp} is no copy of llama.cpp: it has no convert_hf_to_gguf.py")
+        raise UserError(f"{llama_cpp} is not a copy of llama.cpp: no convert_hf_to_gguf.py in it")
     tokenizer = Tokenizer.load(folder)
     if tokenizer.digits or tokenizer.vocab_size < 258:
-        raise ValueError(f"{folder}: GGUF takes a BPE with merges that splits texts as GPT-2 does")
+        raise UserError(f"{folder}: GGUF takes a BPE with merges that splits texts as GPT-2 does")
     sys.path.insert(0, llama_cpp)
     import convert_hf_to_gguf
     from conversion.base import TextModel
@@ -43,5 +44,5 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     try:
         main(*sys.argv[1:])
-    except ValueError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
