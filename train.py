@@ -153,7 +153,7 @@ def train(cfg: TrainConfig) -> Record:
     out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
     starts = folders.read_starts(out_dir)
     restarted = rt.restartable and starts != [] and starts[-1]["settings"] == given
-    if restarted and folders.steps(out_dir):
+    if restarted and folders.step_folders(out_dir):
         print(f"{out_dir} holds this very run: resuming it")
         cfg = replace(cfg, init_from="resume")
         cfg = replace(cfg, **settings_so_far(cfg))

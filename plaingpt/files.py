@@ -1,4 +1,4 @@
-"""JSON and folders that are written whole or not at all."""
+"""JSON, and files and folders that are written whole or not at all."""
 
 import contextlib
 import json
@@ -8,18 +8,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from configurator import UserError
 
-PARTIAL = ".partial_"  # prefix of a folder still being written, or already being removed
+PARTIAL = ".partial_"  # prefix of a name while it is being written or removed
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
-    """A folder to write into that gets the name `folder` in the end, once the disk has all of it.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; once it is on disk, it replaces `path`.
 
-    Raises OSError where the disk does not take it, and leaves nothing.
+    After an error `path` is as before, and the temporary file is gone.
+    """
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write into; once it is on disk, it is renamed to `folder`.
+
+    After an error the temporary folder is gone. Raises OSError if the disk refuses the files.
     """
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -31,22 +45,14 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (safetensors.SafetensorError, RuntimeError, OSError)):
+        if isinstance(error, OSError):
             raise OSError(f"could not write {folder}: {error}") from error
         raise
     flush(folder.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, and on the disk."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    flush(new)
-    new.replace(path)
-
-
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder (folders: POSIX only)."""
+    """Force a file, or on POSIX the entries of a folder, to disk."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -56,26 +62,37 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint so that no moment shows half of one under its final name."""
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that never exists in part under its own name."""
     doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(out_dir: Path) -> None:
-    for partial in out_dir.glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial)
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was writing or removing in `folder`."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file atomically. Raises ValueError for NaN and infinities, which JSON lacks."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where a checkpoint's JSON file is missing or damaged."""
+    """The object in a JSON file. Raises UserError if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+        raise UserError(f"{path.parent} has no {path.name}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
     return content

@@ -140,6 +140,16 @@ def shard_folder(tmp_path_factory):
     return write
 
 
+def save_checkpoint(out_dir: Path, model, tokenizer: Tokenizer | None = None, **changes) -> Path:
+    """A step folder of a model, with the bytes tokenizer unless another is given; `changes` are
+    fields of its Snapshot."""
+    from plaingpt.checkpoint import store  # not at the top: tests of text do without torch
+
+    tokenizer = tokenizer or Tokenizer.bytes()
+    fields = {"optimizer": {}, "state": {"step": 1}} | changes
+    return store.save(out_dir, store.Snapshot(model.config, model.weights(), tokenizer, **fields))
+
+
 @pytest.fixture
 def no_gpt2_files(monkeypatch, tmp_path_factory):
     """tiktoken with an empty cache folder, which this returns, and nothing read before."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import to_gguf
 import torch
-from conftest import write_shard
+from conftest import save_checkpoint, write_shard
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from model import GPT, GPTConfig
@@ -27,12 +27,10 @@ SHAPE = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32)
 def folders(tmp_path_factory):
     """A checkpoint, and shards with a mask over some windows."""
     base = tmp_path_factory.mktemp("trainer")
-    model = GPT(SHAPE).init_weights(1)
-    tokenizer = Tokenizer.bytes()
-    step = store.save(base, 1, SHAPE, model.state_dict(), tokenizer, {}, {})
+    step = save_checkpoint(base, GPT(SHAPE).init_weights(1))
     data_dir = base / "data"
     data_dir.mkdir()
-    tokenizer.save(data_dir)
+    Tokenizer.bytes().save(data_dir)
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
         write_shard(data_dir / f"{name}_000000.bin", rng.integers(97, 105, 32 * 20))
@@ -85,7 +83,7 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
     assert done.returncode == 1 and done.stderr.startswith("error: nowhere does not exist")
     for llama_cpp, where, reason in (
         (tmp_path, folders[0], "GGUF takes a BPE with merges"),  # bytes have none
-        ("nowhere", step, "is no copy of llama.cpp"),
+        ("nowhere", step, "is not a copy of llama.cpp"),
     ):
         with pytest.raises(ValueError, match=reason):
             to_gguf.main(str(llama_cpp), str(where), "y")

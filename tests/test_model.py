@@ -32,10 +32,10 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def huggingface(model: GPT) -> GPT2LMHeadModel:
-    config = GPT2Config(**hugging_face.config_to_hugging_face(model.config))
+    config = GPT2Config(**hugging_face.to_config_json(model.config))
     theirs = GPT2LMHeadModel(config).eval()
     left = theirs.load_state_dict(
-        hugging_face.to_hugging_face(model.weights(), model.config), strict=False
+        hugging_face.to_file_layout(model.weights(), model.config), strict=False
     )
     assert not left.unexpected_keys
     assert set(left.missing_keys) <= {"lm_head.weight"}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jinja2
 import pytest
 import torch
+from conftest import save_checkpoint
 from transformers import AutoTokenizer
 
 import sample
@@ -25,15 +26,7 @@ def folder(tmp_path_factory):
     model = GPT(SHAPE).init_weights(1)
     with torch.no_grad():
         model.transformer.wte.weight[257:] += 1.0
-    return store.save(
-        tmp_path_factory.mktemp("out"),
-        1,
-        model.config,
-        model.state_dict(),
-        Tokenizer.bytes(),
-        {},
-        {},
-    )
+    return save_checkpoint(tmp_path_factory.mktemp("out"), model)
 
 
 def run(folder, *arguments) -> int:
@@ -71,7 +64,7 @@ def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
     model = store.load_model(folder)
     with torch.no_grad():  # every logit but that of <|endoftext|> is about 0
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256] * 1e4)
-    ends = store.save(tmp_path, 1, model.config, model.state_dict(), Tokenizer.bytes(), {}, {})
+    ends = save_checkpoint(tmp_path, model)
     assert run(ends, "--start=The end.") == 0
     assert run(ends, "--start=The end.", "--num_samples=2") == 0
     expected = "The end.\n--- sample 1 of 2\nThe end.\n--- sample 2 of 2\nThe end.\n"
@@ -129,10 +122,7 @@ def talker(request, tmp_path_factory):
         model.transformer.wte.weight[256] += 0.55
     tokenizer = Tokenizer.bytes()
     tokenizer.chat_template = CHAT_TEMPLATES[request.param]
-    weights = model.state_dict()
-    return store.save(
-        tmp_path_factory.mktemp(request.param), 1, model.config, weights, tokenizer, {}, {}
-    )
+    return save_checkpoint(tmp_path_factory.mktemp(request.param), model, tokenizer)
 
 
 def talk(monkeypatch, folder, *lines, **changes) -> list[str]:

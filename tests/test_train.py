@@ -271,7 +271,7 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     with pytest.raises(ValueError, match="is at step 3, max_steps=3"):
         train.train(replace(done, init_from="resume"))
     train.train(replace(done, overwrite=True, max_steps=2))
-    assert [p.name for p in folders.steps(tmp_path)] == ["step_000002"]
+    assert [p.name for p in folders.step_folders(tmp_path)] == ["step_000002"]
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
@@ -326,7 +326,7 @@ def test_overwriting_what_a_run_starts_from_is_refused(cfg, tmp_path):
     train.train(run)
     with pytest.raises(ValueError, match="which init_from starts from"):
         train.train(replace(run, init_from=str(tmp_path), overwrite=True))
-    assert folders.steps(tmp_path)
+    assert folders.step_folders(tmp_path)
 
 
 def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
 
 def test_a_run_goes_on_in_another_dtype(cfg, tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
-        steps = len(folders.steps(tmp_path)) + 1
+        steps = len(folders.step_folders(tmp_path)) + 1
         init_from = "scratch" if steps == 1 else "resume"
         last = train.train(
             replace(cfg, out_dir=str(tmp_path), dtype=dtype, init_from=init_from, max_steps=steps)
@@ -426,7 +426,7 @@ def test_broken_shards_are_refused_and_foreign_ids_end_the_run(cfg, tmp_path):
     shard.write_bytes(whole[:half] + b"\xff\xff" * ((len(whole) - half) // 2))
     with pytest.raises(ValueError, match="id 65535 at token .* beyond the vocabulary of 257"):
         train.train(broken)
-    assert not folders.steps(tmp_path / "out")
+    assert not folders.step_folders(tmp_path / "out")
 
 
 # --- what a run leaves
@@ -442,7 +442,7 @@ def test_the_run_folder(cfg, tmp_path, capsys):
     assert start["settings"]["n_embd"] == 32 and start["data"] == fingerprint
     assert {"command", "versions", "revision", "world_size", "device"} <= set(start)
     best = min(r.get("val_loss", math.inf) for r in records(tmp_path))
-    states = [folders.read_state(folder) for folder in folders.steps(tmp_path)]
+    states = [folders.read_state(folder) for folder in folders.step_folders(tmp_path)]
     assert states[-1]["step"] == 20
     assert best in [state["val_loss"] for state in states]
     assert set(records(tmp_path)[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped"}
@@ -535,7 +535,7 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(cfg, tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--tracker=wandb needs .*: pip install wandb"):
         train.train(replace(cfg, out_dir=str(tmp_path), tracker="wandb"))
-    assert not folders.steps(tmp_path)
+    assert not folders.step_folders(tmp_path)
 
 
 # --- as a process
@@ -563,7 +563,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     assert run.returncode == 0
     again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}"
     assert re.search(rf"stopped by SIGTERM after step \d+; {re.escape(again)}\n", out)
-    assert len(folders.steps(tmp_path / "parts")) == 1
+    assert len(folders.step_folders(tmp_path / "parts")) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -574,8 +574,8 @@ def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
     parts, kills = tmp_path / "parts", 0
     rng = np.random.default_rng(0)
     for _ in range(20):
-        init_from = "resume" if folders.steps(parts) else "scratch"
-        steps = len(folders.steps(parts)) and int(folders.find(parts).name[5:])
+        init_from = "resume" if folders.step_folders(parts) else "scratch"
+        steps = len(folders.step_folders(parts)) and int(folders.find(parts).name[5:])
         run = subprocess.Popen(command(cfg, parts, init_from=init_from), stdout=subprocess.DEVNULL)
         if kills < 3:
             while run.poll() is None and newest(parts) <= steps:
@@ -590,7 +590,7 @@ def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
 
 
 def newest(out_dir: Path) -> int:
-    return max((int(path.name[5:]) for path in folders.steps(out_dir)), default=0)
+    return max((int(path.name[5:]) for path in folders.step_folders(out_dir)), default=0)
 
 
 def test_optimizers_cover_the_model(cfg):

@@ -206,7 +206,7 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
             ours.append(typical("train.py", speeds))
             peaks.append(records[-1]["peak_mem_gib"])
             start = files.read_json(out_dir / "run.json")["starts"][-1]
-            config = hugging_face.config_from_hugging_face(folders.find(out_dir), None, 0.0)
+            config = hugging_face.read_config(folders.find(out_dir))
             device, dtype = torch.device(start["device"]), getattr(torch, start["dtype"][6:])
             products.append(product_tflops(device, dtype))
             if cfg.nanogpt:

@@ -1,10 +1,10 @@
 """
-Make of a checkpoint what others take: an ordinary Hugging Face folder with a model card, LoRA's
-adapter merged, and nothing of the training.
+Export a checkpoint for others: an ordinary Hugging Face folder with a model card, a LoRA adapter
+merged into its base, and none of the training state.
 
     python -m tools.export --checkpoint=out/instruct --out_dir=out/instruct_merged
-    python -m tools.export --checkpoint=out/instruct --push_to_hub=OWNER/NAME --dry_run
-    python -m tools.export --checkpoint=out/instruct --push_to_hub=OWNER/NAME      # after `hf auth login`
+    python -m tools.export --checkpoint=out/chat --push_to_hub=OWNER/NAME --dry_run
+    python -m tools.export --checkpoint=out/chat --push_to_hub=OWNER/NAME  # after `hf auth login`
 """
 
 import sys
@@ -12,32 +12,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configurator
-from configurator import UserError
-from model import GPT
-from plaingpt import files
-from plaingpt.checkpoint import folders, store
-from plaingpt.text import dataset
-from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import run_folder
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
     out_dir: str = "out/exported"  # the new folder
-    push_to_hub: str | None = None  # OWNER/NAME of the hub that the folder is uploaded to
-    private: bool = False  # if that is new, nobody else sees it
+    push_to_hub: str | None = None  # upload the folder to OWNER/NAME on the hub
+    private: bool = False  # make that repository private if it is new
     dry_run: bool = False  # show the model card that would be uploaded, and write nothing
+
+
+if __name__ == "__main__":
+    configurator.answer_help(ExportConfig)  # before torch is imported, which takes a second
+
+from configurator import UserError
+from model import GPT
+from plaingpt.checkpoint import folders, store
+from plaingpt.files import atomic_folder
+from plaingpt.text import dataset
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import run_folder
 
 
 def export(cfg: ExportConfig) -> Path:
     """Write `out_dir`, and upload it if asked to; return it. A dry run writes nothing.
 
-    Raises UserError for a checkpoint that cannot be opened, an `out_dir` that holds something and
-    a hub that does not take it; OSError where the disk does not.
+    Raises UserError if the checkpoint cannot be opened, `out_dir` is not empty or the hub rejects
+    the upload; OSError if the disk refuses the files.
     """
-    out_dir = Path(cfg.out_dir)
     check_settings(cfg)
+    out_dir = Path(cfg.out_dir)
     folder = folders.find(cfg.checkpoint)
     model, tokenizer = store.load(folder)
     model = without_padding(model, tokenizer.vocab_size)
@@ -45,63 +50,63 @@ def export(cfg: ExportConfig) -> Path:
     if cfg.dry_run:
         print(f"would be uploaded to {cfg.push_to_hub}, with this README.md:\n\n{card}")
         return out_dir
-    with files.whole_or_not_at_all(out_dir) as partial:
-        store.write_model(partial, model.config, model.state_dict(), tokenizer)
+    with atomic_folder(out_dir) as partial:
+        store.write_model(partial, model.config, model.weights(), tokenizer)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if out_dir.exists():
             out_dir.rmdir()  # it is empty
-    print(f"{out_dir} is written")
+    print(f"wrote {out_dir}")
     if cfg.push_to_hub:
         print(f"uploaded: {upload(out_dir, cfg.push_to_hub, cfg.private)}")
     return out_dir
 
 
 def check_settings(cfg: ExportConfig) -> None:
-    """Raises UserError that lists all settings that do not go."""
+    """Raises UserError that lists all invalid settings."""
     problems = []
     out_dir = Path(cfg.out_dir)
     if not out_dir.name:
-        problems.append(f"out_dir={cfg.out_dir!r} is no name for a new folder")
+        problems.append(f"out_dir={cfg.out_dir!r} cannot be the name of a new folder")
     elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        problems.append(f"{out_dir} is there already: --out_dir=OTHER")
+        problems.append(f"{out_dir} already exists: --out_dir=OTHER")
     if cfg.push_to_hub is None:
-        without = [name for name in ("dry_run", "private") if getattr(cfg, name)]
-        problems += [f"{name} is for push_to_hub" for name in without]
-    else:
-        import huggingface_hub  # not at the top: 0.3 s
+        given = [name for name in ("dry_run", "private") if getattr(cfg, name)]
+        problems += [f"{name} needs push_to_hub" for name in given]
+    elif not is_repo_id(cfg.push_to_hub):
+        problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
+    configurator.validate(cfg, problems)
 
-        well_formed = cfg.push_to_hub.count("/") == 1
-        try:
-            huggingface_hub.utils.validate_repo_id(cfg.push_to_hub)
-        except huggingface_hub.errors.HFValidationError:
-            well_formed = False
-        if not well_formed:
-            problems.append(f"push_to_hub={cfg.push_to_hub!r} is not of the form OWNER/NAME")
-    if problems:
-        raise UserError("; ".join(problems))
+
+def is_repo_id(name: str) -> bool:
+    import huggingface_hub  # not at the top: 0.3 s
+
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def without_padding(model: GPT, vocab_size: int) -> GPT:
-    """The model without rows for ids that no tokenizer gives and nobody draws."""
-    weights = model.state_dict()
-    for name in ("transformer.wte.weight", "lm_head.weight"):
+    """The model without the rows for ids that the tokenizer never produces."""
+    weights = model.weights()
+    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
         weights[name] = weights[name][:vocab_size].clone()
-    return store.with_weights(replace(model.config, vocab_size=vocab_size), weights)
+    return GPT.from_weights(replace(model.config, vocab_size=vocab_size), weights)
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a folder to the hub as a model; return where it is. Raises UserError where the hub
-    does not take it."""
+    """Upload a folder to the hub as a model; return its address. Raises UserError if that fails."""
     import huggingface_hub  # not at the top: 0.3 s
 
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-    except Exception as error:  # of huggingface_hub's and httpx' many kinds
+    except Exception as error:  # huggingface_hub and httpx raise many kinds
         reason = f"{type(error).__name__}: {configurator.one_line(error)}"
         raise UserError(
-            f"the hub did not take {repo_id} ({reason}); {folder} is written, and "
+            f"could not upload to {repo_id} on the hub ({reason}); {folder} is complete, and "
             f"`hf upload {repo_id} {folder}` tries again"
         ) from None
 
@@ -110,9 +115,9 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
 
 
 def model_card(where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> str:
-    """README.md of a model that is going to be at `where`: what it is, how it was trained as far as
-    its folder tells, its use."""
-    import huggingface_hub
+    """README.md of a model published as `where`: what it is, how it was trained if `folder` tells,
+    and how to use it."""
+    import huggingface_hub  # not at the top: 0.3 s
 
     about = huggingface_hub.ModelCardData(
         library_name="transformers",
@@ -128,7 +133,7 @@ def model_card(where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> st
         f"heads, {config.n_embd} wide, context {config.block_size:,}, vocabulary "
         f"{tokenizer.vocab_size:,})" + (", trained with plainGPT." if by_us else "."),
         "",
-        *(training(folder) if by_us else []),
+        *(training_section(folder) if by_us else []),
         "## Use",
         "",
         "```python",
@@ -147,19 +152,19 @@ def model_card(where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> st
 
 
 def base_model(folder: Path) -> str | None:
-    """The model of the hub that a checkpoint was trained from, if it was one."""
+    """The model on the hub that a checkpoint was trained from, if there is one."""
     named = folders.on_hub(started_from(folder) or "")
     return named["repo_id"] if named else None
 
 
 def started_from(folder: Path) -> str | None:
-    """What the run of a checkpoint began with, before it was resumed."""
+    """The init_from of the run of a checkpoint, when it first started."""
     starts = folders.read_starts(folder.parent)
     return starts[0]["settings"]["init_from"] if starts else None
 
 
-def training(folder: Path) -> list[str]:
-    """The lines of a model card on how it was trained."""
+def training_section(folder: Path) -> list[str]:
+    """The lines of a model card about the training."""
     state = folders.read_state(folder)
     settings, step = state["settings"], state["step"]
     records = run_folder.read_records(folder.parent / "metrics.jsonl")
@@ -174,7 +179,7 @@ def training(folder: Path) -> list[str]:
         "learning rate": settings.get("learning_rate"),
         "schedule": settings.get("schedule"),
         "sequences in a step": settings.get("batch_size"),
-        "started from": public(started_from(folder)),
+        "started from": without_local_path(started_from(folder)),
         "LoRA": f"rank {settings['lora_rank']}" if settings.get("lora_rank") else None,
         "data": data_of(settings.get("data_dir", ""), state["data"]),
         "seed": settings.get("seed"),
@@ -184,7 +189,7 @@ def training(folder: Path) -> list[str]:
     return ["## Training", "", "| | |", "|---|---|", *table, ""]
 
 
-def public(where: str | None) -> str | None:
+def without_local_path(where: str | None) -> str | None:
     """A source without the folders of this machine."""
     return Path(where).name if where and Path(where).is_absolute() else where
 
@@ -194,7 +199,7 @@ def number(value: float | None, unit: str) -> str | None:
 
 
 def data_of(data_dir: str, fingerprint: str) -> str | None:
-    """What a run was trained on, as long as the folder is still there and the same."""
+    """The sources and size of a run's training data; None if it has changed or is gone."""
     try:
         data = dataset.open_dataset(data_dir)
     except UserError:
@@ -202,7 +207,7 @@ def data_of(data_dir: str, fingerprint: str) -> str | None:
     if data.fingerprint != fingerprint:
         return None
     given = data.manifest.get("settings", {}).get("sources", [])
-    sources = ", ".join(str(public(source)) for source in given)
+    sources = ", ".join(str(without_local_path(source)) for source in given)
     tokens = data.statistics.get("train", {}).get("tokens")
     return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
 

@@ -1,8 +1,9 @@
-"""Adapters on disk, in peft's format."""
+"""Adapters on disk, in the format of the `peft` library."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from torch import Tensor
@@ -11,40 +12,54 @@ from configurator import UserError
 from model import GPT
 from plaingpt import lora
 from plaingpt.checkpoint.folders import (
-    ADAPTER_FILES,
-    HUB_FILES,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     HUB_NAMES,
+    MODEL_FILES,
+    find,
     is_adapter,
     on_hub,
 )
-from plaingpt.checkpoint.hugging_face import read_tensors
-from plaingpt.files import read_json, whole_or_not_at_all
+from plaingpt.checkpoint.hugging_face import first_three, read_tensors, write_tensors
+from plaingpt.files import atomic_folder, read_json, write_json
 
-BASE = "base"  # where a run keeps the model that its adapters are for
-
-
-def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
-    """What the files of an adapter say of it, and its tensors. Raises UserError for a missing or
-    damaged file, and for more than plain LoRA."""
-    about, file = (folder / name for name in ADAPTER_FILES)
-    found, tensors = read_json(about), read_tensors(file)
-    with safetensors.safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-    return lora.from_peft(found, tensors, metadata, str(about)), tensors
+BASE = "base"  # folder in which a run keeps the model that its adapters modify
+PREFIX = "base_model.model."  # of the names of peft's tensors
+# Fields of plain LoRA, and those that make no difference once an adapter is trained.
+KNOWN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+)
 
 
 def adapter_for(
     folder: Path, where: str, out_dir: Path, model: GPT, config: lora.LoRAConfig
 ) -> lora.Adapter:
-    """A new adapter, of a run in `out_dir`, for a model that was opened from `folder`, for which
-    `where` stood. A model that is not on the hub the run keeps (`keep_base`).
+    """A new adapter, trained by the run in `out_dir`, for a model opened from `folder`, which the
+    user named `where`. Its base is the hub's, or else the run's own copy (`keep_base`).
 
-    Raises UserError where that is an adapter itself.
+    Raises UserError if `folder` is itself an adapter.
     """
     if is_adapter(folder):
         raise UserError(
-            f"{folder} is an adapter: merge it first, with export.py --checkpoint={where} "
-            "--out_dir=FOLDER, or go on with it, with --init_from=resume"
+            f"{folder} is an adapter: merge it first, with python -m tools.export "
+            f"--checkpoint={where} --out_dir=FOLDER, or resume its run, with --init_from=resume"
         )
     named = on_hub(where)
     base = named["repo_id"] if named else str((out_dir / BASE).resolve())
@@ -53,21 +68,30 @@ def adapter_for(
 
 
 def keep_base(folder: Path, out_dir: Path) -> None:
-    """Have the model in `folder` in `out_dir`, too, as links where the disk has them: the run that
-    made it may remove it."""
+    """Copy the model in `folder` into the run folder, as links where the disk supports them: the
+    run that made it may remove it."""
     if folder.resolve() == (out_dir / BASE).resolve():
         return
     shutil.rmtree(out_dir / BASE, ignore_errors=True)
-    with whole_or_not_at_all(out_dir / BASE) as partial:
-        for path in sorted(path for pattern in HUB_FILES for path in folder.glob(pattern)):
+    with atomic_folder(out_dir / BASE) as partial:
+        for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
             try:
                 os.link(path.resolve(), partial / path.name)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(path, partial / path.name)
 
 
+def base_folder(folder: Path, adapter: lora.Adapter) -> Path:
+    """The folder of the model that an adapter modifies. Raises UserError if there is none, or if
+    it is itself an adapter."""
+    base = find(base_of(folder, adapter))
+    if is_adapter(base):
+        raise UserError(f"{folder} is an adapter for another adapter, {base}")
+    return base
+
+
 def base_of(folder: Path, adapter: lora.Adapter) -> str:
-    """Where the model of an adapter is, as `find` takes it: where it says, or in its run."""
+    """Where to `find` the model that an adapter modifies: where its config says, or in its run."""
     for where in (Path(adapter.base), folder.parent / BASE):
         if where.is_dir():
             return str(where)
@@ -75,7 +99,95 @@ def base_of(folder: Path, adapter: lora.Adapter) -> str:
     name += f"@{adapter.revision}" if adapter.revision else ""
     if Path(adapter.base).is_absolute() or not on_hub(name):
         raise UserError(
-            f"{folder} is an adapter for {adapter.base}, which is not there; if it was moved, "
-            f"say where to in {ADAPTER_FILES[0]}: base_model_name_or_path"
+            f"{folder} is an adapter for {adapter.base}, which does not exist; if it was moved, "
+            f"set its new place in {ADAPTER_CONFIG}: base_model_name_or_path"
         )
     return name
+
+
+def write_adapter(folder: Path, adapter: lora.Adapter, weights: dict[str, Tensor]) -> None:
+    """Write both files of an adapter whose tensors, by the model's names, are `weights`."""
+    write_json(folder / ADAPTER_CONFIG, to_peft(adapter))
+    tensors = {PREFIX + name: tensor for name, tensor in weights.items()}
+    metadata = {"format": "pt", "base_fingerprint": adapter.base_fingerprint or ""}
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
+
+
+def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
+    """An adapter and its tensors, by peft's names.
+
+    Raises UserError for a missing or damaged file, and for anything beyond plain LoRA.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    found, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    return from_peft(found, tensors, metadata, folder / ADAPTER_CONFIG), tensors
+
+
+def add_adapter(model: GPT, adapter: lora.Adapter, tensors: dict[str, Tensor]) -> None:
+    """Add an adapter to its base, with the tensors of its file.
+
+    Raises UserError that lists what is missing, unexpected, or of another shape.
+    """
+    lora.add(model, adapter.config, seed=0)
+    expected = {PREFIX + name: each for name, each in lora.adapter_tensors(model.weights()).items()}
+    problems = [f"it has {name}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [f"it has no {name}" for name in sorted(expected.keys() - tensors.keys())]
+    for name in sorted(tensors.keys() & expected.keys()):
+        if tensors[name].shape != expected[name].shape:
+            shapes = f"{tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+            problems.append(f"{name} has shape {shapes}")
+        elif not (tensors[name].is_floating_point() and tensors[name].isfinite().all()):
+            problems.append(f"{name} holds NaN, infinite or non-float values")
+        else:
+            expected[name].copy_(tensors[name])
+    if problems:
+        raise UserError(first_three(problems))
+
+
+def to_peft(adapter: lora.Adapter) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "revision": adapter.revision,
+        "r": adapter.config.rank,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": adapter.config.dropout,
+        "target_modules": list(adapter.config.targets),
+        "fan_in_fan_out": True,  # GPT-2's matrices are stored as (in, out)
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def from_peft(
+    found: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str], path: Path
+) -> lora.Adapter:
+    """The adapter that an adapter_config.json describes; its targets are the layers that have
+    tensors.
+
+    Raises UserError for anything beyond plain LoRA.
+    """
+    if found.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {found.get('peft_type')!r}, not 'LORA'")
+    for name, value in found.items():
+        plain = value in (None, False, "none") or value == {} or value == []
+        if name == "init_lora_weights":  # some ways of drawing them change the base as well
+            plain = value in (True, False, "gaussian", "orthogonal")
+        if not (plain or name in KNOWN):
+            raise UserError(f"{path}: {name}={value!r} is more than plain LoRA")
+    try:
+        base, revision = str(found["base_model_name_or_path"]), found.get("revision")
+        rank, alpha = int(found["r"]), float(found["lora_alpha"])
+        dropout = float(found["lora_dropout"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
+    try:
+        config = lora.LoRAConfig(rank, alpha, dropout, tuple(targets))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return lora.Adapter(config, base, revision, metadata.get("base_fingerprint") or None)

@@ -13,7 +13,7 @@ from typing import Any
 from configurator import UserError
 from plaingpt import runtime
 from plaingpt.checkpoint import folders
-from plaingpt.files import remove, write_json
+from plaingpt.files import atomic_file, remove_folder, write_json
 from plaingpt.runtime import Runtime
 from plaingpt.training.log import Record, finite
 
@@ -56,8 +56,8 @@ def begin_run(
         name = f"{out_dir.name}-{starts[0]['time']}"
         opened = Tracker(tracker, name, out_dir, start | {"splits": splits})
     if start["step"] == 0:
-        for folder in folders.steps(out_dir):  # left by a run that --overwrite replaces
-            remove(folder)
+        for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
+            remove_folder(folder)
     write_json(out_dir / "run.json", {"starts": starts})
     return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), opened)
 
@@ -90,9 +90,8 @@ class MetricsLog:
         self.path = path
         self.records = [r for r in read_records(path) if r["step"] <= first_step]
         text = "".join(json.dumps(record) + "\n" for record in self.records)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     def add(self, record: Record) -> None:
         """Append a record; a number that is not finite becomes null, which JSON can carry."""
@@ -140,9 +139,8 @@ def plot(records: list[Record], path: Path) -> None:
         losses.legend()
     rates.set_ylabel("lr")
     norms.set(xlabel="step", ylabel="norm")
-    partial = path.with_name(path.name + ".partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 class Tracker:

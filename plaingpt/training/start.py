@@ -41,7 +41,7 @@ def open_start(settings: Settings, defaults: Settings, dataset: Dataset) -> Star
     """
     if settings["init_from"] == "resume":
         return resumed(settings, defaults, dataset)
-    found = folders.steps(settings["out_dir"])
+    found = folders.step_folders(settings["out_dir"])
     if found and not (settings["overwrite"] or settings["plan"]):
         raise UserError(
             f"{found[-1]} exists: --init_from=resume continues it, --overwrite starts over, "
@@ -91,7 +91,7 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset) ->
     ]
     if other:
         raise UserError(f"init_from takes the shape of its checkpoint: {'; '.join(other)}")
-    if settings["overwrite"] and folder in folders.steps(out_dir):
+    if settings["overwrite"] and folder in folders.step_folders(out_dir):
         raise UserError(f"--overwrite would remove {folder}, which init_from starts from")
     config = lora_config(settings)
     if config is None:

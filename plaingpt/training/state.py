@@ -85,7 +85,8 @@ def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt
         return
     optimizer = {"parameters": parameters, "scaler": state.scaler.state_dict()}
     about = {"step": state.step, "world_size": rt.world_size, "skipped": state.skipped} | about
-    folder = store.save(
-        out_dir, state.step, model.config, weights, state.tokenizer, optimizer, about, state.adapter
+    snapshot = store.Snapshot(
+        model.config, weights, state.tokenizer, optimizer, about, state.adapter
     )
+    folder = store.save(out_dir, snapshot)
     print(f"step {state.step}: saved {folder}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
+from conftest import free_port, save_checkpoint
 from transformers import AutoTokenizer, pipeline
 
 import sample
@@ -51,7 +51,7 @@ def write(out_dir, config, tokenizer):
             if parameter.dim() == 2 and ".h." in name:
                 parameter.mul_(8)
     state = {"step": 1, "data": "", "settings": {}}
-    return store.save(out_dir, 1, config, model.state_dict(), tokenizer, {}, state)
+    return save_checkpoint(out_dir, model, tokenizer, state=state)
 
 
 def ours(folder, start: str, tokens: int) -> str:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import save_checkpoint
 from test_train import cfg  # noqa: F401
 
 import prepare
 import train
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import store
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 from tools import eval
@@ -70,8 +70,7 @@ def test_bits_per_byte(tmp_path):
     assert prepare.main(words) == 0
     tokenizer = Tokenizer.load(tmp_path / "data")
     shape = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=1, n_embd=8)
-    weights = GPT(shape).init_weights(0).state_dict()
-    folder = store.save(tmp_path / "out", 1, shape, weights, tokenizer, {}, {})
+    folder = save_checkpoint(tmp_path / "out", GPT(shape).init_weights(0), tokenizer)
     scores = eval.score(eval.EvalConfig(str(folder), str(tmp_path / "data"), device="cpu"))
     val = json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["val"]
     bits = scores["loss"] / 0.6931472 * val["tokens"] / val["bytes"]

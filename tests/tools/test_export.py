@@ -8,10 +8,12 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import safetensors.torch
+import torch
 from test_train import cfg, same  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train
+from model import GPT, GPTConfig
 from plaingpt import files
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.text.templates import CHAT_TEMPLATES
@@ -54,6 +56,18 @@ def test_the_folder_is_what_transformers_needs_and_no_more(run, tmp_path, capsys
     assert same(ours, theirs)
     write = pipeline("text-generation", model=str(out_dir), device="cpu")
     assert write("al", max_new_tokens=3)[0]["generated_text"].startswith("al")
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_padding_of_a_vocabulary_is_left_out(tie_weights):
+    shape = GPTConfig(264, block_size=16, n_layer=1, n_head=2, n_embd=32, tie_weights=tie_weights)
+    padded = GPT(shape).init_weights(1)
+    plain = export.without_padding(padded, 257)
+    idx = torch.arange(16)[None]
+    assert torch.equal(plain(idx), padded(idx)[..., :257])
+    assert plain.config == replace(shape, vocab_size=257)
+    assert (plain.lm_head.weight is plain.transformer.wte.weight) == tie_weights
+    assert plain.num_params() == GPT(plain.config).num_params()
 
 
 def test_the_card_has_the_runs_figures(run, tmp_path):
@@ -109,20 +123,20 @@ def test_it_is_uploaded_as_huggingface_hub_does_it(run, tmp_path, capsys):
     capsys.readouterr()
     assert export.main([*arguments, f"--out_dir={tmp_path}/b"]) == 2  # the tests have no network
     err = capsys.readouterr().err
-    assert "the hub did not take me/mine (OfflineModeIsEnabled" in err
+    assert "could not upload to me/mine on the hub (OfflineModeIsEnabled" in err
     assert "hf upload me/mine" in err and (tmp_path / "b" / "README.md").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--out_dir={full}"], "is there already: --out_dir=OTHER"),
-        (["--out_dir="], "is no name for a new folder"),
+        (["--out_dir={full}"], "already exists: --out_dir=OTHER"),
+        (["--out_dir="], "cannot be the name of a new folder"),
         (["--out_dir={new}", "--push_to_hub=me"], "push_to_hub='me' is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/it@main"], "is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/-it"], "is not of the form OWNER/NAME"),
-        (["--out_dir={new}", "--dry_run"], "dry_run is for push_to_hub"),
-        (["--out_dir={new}", "--private"], "private is for push_to_hub"),
+        (["--out_dir={new}", "--dry_run"], "dry_run needs push_to_hub"),
+        (["--out_dir={new}", "--private"], "private needs push_to_hub"),
         (["--out_dir={new}", "--checkpoint={new}"], "does not exist"),
     ],
 )
@@ -152,7 +166,7 @@ def test_data_that_changed_since_is_not_named_and_folders_of_this_machine_never(
         ({"splits": {"train": {"shards": []}}}, False),
     ):
         manifest.write_text(json.dumps(json.loads(before) | changes))
-        text = "\n".join(export.training(folders.find(run)))
+        text = "\n".join(export.training_section(folders.find(run)))
         assert ("| data | tales.txt, hf:owner/tales (" in text) == row and "private" not in text
     manifest.write_text(before)
 

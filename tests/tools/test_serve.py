@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import uvicorn
+from conftest import save_checkpoint
 
 import sample
 from model import GPT, GPTConfig
@@ -88,8 +89,7 @@ def write(out_dir: Path, chat_template: str | None = None) -> Path:
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.wte.weight[ord("a") : ord("z")] += 0.5
         model.transformer.wte.weight[256] += 0.3
-    weights = model.state_dict()
-    return store.save(out_dir, 1, SHAPE, weights, tokenizer, {}, {})
+    return save_checkpoint(out_dir, model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,7 @@ def test_a_text_that_ends_says_so(tmp_path):
     model = GPT(SHAPE).init_weights(1)
     with torch.no_grad():  # it draws only <|endoftext|>
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256] * 1e4)
-    weights = model.state_dict()
-    ends = store.save(tmp_path, 1, SHAPE, weights, Tokenizer.bytes(), {}, {})
+    ends = save_checkpoint(tmp_path, model)
     with closing(Site(ends)) as site:
         _, [_, *tokens] = site.ask({"text": "x"})
     assert [(token["text"], token["id"], token["end"]) for token in tokens] == [("", 256, "stop")]
@@ -505,8 +504,7 @@ def test_what_the_model_writes_is_text_not_markup(folder, tmp_path, open_page):
     model = store.load_model(folder)
     with torch.no_grad():  # it writes only <
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[ord("<")] * 1e4)
-    state = model.state_dict()
-    markup = store.save(tmp_path, 1, SHAPE, state, Tokenizer.bytes(), {}, {})
+    markup = save_checkpoint(tmp_path, model)
     with closing(Site(markup)) as site:
         page = open_page(site)
         send(page, "<img src=x onerror=alert(1)>")

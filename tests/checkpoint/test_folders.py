@@ -1,0 +1,112 @@
+"""Checkpoint folders: found, pruned, described, and taken from the hub's cache."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from test_hugging_face import in_the_wild  # noqa: F401
+from test_store import IDX, save
+
+from configurator import UserError
+from plaingpt.checkpoint import folders, store
+from plaingpt.text.tokenizer import Tokenizer
+
+
+def test_find_takes_the_newest_step_or_the_folder_itself(tmp_path):
+    for step in (5, 1_000_000, 20):
+        save(tmp_path, step)
+    assert [p.name for p in folders.step_folders(tmp_path)] == [
+        "step_000005",
+        "step_000020",
+        "step_1000000",
+    ]
+    assert folders.find(tmp_path).name == "step_1000000"
+    assert folders.find(tmp_path / "step_000020").name == "step_000020"
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        folders.find(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no checkpoint"):
+        folders.find(tmp_path / "empty")
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, loss in enumerate([5.0, 2.0, None, 3.0, 4.0], start=1):
+        save(tmp_path, step, val_loss=loss)
+        folders.prune(tmp_path, keep=2)
+    assert [int(p.name[5:]) for p in folders.step_folders(tmp_path)] == [2, 4, 5]
+
+
+def test_folders_of_others_are_not_checkpoints(tmp_path):
+    _, folder = save(tmp_path)
+    (tmp_path / "step_000999").mkdir()
+    (tmp_path / "step_001000").write_text("a file")
+    assert folders.find(tmp_path) == folder
+    with pytest.raises(OSError, match="step_000999 already exists"):
+        save(tmp_path, 999)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "abc"}, {"data": None}, {"settings": []}, {"val_loss": "low"}, {"versions": 3}],
+)
+def test_a_state_of_another_kind_is_refused(tmp_path, change):
+    _, folder = save(tmp_path)
+    state = folders.read_state(folder)
+    (folder / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match=r"state\.json is damaged: "):
+        folders.read_state(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"starts": 1}', '{"starts": [1]}', '{"starts": [{"settings": {}}]}', "[]", "{"],
+)
+def test_a_damaged_record_of_starts_is_refused(tmp_path, content):
+    assert folders.read_starts(tmp_path) == []
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged: "):
+        folders.read_starts(tmp_path)
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, in_the_wild):  # noqa: F811
+    """huggingface_hub's cache, holding one model in its layout, without a network."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def add(repo_id, revision="main"):
+        repo = cache / f"models--{repo_id.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / revision).write_text(commit)
+        return in_the_wild(repo / "snapshots" / commit)
+
+    return add
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "hf:someone/some-gpt2", "hf:an/other@v1.0"])
+def test_a_model_of_the_hub_opens_from_the_cache(hub_cache, name):
+    repo_id, _, revision = folders.HUB_NAMES.get(name, name).removeprefix("hf:").partition("@")
+    theirs = hub_cache(repo_id, revision or "main")
+    ours = store.load_model(name)
+    torch.testing.assert_close(ours(IDX), theirs(IDX).logits, atol=1e-4, rtol=0)
+    assert Tokenizer.load(folders.find(name)).vocab_size == 257
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "hf:no/where"])
+def test_a_model_that_cannot_be_downloaded_is_one_error(hub_cache, name):
+    with pytest.raises(
+        UserError, match=f"{name.removeprefix('hf:')} is not in the cache"
+    ) as caught:
+        folders.find(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:alone", "hf:a/b/c", "hf:a b/c"])
+def test_a_malformed_hub_name_is_refused(name):
+    with pytest.raises(UserError, match="is not of the form hf:OWNER/NAME"):
+        folders.find(name)
