@@ -16,6 +16,7 @@ REPO = Path(__file__).parents[2]
         ("sample.py", "  --temperature "),
         ("-m tools.eval", "  --limit "),
         ("-m tools.serve", "  --port "),
+        ("-m tools.export", "  --push_to_hub "),
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
         ("-m tools.bench train", "  --nanogpt "),
