@@ -90,8 +90,8 @@ class Batches:
         return windows_at(self.split, starts, self.block_size)
 
     def ahead(self, steps: range, rt: Runtime) -> Iterator[Batch]:
-        """This process's batch of each step, on its device. A thread reads the next batch and queues
-        its copy to a GPU while a step runs."""
+        """The batch of each step, on this process's device. While a step runs, a thread reads the
+        next batch and queues its copy to a GPU."""
 
         def read(step: int) -> Batch:
             x, y, mask = self(step, rt.rank, rt.world_size)

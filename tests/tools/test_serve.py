@@ -229,7 +229,7 @@ def test_a_conversation(chat, talker):
         ({"text": "x", "temperature": 10**400}, 400, "temperature expects float"),
         ({"text": "x", "temperature": -1}, 400, "temperature must be 0, or at least 0.001"),
         ({"text": "x", "top_p": 2}, 400, "top_p must be above 0"),
-        ({"text": "x", "seed": -1}, 400, "seed must be from 0"),
+        ({"text": "x", "seed": -1}, 400, "seed must be at least 0"),
         ({"text": "x", "max_new_tokens": 31}, 400, "max_new_tokens must be at most 30"),
         ({"text": 5}, 400, "text is no text"),
         ({"messages": []}, 400, "no field 'text'"),
