@@ -11,9 +11,11 @@ import pytest
 import tiktoken
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose time to more threads
 
 from plaingpt.text import shards
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training import run_folder
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -42,6 +44,13 @@ def no_network():
             patch.delenv(name, raising=False)
             patch.delenv(name.upper(), raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Runs do not draw loss.png, a sixth of a second each time, but in tests marked `plots`."""
+    if not request.node.get_closest_marker("plots"):
+        monkeypatch.setattr(run_folder, "plot", lambda records, path: None)
 
 
 @pytest.fixture(scope="session")

@@ -432,6 +432,7 @@ def test_broken_shards_are_refused_and_foreign_ids_end_the_run(cfg, tmp_path):
 # --- what a run leaves
 
 
+@pytest.mark.plots
 def test_the_run_folder(cfg, tmp_path, capsys):
     train.train(replace(cfg, out_dir=str(tmp_path), keep_checkpoints=1, sample_interval=None))
     out = capsys.readouterr().out

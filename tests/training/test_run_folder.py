@@ -70,6 +70,7 @@ def test_a_missing_file_has_no_records(tmp_path):
 # --- the plot
 
 
+@pytest.mark.plots
 def test_the_plot_is_a_png(tmp_path):
     path = tmp_path / "loss.png"
     records = [{"step": step, "loss": 5 / step} for step in range(1, 50)]
