@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import prepare
-from plaingpt.text import builder, dataset, documents, shards, sources
+from plaingpt.text import builder, dataset, documents, shards, sources, text_files
 from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
 
@@ -765,13 +765,13 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHUNK", 5000)
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(text_files, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepare.prepare(PrepareConfig(data_dir=str(whole), **settings))
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
-    really_save, really_write = builder.Work.save, builder.SplitWriter.write
+    really_save, really_write = builder.SplitBuilder.save, builder.SplitWriter.write
     rng, lives = np.random.default_rng(1), [0]
 
     def die():
@@ -788,7 +788,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         really_write(split, *arguments)
         die()
 
-    monkeypatch.setattr(builder.Work, "save", save)
+    monkeypatch.setattr(builder.SplitBuilder, "save", save)
     monkeypatch.setattr(builder.SplitWriter, "write", write)
     deaths = 0
     for _ in range(200):
@@ -830,8 +830,8 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
 
     def start(folder):
         script = (
-            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, sources\n"
-            "builder.SAVE_SECONDS, documents.CHUNK, sources.BLOCK = 0.05, 9000, 5000\n"
+            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, text_files\n"
+            "builder.SAVE_SECONDS, documents.CHUNK, text_files.BLOCK = 0.05, 9000, 5000\n"
             "sys.exit(prepare.main())"
         )
         given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
@@ -993,13 +993,13 @@ def test_a_dataset_of_the_hub_that_changed_is_not_gone_on_with(tmp_path, monkeyp
     monkeypatch.setattr(documents, "CHUNK", 1)
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     numbers = range(1, 100)
-    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), sources.Position(n)) for n in numbers]
+    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), None) for n in numbers]
 
     def broken(*_):
         yield from rows
         raise OSError("the network is away")
 
-    monkeypatch.setattr(sources, "hub_items", broken)
+    monkeypatch.setattr(sources, "hub_rows", broken)
     for said in ("network is away", "network is away", "hf:own/er is new, has changed"):
         assert run_in(tmp_path / "data", "--sources=hf:own/er") == 2
         assert said in capsys.readouterr().err

@@ -94,7 +94,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises UserError for a run of a million blanks, which tiktoken cannot."""
-        with refuse_panic():
+        with refuse_blanks():
             return self.encoding.encode_ordinary(text)
 
     def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +104,7 @@ class Tokenizer:
         """
         joined = self.eot.join([*texts, ""])
         if joined.count(self.eot) == len(texts):
-            with refuse_panic():
+            with refuse_blanks():
                 ids = self.encoding.encode_to_numpy(
                     joined, allowed_special={self.eot}, disallowed_special=()
                 ).astype(np.uint16)
@@ -266,12 +266,13 @@ def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> 
 
 
 @contextmanager
-def refuse_panic() -> Iterator[None]:
-    """Make a ValueError of the panic of tiktoken's regular expressions, which is no Exception."""
+def refuse_blanks() -> Iterator[None]:
+    """Turn what tiktoken's regular expressions raise into a UserError: a ValueError, or a panic,
+    which is not even an Exception, depending on its version."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise UserError("a text has a million blanks in a row, too many for tiktoken") from None
 

@@ -11,8 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from plaingpt.text import sources
-from plaingpt.text.sources import Position, Row, TextFile, find_source
+from plaingpt.text import hub as hub_module
+from plaingpt.text import text_files
+from plaingpt.text.records import BATCH, Row
+from plaingpt.text.sources import Position, find_source
+from plaingpt.text.text_files import TextFile
 from plaingpt.text.tokenizer import Tokenizer
 
 RECORDS = [{"text": "One — é 😀\nsecond line", "n": 1}, {"text": "Two", "n": 2}]
@@ -185,17 +188,19 @@ def test_pieces_give_the_ids_of_the_whole(tiny_text, monkeypatch, tmp_path):
     for text in (tiny_text, odd, "a" * 5000, " " * 5000, "a b" * 3000):
         (tmp_path / "text.txt").write_bytes(text.encode())
         for size in (64, 1000):
-            monkeypatch.setattr(sources, "BLOCK", size)
+            monkeypatch.setattr(text_files, "BLOCK", size)
             pieces = list(TextFile(str(tmp_path / "text.txt"), 0).pieces())
-            assert "".join(pieces) == "".join(sources.cut_long(text)) == text
-            for parts in (pieces, sources.cut_long(text)):
+            blocks = (text[at : at + size] for at in range(0, len(text), size))
+            regrouped = list(text_files.in_pieces(blocks))
+            assert "".join(pieces) == "".join(regrouped) == text
+            for parts in (pieces, regrouped):
                 ids = [token for part in parts for token in tokenizer.encode(part)]
                 assert ids == tokenizer.encode(text)
     assert len(pieces) > 5 and max(map(len, pieces)) < 3000
 
 
 def test_a_part_of_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(text_files, "BLOCK", 7)
     (tmp_path / "a.txt").write_text("äbc déf ghi jkl", encoding="utf-8")
     for start, stop in ((0, None), (3, None), (0, 8), (5, 9), (0, 0)):
         part = TextFile(str(tmp_path / "a.txt"), 0, start, stop)
@@ -203,7 +208,7 @@ def test_a_part_of_a_text(tmp_path, monkeypatch):
 
 
 def test_a_bad_byte_deep_in_a_text_has_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 10)
+    monkeypatch.setattr(text_files, "BLOCK", 10)
     (tmp_path / "a.txt").write_bytes("é".encode() * 17 + b"ab\xff" + b"x" * 50)
     with pytest.raises(ValueError, match="byte 0xff at 36"):
         list(TextFile(str(tmp_path / "a.txt"), 0).pieces())
@@ -285,12 +290,12 @@ def test_a_connection_that_breaks_ends_with_a_word(hub, monkeypatch):
     import datasets
 
     def broken():
-        yield from ({"text": str(number)} for number in range(sources.BATCH + 5))
+        yield from ({"text": str(number)} for number in range(BATCH + 5))
         raise ConnectionError("Server Disconnected")
 
     stream = datasets.IterableDataset.from_generator(broken)
-    monkeypatch.setattr(sources, "hub_stream", lambda *_: stream)
+    monkeypatch.setattr(hub_module, "hub_stream", lambda *_: stream)
     found = find_source("hf:owner/name").items(Position())
     assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
-    with pytest.raises(OSError, match=f"after record {sources.BATCH} .*Disconnected.*goes on"):
+    with pytest.raises(OSError, match=f"after record {BATCH} .*Disconnected.*resumes"):
         list(found)
