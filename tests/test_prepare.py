@@ -900,7 +900,48 @@ def test_inspect_finds_every_kind_of_damage(texts, target, capsys):
     assert prepare.main([f"--inspect={target}/nothing"]) == 2
 
 
-# --- what a review found
+def test_inspect_finds_an_id_beyond_the_vocabulary(shard_folder, capsys):
+    folder = shard_folder(train=[[1, 2], [3, 4, 257, 5]], manifest=False)
+    assert prepare.main([f"--inspect={folder}"]) == 2
+    wanted = f"error: {folder}/train_000001.bin: id 257 at token 2 is beyond the vocabulary of 257"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_split_without_tokens_can_be_inspected(shard_folder, capsys):
+    folder = shard_folder(train=[[1, 2]], val=[[]], manifest=False)
+    assert prepare.main([f"--inspect={folder}"]) == 0
+    assert "val: 0 tokens" in capsys.readouterr().out
+
+
+# --- importing
+
+
+@pytest.mark.parametrize("code", ["import prepare", "import runpy, sys\n{help}"])
+def test_neither_importing_nor_help_loads_torch(code):
+    """The help loads nothing that is slow."""
+    show_help = (
+        "sys.argv = ['prepare.py', '--help']\n"
+        "try: runpy.run_path('prepare.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+    )
+    script = code.format(help=show_help) + "\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(done.stderr.split())
+    assert done.returncode == 0 and "configurator" in loaded and "torch" not in loaded
+    if "runpy" in code:
+        assert "--sources" in done.stdout
+        assert not loaded & {"numpy", "tiktoken", "tokenizers", "tqdm", "datasets", "pyarrow"}
+    else:
+        assert done.stdout == ""
+        assert not loaded & {"tokenizers", "datasets", "pyarrow", "fsspec"}
+
+
+# --- running it again, and odd sources
 
 
 def run_in(folder, *arguments) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
+pack_document = struct.Struct("<3Q").pack  # the same, much faster than an array of one
 CUT = 0  # digest of a document that was cut short: equal to no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
 SAVE_SECONDS = 5.0  # between two saves of the progress
@@ -61,7 +63,7 @@ class SplitWriter:
         self.open = [self.open[0] + len(ids), self.open[1] + size]
 
     def end_document(self, digest: int) -> None:
-        self._file.write(np.array((digest, *self.open), DOCUMENT).tobytes())
+        self._file.write(pack_document(digest, *self.open))
         self.documents += 1
         self.open = [0, 0]
 

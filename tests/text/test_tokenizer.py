@@ -320,6 +320,14 @@ def test_ids_out_of_order_are_refused(refusal):
     assert "ids in the order of merges" in refusal(swap)
 
 
+def test_an_id_of_two_tokens_is_refused(refusal):
+    def repeat(content):
+        vocab = content["model"]["vocab"]
+        vocab[next(word for word, number in vocab.items() if number == 300)] = 299
+
+    assert "ids in the order of merges" in refusal(repeat)
+
+
 def test_an_id_left_out_is_refused(refusal):
     def remove(content):
         vocab = content["model"]["vocab"]
@@ -347,7 +355,7 @@ def test_a_text_that_nothing_ends_is_refused(refusal):
             for number, name in enumerate(("<s>", "</s>"))
         ]
 
-    assert "which special token ends a text? (there are: <s>, </s>" in refusal(rename)
+    assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(rename)
 
 
 @pytest.mark.parametrize("digits", [False, True])
