@@ -355,7 +355,9 @@ def test_a_text_that_nothing_ends_is_refused(refusal):
             for number, name in enumerate(("<s>", "</s>"))
         ]
 
-    assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(rename)
+    assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(
+        rename
+    )
 
 
 @pytest.mark.parametrize("digits", [False, True])
