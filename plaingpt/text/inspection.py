@@ -1,4 +1,4 @@
-"""What a data folder holds, printed, and whether it is what was written."""
+"""Printed summaries of a data folder, and checks that nothing in it has changed."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +15,10 @@ BEGINNING = 300  # tokens of a split that are shown
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Print a folder's summary, check every hash and id, show how its splits begin; return its
+    """Print a folder's summary, check all hashes and ids, show how the splits begin; return the
     manifest.
 
-    Raises UserError for whatever is wrong.
+    Raises UserError for the first thing that is wrong.
     """
     data = open_dataset(folder)
     manifest, tokenizer = data.manifest, data.tokenizer
@@ -32,7 +32,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             continue
         split = data.split(name)
         split.check_ids()
-        checked = "all hashes as written" if manifest else "no manifest to check against"
+        checked = "all hashes match" if manifest else "no manifest to check against"
         print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
         if len(split):
             print(beginning(split, tokenizer))
@@ -42,7 +42,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 def report(manifest: dict[str, Any]) -> None:
     """Print what each source gave, and how much each split holds."""
     for source in manifest.get("sources", []):
-        rest = "" if source["ended"] else ", and there is more"
+        rest = "" if source["ended"] else ", not read to the end"
         counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens"
         print(f"{source['source']}: {counts}{rest}")
         for reason, (count, where) in source["dropped"].items():
@@ -54,15 +54,15 @@ def report(manifest: dict[str, Any]) -> None:
             f"{split['tokens']:,} tokens ({rate:.2f} bytes per token)"
         )
         if split.get("trained_on"):
-            print(f"  {split['trained_on']:,} documents left out, as they are trained on")
-    missing = {"train": "more documents", "val": "--val_fraction, or --val_sources"}
+            print(f"  {split['trained_on']:,} documents left out because they are trained on")
+    missing = {"train": "more documents", "val": "--val_fraction or --val_sources"}
     for name, remedy in missing.items():
         if not manifest["splits"].get(name, {}).get("tokens"):
-            print(f"{name}: nothing; train.py needs some: {remedy}")
+            print(f"{name}: empty, but train.py needs some: use {remedy}")
 
 
 def check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError for a shard or mask that is not what the manifest says."""
+    """Raises UserError for a shard or mask whose hash is not that in the manifest."""
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             path = folder / shard["file"]
@@ -71,7 +71,7 @@ def check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
                 hashes[mask_path(path)] = shard["mask_sha256"]
             for each, wanted in hashes.items():
                 if sha256_of(each) != wanted:
-                    raise UserError(f"{each} is not what was written (sha256)")
+                    raise UserError(f"{each} has changed since it was written (sha256)")
 
 
 def beginning(split: Split, tokenizer: Tokenizer) -> str:

@@ -111,7 +111,7 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.decode([104, 105, 256, 0]) == "hi<|endoftext|>\x00"
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
+def test_invalid_utf8_becomes_replacement_characters():
     assert Tokenizer.bytes().decode([0xF0, 0x9F, 97, 0xFF]) == "\ufffda\ufffd"
 
 
@@ -347,7 +347,7 @@ def test_more_ids_than_uint16_are_refused(refusal):
     assert "beyond 65,536" in refusal(add)
 
 
-def test_a_text_that_nothing_ends_is_refused(refusal):
+def test_an_unknown_end_of_text_is_refused(refusal):
     def rename(content):
         del content["model"]["vocab"][END_OF_TEXT]
         content["added_tokens"] = [
