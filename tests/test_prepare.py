@@ -1,4 +1,4 @@
-"""From text to shards: what arrives, what is kept, what is refused, and what is left behind."""
+"""From text to shards: what is written, kept, refused, resumed and left behind."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import prepare
-from plaingpt.text import builder, dataset, documents, shards, sources
+from plaingpt.text import builder, dataset, documents, shards, sources, text_files
 from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
 
@@ -40,7 +40,7 @@ def target(tmp_path) -> Path:
 
 @pytest.fixture
 def run(texts, target):
-    """`run(sources=…, …)` prepares with the bytes tokenizer, unless told otherwise."""
+    """`run(sources=…, …)` prepares, by default with the bytes tokenizer."""
 
     def prepare_with(**settings):
         defaults = {
@@ -65,7 +65,7 @@ def tokens_of(folder, name) -> np.ndarray:
 
 
 def documents_of(folder, name) -> list[bytes]:
-    """The documents of a split that the bytes tokenizer made."""
+    """The documents of a split that the bytes tokenizer encoded."""
     tokens = tokens_of(folder, name)
     assert tokens[-1] == EOT
     pieces = np.split(tokens, np.flatnonzero(tokens == EOT) + 1)[:-1]
@@ -82,7 +82,7 @@ def snapshot(folder) -> dict:
     }
 
 
-# --- what arrives
+# --- what is written
 
 
 def test_the_tokens_are_the_bytes_and_an_end_behind_each_document(run, target):
@@ -241,7 +241,7 @@ def test_sources_are_read_in_their_order_and_files_once(texts, run, target):
     assert documents_of(target, "train") == [SECOND.encode(), FIRST.encode()]
 
 
-def test_a_file_that_is_written_in_two_ways_is_read_once(texts, run, target, monkeypatch):
+def test_a_file_named_in_two_ways_is_read_once(texts, run, target, monkeypatch):
     monkeypatch.chdir(texts.parent)
     ways = (f"{texts}", "texts/a.txt", "./texts/b.txt", f"{texts}/../texts/a.txt")
     run(sources=ways, val_fraction=0.0)
@@ -341,7 +341,7 @@ def test_overwrite_replaces_all_shards(run, target):
     assert len(documents_of(target, "train")) == 2
 
 
-def test_what_a_killed_run_left_is_cleared_away(run, target):
+def test_leftovers_of_a_killed_run_are_removed(run, target):
     (target / dataset.PARTIAL).mkdir(parents=True)
     (target / dataset.PARTIAL / "train_000000.bin").write_bytes(b"half")
     run(val_fraction=0.0)
@@ -485,7 +485,7 @@ def test_a_data_dir_that_is_a_file_is_refused(texts, target, capsys):
     assert target.read_text() == "mine"
 
 
-def test_all_settings_out_of_range_are_told_at_once(target, capsys):
+def test_all_settings_out_of_range_are_reported_at_once(target, capsys):
     wrong = {
         "sources": "",
         "vocab_size": 70000,
@@ -546,7 +546,7 @@ def test_a_full_disk_leaves_what_was_there(texts, target, breaks):
 def test_a_full_disk_while_repairing_can_be_repaired_too(run, target, breaks):
     run()
     (target / "dataset.json").unlink()
-    (target / dataset.PARTIAL).mkdir()  # as a kill while the files were moved leaves it
+    (target / dataset.PARTIAL).mkdir()  # as left by a kill while the files were moved
     breaks(FULL)
     with pytest.raises(OSError, match="No space"):
         run(shard_tokens=10)
@@ -560,14 +560,14 @@ def test_an_interrupt_leaves_nothing(texts, target, breaks):
     assert not target.exists()
 
 
-def test_the_command_says_what_it_made(texts, target, capsys):
+def test_the_command_reports_what_it_made(texts, target, capsys):
     assert command(texts, target, "--val_fraction=0") == 0
     size = len(FIRST.encode()) + len(SECOND.encode())
     assert capsys.readouterr().out.splitlines() == [
         f"{texts}: 2 documents, {size + 2} tokens",
         f"train: 2 documents, {size} bytes, {size + 2} tokens ({size / (size + 2):.2f} bytes per "
         "token)",
-        "val: nothing; train.py needs some: --val_fraction, or --val_sources",
+        "val: empty, but train.py needs some: use --val_fraction or --val_sources",
         f"wrote {target}, with a vocabulary of 257 ids",
     ]
 
@@ -756,7 +756,7 @@ def corpus(folder: Path) -> dict:
 
 @pytest.mark.parametrize("kind", ["one after another", "weighed", "val_sources"])
 def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kind):
-    """Stopped by an exception behind every so many notes, and once in the move of the files."""
+    """Stopped by an exception after random numbers of writes, with progress saved now and then."""
     settings = corpus(tmp_path / "corpus")
     if kind == "weighed":
         weighed = zip(settings["sources"], (5, 0.5, 1, 1))
@@ -765,13 +765,13 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHUNK", 5000)
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(text_files, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepare.prepare(PrepareConfig(data_dir=str(whole), **settings))
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
-    really_save, really_write = builder.Work.save, builder.SplitWriter.write
+    really_save, really_write = builder.SplitBuilder.save, builder.SplitWriter.write
     rng, lives = np.random.default_rng(1), [0]
 
     def die():
@@ -779,16 +779,16 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         if lives[0] == 0:
             raise KeyboardInterrupt
 
-    def save(work):
+    def save(builder):
         die()
-        if rng.random() < 0.1:  # else what was written since is to be cut off
-            really_save(work)
+        if rng.random() < 0.1:  # else whatever was written since has to be cut off
+            really_save(builder)
 
     def write(split, *arguments):
         really_write(split, *arguments)
         die()
 
-    monkeypatch.setattr(builder.Work, "save", save)
+    monkeypatch.setattr(builder.SplitBuilder, "save", save)
     monkeypatch.setattr(builder.SplitWriter, "write", write)
     deaths = 0
     for _ in range(200):
@@ -802,7 +802,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     assert {path.name: path.read_bytes() for path in parts.iterdir()} == wanted
 
 
-def test_a_run_that_was_begun_with_other_settings_or_texts_is_not_gone_on_with(
+def test_a_run_begun_with_other_settings_or_texts_is_not_resumed(
     texts, target, capsys, monkeypatch
 ):
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
@@ -830,8 +830,8 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
 
     def start(folder):
         script = (
-            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, sources\n"
-            "builder.SAVE_SECONDS, documents.CHUNK, sources.BLOCK = 0.05, 9000, 5000\n"
+            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, text_files\n"
+            "builder.SAVE_SECONDS, documents.CHUNK, text_files.BLOCK = 0.05, 9000, 5000\n"
             "sys.exit(prepare.main())"
         )
         given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
@@ -852,7 +852,7 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
         time.sleep(rng.uniform(0.3, 1.0) * whole_seconds)
         run.kill()
         if run.wait() == 0:
-            shutil.rmtree(folders["parts"])  # done too soon: once more from the beginning
+            shutil.rmtree(folders["parts"])  # finished too early: start over
         else:
             kills += 1
     assert start(folders["parts"]).wait() == 0
@@ -862,7 +862,7 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
     assert contents[0] == contents[1]
 
 
-def test_a_move_that_was_broken_off_is_not_taken_for_another_run(run, texts, target, monkeypatch):
+def test_an_interrupted_move_is_not_mistaken_for_another_run(run, texts, target, monkeypatch):
     monkeypatch.setattr(prepare, "install", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
@@ -873,7 +873,7 @@ def test_a_move_that_was_broken_off_is_not_taken_for_another_run(run, texts, tar
     assert len(documents_of(target, "train")) == 2
 
 
-def test_what_is_validated_on_is_not_trained_on_behind_its_limit(run, tmp_path, target):
+def test_validation_beyond_its_limit_is_not_trained_on(run, tmp_path, target):
     (tmp_path / "t.txt").write_text("t" * 1000)
     (tmp_path / "v.txt").write_text("v" * 1000)
     sources = {"sources": (f"{tmp_path}/t.txt",), "val_sources": (f"{tmp_path}/v.txt",)}
@@ -900,7 +900,48 @@ def test_inspect_finds_every_kind_of_damage(texts, target, capsys):
     assert prepare.main([f"--inspect={target}/nothing"]) == 2
 
 
-# --- what a review found
+def test_inspect_finds_an_id_beyond_the_vocabulary(shard_folder, capsys):
+    folder = shard_folder(train=[[1, 2], [3, 4, 257, 5]], manifest=False)
+    assert prepare.main([f"--inspect={folder}"]) == 2
+    wanted = f"error: {folder}/train_000001.bin: id 257 at token 2 is beyond the vocabulary of 257"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_split_without_tokens_can_be_inspected(shard_folder, capsys):
+    folder = shard_folder(train=[[1, 2]], val=[[]], manifest=False)
+    assert prepare.main([f"--inspect={folder}"]) == 0
+    assert "val: 0 tokens" in capsys.readouterr().out
+
+
+# --- importing
+
+
+@pytest.mark.parametrize("code", ["import prepare", "import runpy, sys\n{help}"])
+def test_neither_importing_nor_help_loads_torch(code):
+    """The help loads nothing that is slow."""
+    show_help = (
+        "sys.argv = ['prepare.py', '--help']\n"
+        "try: runpy.run_path('prepare.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+    )
+    script = code.format(help=show_help) + "\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(done.stderr.split())
+    assert done.returncode == 0 and "configurator" in loaded and "torch" not in loaded
+    if "runpy" in code:
+        assert "--sources" in done.stdout
+        assert not loaded & {"numpy", "tiktoken", "tokenizers", "tqdm", "datasets", "pyarrow"}
+    else:
+        assert done.stdout == ""
+        assert not loaded & {"tokenizers", "datasets", "pyarrow", "fsspec"}
+
+
+# --- running it again, and odd sources
 
 
 def run_in(folder, *arguments) -> int:
@@ -917,7 +958,7 @@ def test_sources_that_changed_since_are_not_taken_for_prepared(tmp_path, capsys)
     assert run_in(folder, source) == 2
     assert "have changed since" in capsys.readouterr().err
     assert run_in(folder, source, "--overwrite") == 0
-    text.unlink()  # what is not here cannot be compared
+    text.unlink()  # a file that has gone cannot be compared
     assert run_in(folder, source) == 0
 
 
@@ -945,7 +986,7 @@ def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
     assert source["documents"] == 40
 
 
-def test_validation_is_about_what_was_asked_for(tmp_path):
+def test_validation_has_about_the_size_that_was_asked_for(tmp_path):
     long_line = tmp_path / "line.txt"
     long_line.write_text("title\n" + "word " * 300_000)
     folder = tmp_path / "files"
@@ -987,19 +1028,19 @@ def test_a_folder_of_nanogpt_can_be_inspected(tmp_path, monkeypatch, capsys):
     assert "To be, or not to be" in capsys.readouterr().out
 
 
-def test_a_dataset_of_the_hub_that_changed_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_a_dataset_of_the_hub_that_changed_is_not_resumed(tmp_path, monkeypatch, capsys):
     hashes = iter(["first", "first", "second"])
     monkeypatch.setattr(prepare, "hub_hash", lambda source: next(hashes))
     monkeypatch.setattr(documents, "CHUNK", 1)
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     numbers = range(1, 100)
-    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), sources.Position(n)) for n in numbers]
+    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), None) for n in numbers]
 
     def broken(*_):
         yield from rows
         raise OSError("the network is away")
 
-    monkeypatch.setattr(sources, "hub_items", broken)
+    monkeypatch.setattr(sources, "hub_rows", broken)
     for said in ("network is away", "network is away", "hf:own/er is new, has changed"):
         assert run_in(tmp_path / "data", "--sources=hf:own/er") == 2
         assert said in capsys.readouterr().err

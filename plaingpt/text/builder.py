@@ -1,31 +1,40 @@
-"""What prepare.py drives: documents → the shards of both splits, with notes of how far it is."""
+"""Documents → the shards of both splits, within the limits and with saved progress."""
 
-import math
 import os
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from plaingpt import files
-from plaingpt.text.documents import DEFAULT_THREADS, Encoded, Piece, Reading, Stream, encoded
+from plaingpt.text.documents import Bad, Encoded, End, Part, Reading, Record, Stream, encoded
+from plaingpt.text.progress import Progress
 from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
-if TYPE_CHECKING:
-    from prepare import PrepareConfig
-
 DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
-CUT = 0  # digest of a document that was cut short: like no other
+pack_document = struct.Struct("<3Q").pack  # the same, much faster than an array of one
+CUT = 0  # digest of a document that was cut short: equal to no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
-SAVE_SECONDS = 5.0  # between two notes of how far it is
+SAVE_SECONDS = 5.0  # between two saves of the progress
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where to stop; inf where there is no limit."""
+
+    max_tokens: float  # of all sources but validation sources
+    max_documents: float
+    max_record_tokens: float
+    shard_tokens: int
 
 
 class SplitWriter:
@@ -37,11 +46,15 @@ class SplitWriter:
         self.documents = notes.get("documents", 0)
         self.tokens = notes.get("tokens", 0)
         self.bytes = notes.get("bytes", 0)
-        self.open = notes.get("open", [0, 0])  # tokens and bytes of a document not ended yet
+        self.open = notes.get("open", [0, 0])  # tokens and bytes of the unfinished document
         self.shards = ShardWriter(folder, name, shard_tokens, masked, notes.get("shards"))
         self.path = folder / f"{name}.documents"
         self.path.touch()
         self._file = reopen(self.path, DOCUMENT.itemsize * self.documents)
+
+    @property
+    def in_document(self) -> bool:
+        return self.open[0] > 0
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None, size: int) -> None:
         self.shards.write(ids, mask)
@@ -50,12 +63,12 @@ class SplitWriter:
         self.open = [self.open[0] + len(ids), self.open[1] + size]
 
     def end_document(self, digest: int) -> None:
-        self._file.write(np.array((digest, *self.open), DOCUMENT).tobytes())
+        self._file.write(pack_document(digest, *self.open))
         self.documents += 1
         self.open = [0, 0]
 
     def notes(self) -> dict[str, Any]:
-        """Flush all to the disk; return what the next writer of this split needs."""
+        """Flush everything to disk; return what the next writer of this split needs."""
         self._file.flush()
         os.fsync(self._file.fileno())
         names = ("documents", "tokens", "bytes", "open")
@@ -68,44 +81,34 @@ class SplitWriter:
         return counts | {"shards": self.shards.close()}
 
 
-class Work:
-    """The writing of both splits, with notes of how far it is."""
+class SplitBuilder:
+    """Writes both splits from the streams, resuming from saved progress."""
 
     def __init__(
         self,
-        cfg: "PrepareConfig",
-        partial: Path,
+        progress: Progress,
         tokenizer: Tokenizer,
         streams: list[Stream],
-        header: dict[str, Any],
-        notes: dict[str, Any],
+        reading: Reading,
+        limits: Limits,
     ) -> None:
-        self.cfg, self.partial, self.tokenizer = cfg, partial, tokenizer
-        self.streams, self.header = streams, header
-        self.val_tokens = cfg.val_tokens or math.inf
-        self.val_documents = math.inf
-        if not cfg.val_sources:
-            if cfg.max_tokens:
-                self.val_tokens = min(self.val_tokens, round(cfg.val_fraction * cfg.max_tokens))
-            if cfg.max_documents:
-                self.val_documents = math.ceil(cfg.val_fraction * cfg.max_documents)
-        splits = notes.get("splits", {})
+        self.progress, self.tokenizer, self.streams = progress, tokenizer, streams
+        self.reading, self.limits, self.validation = reading, limits, reading.validation
+        splits, masked = progress.notes.get("splits", {}), reading.template != "text"
         self.train, self.val = (
-            SplitWriter(
-                partial, name, cfg.shard_tokens, cfg.template != "text", splits.get(name, {})
-            )
+            SplitWriter(progress.folder, name, limits.shard_tokens, masked, splits.get(name, {}))
             for name in ("train", "val")
         )
-        for stream, known in zip(streams, notes.get("streams", [])):
-            stream.restore(known)
-        self.saved = time.monotonic()
-        self.began_bytes, self.began = self.train.bytes + self.val.bytes, self.saved
-        self.began_tokens = self.tokens
+        for stream, notes in zip(streams, progress.notes.get("streams", [])):
+            stream.restore(notes)
+        self.saved = self.began = time.monotonic()
+        self.began_tokens, self.began_bytes = self.tokens, self.bytes
         sizes = [stream.source.size for stream in streams]
+        self.counts_tokens = limits.max_tokens < float("inf")
         self.bar = tqdm(
-            total=cfg.max_tokens or (sum(sizes) if all(sizes) else None),
+            total=limits.max_tokens if self.counts_tokens else sum(sizes) if all(sizes) else None,
             initial=self.done,
-            unit="tok" if cfg.max_tokens else "B",
+            unit="tok" if self.counts_tokens else "B",
             unit_scale=True,
             delay=1,
             mininterval=0.5 if sys.stderr.isatty() else 60,  # seconds; a log gets a line a minute
@@ -116,35 +119,41 @@ class Work:
         return self.train.tokens + self.val.tokens
 
     @property
+    def bytes(self) -> int:
+        return self.train.bytes + self.val.bytes
+
+    @property
     def done(self) -> int:
         """What the progress bar counts: tokens towards max_tokens, else bytes of the sources."""
-        if self.cfg.max_tokens:
+        if self.counts_tokens:
             return self.tokens
         return sum(stream.position.read for stream in self.streams)
 
-    def run(self, reading: Reading) -> None:
-        """Read all streams to their end, or to the limits of the settings."""
-        threads = self.cfg.workers or DEFAULT_THREADS
+    def run(self, threads: int) -> None:
+        """Read all streams to their end or to the limits, validation sources last."""
         with ThreadPoolExecutor(threads) as pool, self.bar:
-            for validation in (False, True):
-                streams = [stream for stream in self.streams if stream.all_val == validation]
+            for all_val in (False, True):
+                streams = [stream for stream in self.streams if stream.all_val == all_val]
                 readers = [
-                    encoded(stream, reading, self.tokenizer, pool, threads + 1)
+                    encoded(stream, self.reading, self.tokenizer, pool, threads + 1)
                     for stream in streams
                 ]
-                while not self.enough(validation) and (stream := self.next_stream(streams)):
+                while not self.is_enough(all_val) and (stream := self.next_stream(streams)):
                     self.take_document(stream, readers[streams.index(stream)])
             self.save()
 
-    def enough(self, validation: bool) -> bool:
-        if validation:
-            return self.val.tokens >= self.val_tokens
-        documents = self.train.documents + self.val.documents
-        enough_tokens = self.tokens >= (self.cfg.max_tokens or math.inf)
-        return enough_tokens or documents >= (self.cfg.max_documents or math.inf)
+    def room(self, all_val: bool) -> float:
+        """Tokens that may still be written from validation sources, or from the others."""
+        if all_val:
+            return self.validation.max_tokens - self.val.tokens
+        return self.limits.max_tokens - self.tokens
+
+    def is_enough(self, all_val: bool) -> bool:
+        documents = 0 if all_val else self.train.documents + self.val.documents
+        return self.room(all_val) <= 0 or documents >= self.limits.max_documents
 
     def next_stream(self, streams: list[Stream]) -> Stream | None:
-        """The first that has not ended; with weights the one most behind, until one has ended."""
+        """The first that has not ended; with weights the one furthest behind, until one ends."""
         for stream in streams:
             if stream.position.characters:  # in the middle of a document
                 return stream
@@ -155,91 +164,79 @@ class Work:
         return next((stream for stream in streams if not stream.ended), None)
 
     def take_document(self, stream: Stream, reader: Iterator[Encoded]) -> None:
-        """Write the next document of a stream, or count the next record that is none."""
-        held: list[Encoded] = []
-        for piece, ids, mask in reader:
-            held.append((piece, ids, mask))
-            if piece.whole and piece.digest is None:
-                continue
-            problem = next((each[0].problem for each in held if each[0].problem), None)
-            tokens = sum(len(each[1]) for each in held)
-            limit = self.cfg.max_record_tokens
-            if piece.whole and limit and tokens > limit:
-                problem = f"more than {limit:,} tokens"
-            stream.position = piece.after
-            if problem:
-                self.drop(stream, problem, piece.where)
+        """Write the next document of a stream, or count its next bad record."""
+        limit = self.limits.max_record_tokens
+        for item, ids, mask in reader:
+            stream.position = item.after
+            if isinstance(item, Record) and len(ids) > limit:
+                item = Bad(f"more than {limit:,} tokens", item.where, item.after)
+            if isinstance(item, Bad):
+                self.drop(stream, item)
                 return
-            self.write(stream, held)
-            held = []
-            done = piece.digest is not None or self.enough(stream.all_val)
-            if done:
-                split = self.val if self.val.open[0] else self.train
-                split.end_document(piece.digest or CUT)
+            self.write(stream, item, ids, mask)
+            is_last = not isinstance(item, Part) or self.is_enough(stream.all_val)
+            if is_last:
+                split = self.val if self.val.in_document else self.train
+                split.end_document(CUT if isinstance(item, Part) else item.digest)
                 stream.documents += 1
             self.bar.update(self.done - self.bar.n)
             if time.monotonic() - self.saved > SAVE_SECONDS:
                 self.save()
-            if done:
+            if is_last:
                 return
         stream.ended = True
         stream.position = stream.position._replace(read=stream.source.size)
 
-    def write(self, stream: Stream, pieces: list[Encoded]) -> None:
-        for piece, ids, mask in pieces:
-            start, end = 0, len(ids)
-            if self.cfg.max_tokens and not stream.all_val:
-                end = min(end, self.cfg.max_tokens - self.tokens)
-            if self.cfg.val_tokens and stream.all_val:
-                end = min(end, self.cfg.val_tokens - self.val.tokens)
-            stream.tokens += end
-            while start < end:
-                split, stop = self.split_of(piece), end
-                if split is self.val and piece.bytes and not piece.whole:
-                    stop = int(min(end, start + self.val_tokens - self.val.tokens))
-                part = ids[start:stop]
-                cut = len(part) < len(ids)
-                size = self.tokenizer.count_bytes(part) if cut else piece.bytes
-                split.write(part, None if mask is None else mask[start:stop], size)
-                start = stop
+    def write(
+        self, stream: Stream, item: Record | Part | End, ids: np.ndarray, mask: np.ndarray | None
+    ) -> None:
+        """Write an item as far as there is room: a record to one split, a part to validation until
+        that is full and then to training."""
+        start, end = 0, int(min(len(ids), self.room(stream.all_val)))
+        stream.tokens += end
+        while start < end:
+            split, stop = self.split_of(item), end
+            if split is self.val and isinstance(item, Part):
+                stop = int(min(end, start + self.validation.max_tokens - self.val.tokens))
+            some = ids[start:stop]
+            size = item.bytes if len(some) == len(ids) else self.tokenizer.count_bytes(some)
+            split.write(some, None if mask is None else mask[start:stop], size)
+            start = stop
 
-    def split_of(self, piece: Piece) -> SplitWriter:
-        """Where a piece goes: to validation, if its document fell to it and until that has enough.
-        What is left of a text then is trained on."""
-        if self.train.open[0]:  # the document goes on
+    def split_of(self, item: Record | Part | End) -> SplitWriter:
+        """Where the next tokens go: a document that is held out to validation, until that is full.
+        The rest of a text file is then a training document."""
+        if self.train.in_document:
             return self.train
-        if self.val.open[0] and (piece.whole or not piece.bytes):
+        if self.val.in_document and not isinstance(item, Part):
             return self.val
-        full = self.val.tokens >= self.val_tokens or self.val.documents >= self.val_documents
-        if piece.val and not full:
+        if item.held_out and not self.validation.is_full(self.val.tokens, self.val.documents):
             return self.val
-        if self.val.open[0]:
+        if self.val.in_document:
             self.val.end_document(CUT)
         return self.train
 
-    def drop(self, stream: Stream, reason: str, where: str) -> None:
-        if self.cfg.bad_records == "refuse":
-            raise UserError(f"{where}: {reason} (--bad_records=skip leaves such records out)")
-        stream.drop(reason, where)
-        if stream.dropped[reason][0] <= 3:
-            self.bar.write(f"skipped {where}: {reason}", file=sys.stderr)
+    def drop(self, stream: Stream, bad: Bad) -> None:
+        if self.reading.bad_records == "refuse":
+            raise UserError(
+                f"{bad.where}: {bad.reason} (--bad_records=skip leaves such records out)"
+            )
+        stream.drop(bad.reason, bad.where)
+        if stream.dropped[bad.reason][0] <= 3:
+            self.bar.write(f"skipped {bad.where}: {bad.reason}", file=sys.stderr)
 
     def save(self) -> None:
         splits = {"train": self.train.notes(), "val": self.val.notes()}
-        streams = [stream.notes() for stream in self.streams]
-        files.write_json(
-            self.partial / "progress.json", self.header | {"splits": splits, "streams": streams}
-        )
+        self.progress.save(splits, [stream.notes() for stream in self.streams])
         self.saved = time.monotonic()
-        seconds, read = (
-            max(self.saved - self.began, 1e-9),
-            self.train.bytes + self.val.bytes - self.began_bytes,
-        )
-        rates = (read / seconds / 1e6, (self.tokens - self.began_tokens) / seconds / 1e6)
-        speed = "{:.1f} MB/s, {:.2f}M tok/s".format(*rates)
+        seconds = max(self.saved - self.began, 1e-9)
+        mb_per_s = (self.bytes - self.began_bytes) / seconds / 1e6
+        mtok_per_s = (self.tokens - self.began_tokens) / seconds / 1e6
         written = tqdm.format_sizeof(2 * self.tokens, "B")
         self.bar.set_postfix_str(
-            f"{speed}, {self.tokens:,} tokens, {written} written", refresh=False
+            f"{mb_per_s:.1f} MB/s, {mtok_per_s:.2f}M tok/s, {self.tokens:,} tokens, "
+            f"{written} written",
+            refresh=False,
         )
 
     def finish(self) -> dict[str, Any]:
@@ -247,12 +244,12 @@ class Work:
         splits = {"train": self.train.close(), "val": self.val.close()}
         both = in_both(self.train.path, self.val.path)
         if both.any():
-            splits["val"] = without_documents(self.partial, self.val, splits["val"], both)
-        return {name: split for name, split in splits.items() if split["documents"] or any(both)}
+            splits["val"] = without_documents(self.progress.folder, self.val, both)
+        return {name: split for name, split in splits.items() if split["documents"] or both.any()}
 
 
 def in_both(train: Path, val: Path) -> np.ndarray:
-    """For each validation document whether it is a training document too."""
+    """For each validation document whether it is a training document as well."""
     wanted = np.fromfile(val, DOCUMENT)["digest"]
     found = np.zeros(len(wanted), dtype=bool)
     with train.open("rb") as file:
@@ -261,10 +258,9 @@ def in_both(train: Path, val: Path) -> np.ndarray:
     return found & (wanted != CUT)
 
 
-def without_documents(
-    partial: Path, split: SplitWriter, entry: dict[str, Any], left_out: np.ndarray
-) -> dict[str, Any]:
-    """Write a split again, in a folder KEPT, without some documents; return its new entry."""
+def without_documents(partial: Path, split: SplitWriter, left_out: np.ndarray) -> dict[str, Any]:
+    """Write the validation split again, to the folder KEPT, without some of its documents; return
+    its new part of the manifest."""
     known = np.fromfile(split.path, DOCUMENT)
     shutil.rmtree(partial / KEPT, ignore_errors=True)
     (partial / KEPT).mkdir()
@@ -282,6 +278,6 @@ def without_documents(
         "documents": len(kept),
         "bytes": int(kept["bytes"].sum()),
         "tokens": int(kept["tokens"].sum()),
-        "trained_on": int(left_out.sum()),  # documents that were left out for it
+        "trained_on": int(left_out.sum()),  # documents left out because they are trained on
         "shards": writer.close(),
     }

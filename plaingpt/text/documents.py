@@ -1,7 +1,8 @@
 """
-Sources → documents → token ids: read in order, judged, and encoded ahead by threads.
+Sources → documents → token ids, in order; threads encode ahead of the writer.
 
-A document is a text file or a record. Long ones travel in pieces, so memory stays flat.
+A text file streams: its `Part`s are written as they come, and an `End` closes it. A record comes
+whole, because all of it is judged before any of it is written: as one `Record`, or one `Bad`.
 """
 
 import hashlib
@@ -10,17 +11,20 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from configurator import UserError
-from plaingpt.text.sources import BLOCK, Position, Source, TextFile, cut_long, find_source, is_text
+from plaingpt.text.records import Row
+from plaingpt.text.sources import Position, Source, find_source
 from plaingpt.text.templates import FIELDS, Segment, TemplateName, segments
+from plaingpt.text.text_files import TextFile
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.text.validation import HeldOut, Validation
 
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
-# More than one per core: the thread that reads and writes leaves its core to them while it waits.
+# More than one per core: the thread that reads and writes leaves them its core while it waits.
 DEFAULT_THREADS = (os.cpu_count() or 1) + 1
 
 
@@ -30,17 +34,17 @@ class Reading:
 
     template: TemplateName
     text_field: str
-    val_fraction: float  # of sources that are split into training and validation
-    seed: int
+    bad_records: Literal["refuse", "skip"]
+    validation: Validation
 
 
 @dataclass
 class Stream:
-    """A source as it is read, and how far: all that a later run needs to go on with it."""
+    """A source as it is read, and how far: everything that a later run needs to resume it."""
 
     source: Source
-    val_files: frozenset[TextFile]  # the text files to validate on
-    all_val: bool = False  # a source of val_sources
+    held_out: HeldOut
+    all_val: bool  # whether it is a validation source
     position: Position = field(default_factory=Position)
     ended: bool = False
     documents: int = 0
@@ -66,29 +70,17 @@ class Stream:
         return {"source": self.source.name} | {name: getattr(self, name) for name in names}
 
 
-class Piece(NamedTuple):
-    """A document, or a part of a long one, or a record that is none."""
-
-    segments: list[Segment]
-    where: str
-    bytes: int
-    val: bool
-    after: Position
-    digest: int | None = None  # of the whole document, on its last piece
-    problem: str | None = None  # why the record is none
-    whole: bool = False  # must be judged as a whole before any of it is written
-
-
 def open_streams(
     names: tuple[str, ...], val_names: tuple[str, ...], reading: Reading
 ) -> list[Stream]:
-    """Look up all sources; choose the text files to validate on.
+    """Look up all sources and choose what to validate on.
 
-    Raises UserError for sources that are nothing or hold nothing, and for weights on some only.
-    Files that hold nothing are counted as dropped.
+    Raises UserError for sources that cannot be read or are empty, and for weights on only some.
+    Empty files are counted as dropped.
     """
     streams: list[Stream] = []
     seen: dict[str, bool] = {}  # path → whether it is of val_names
+    validation = reading.validation
     for given, all_val in ((names, False), (val_names, True)):
         found: list[Source] = []
         for source in map(find_source, given):
@@ -102,10 +94,8 @@ def open_streams(
             found.append(replace(source, files=new))
         if given and not any(source.hub or source.files for source in found):
             raise UserError(f"there is no text in {', '.join(map(repr, given))}")
-        if all_val:
-            streams += [Stream(source, frozenset(), all_val=True) for source in found]
-        else:
-            streams += [Stream(*draw(source, reading)) for source in found]
+        hold_out = validation.hold_out_all if all_val else validation.hold_out_part
+        streams += [Stream(*hold_out(source), all_val) for source in found]
     for stream in streams:
         for path in stream.source.empty:
             stream.drop("an empty file", path)
@@ -115,102 +105,122 @@ def open_streams(
     return streams
 
 
-def draw(source: Source, reading: Reading) -> tuple[Source, frozenset[TextFile]]:
-    """Choose text files to validate on: whole ones, drawn at random until they hold that fraction
-    of the bytes. A single file is cut instead, at the end of a line. They come first, so that a
-    limit on tokens or documents leaves some."""
-    texts = [file for file in source.files if is_text(file.path)]
-    if not texts or not reading.val_fraction:
-        return source, frozenset()
-    if len(source.files) == 1:
-        only = texts[0]
-        cut = place_to_cut(only, reading.val_fraction)
-        rest = round(only.size * reading.val_fraction)
-        train = replace(only, stop=cut, size=only.size - rest)
-        val = replace(only, start=cut, size=rest)
-        return replace(source, files=(val, train)), frozenset([val])
-    wanted = reading.val_fraction * sum(file.size for file in texts)
-    drawn: list[TextFile] = []
-    size = 0
-    for index in np.random.default_rng(reading.seed).permutation(len(texts))[1:]:
-        if size < wanted and texts[index].size <= wanted:  # none that alone is more
-            drawn.append(texts[index])
-            size += texts[index].size
-    val_files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
-    ordered = sorted(source.files, key=lambda file: file not in val_files)
-    return replace(source, files=tuple(ordered)), val_files
+# --- documents
 
 
-def place_to_cut(file: TextFile, fraction: float) -> int:
-    """The character behind the last line end before `1 - fraction` of a text, or that place where
-    the lines are too long for that."""
-    target = round(sum(map(len, file.pieces())) * (1 - fraction))
-    cut = at = 0
-    for piece in file.pieces():
-        newline = piece.rfind("\n", 0, max(0, target - at))
-        cut = at + newline + 1 if newline >= 0 else cut
-        at += len(piece)
-    return cut if at - cut <= 2 * (at - target) else target
+class Record(NamedTuple):
+    """A document to be judged, and written or dropped, as a whole."""
+
+    segments: list[Segment]
+    bytes: int  # of its text
+    held_out: bool
+    digest: int
+    where: str  # for messages
+    after: Position  # where reading resumes behind it
 
 
-def read_pieces(stream: Stream, reading: Reading) -> Iterator[Piece]:
+class Part(NamedTuple):
+    """The next text of a text file, to be written as it comes."""
+
+    text: str
+    bytes: int
+    held_out: bool
+    where: str
+    after: Position
+
+    @property
+    def segments(self) -> list[Segment]:
+        return [Segment(self.text, ended=False)]
+
+
+class End(NamedTuple):
+    """The end of a text file: its `<|endoftext|>`, and the digest of all of its text."""
+
+    held_out: bool
+    digest: int
+    after: Position
+
+    @property
+    def segments(self) -> list[Segment]:
+        return [Segment("")]
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+
+class Bad(NamedTuple):
+    """A record that cannot become a document."""
+
+    reason: str
+    where: str
+    after: Position
+
+    @property
+    def segments(self) -> list[Segment]:
+        return []
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+
+Item = Record | Part | End | Bad
+
+
+def read_items(stream: Stream, reading: Reading) -> Iterator[Item]:
     """The documents of a source from the stream's position on."""
-    start, fraction = stream.position, reading.val_fraction
+    start = stream.position
     fields = FIELDS.get(reading.template, (reading.text_field,))
     for item, after in stream.source.items(start, fields):
-        digest, size = hashlib.blake2b(digest_size=8, key=b"%d" % reading.seed), 0
         if isinstance(item, TextFile):
-            val = stream.all_val or item in stream.val_files
             done = start.characters if after.items == start.items + 1 else 0
-            characters = 0
-            for text in item.pieces():
-                content = text.encode()
-                digest.update(content)
-                characters += len(text)
-                if characters > done:
-                    place = Position(after.items - 1, characters, after.read + characters)
-                    text_only = [Segment(text, ended=False)]
-                    yield Piece(text_only, item.path, len(content), val, place)
-            after = after._replace(read=after.read + item.size)
-            yield Piece(
-                [Segment("")], item.path, 0, val, after, int.from_bytes(digest.digest(), "little")
-            )
-            continue
-        try:
-            if item.problem:
-                raise UserError(item.problem)
-            parts = segments(item.value, reading.template, reading.text_field)
-        except ValueError as error:
-            yield Piece([], item.where, 0, False, after, problem=str(error))
-            continue
-        parts = [part._replace(text=without_surrogates(part.text)) for part in parts]
-        for part in parts:
-            content = part.text.encode()
-            digest.update(content + b"\0" * (part is not parts[-1]))
-            size += len(content)
-        number = int.from_bytes(digest.digest(), "little")
-        # Equal documents fall to the same side. The second falls to validation, so that even a
-        # small source has some.
-        drawn = fraction > 0 and (number < fraction * 2**64 or after.items == 2)
-        shape = Piece(parts, item.where, size, stream.all_val or drawn, after, number, whole=True)
-        if size <= BLOCK:
-            yield shape
-            continue
-        short = [
-            Segment(text, part.counted, part.ended and last)
-            for part in parts
-            for text, last in with_last(cut_long(part.text))
-        ]
-        for segment, last in with_last(short):
-            yield shape._replace(
-                segments=[segment],
-                bytes=len(segment.text.encode()),
-                digest=number if last else None,
-            )
+            yield from read_file(item, after, done, stream.held_out, reading.validation.seed)
+        else:
+            yield read_record(item, after, stream.held_out, reading)
 
 
-def with_last(values: list[Any]) -> Iterator[tuple[Any, bool]]:
-    return ((value, index == len(values) - 1) for index, value in enumerate(values))
+def read_file(
+    file: TextFile, after: Position, done: int, held_out: HeldOut, seed: int
+) -> Iterator[Item]:
+    """The parts of a text file behind its first `done` characters, and its end."""
+    digest = document_hash(seed)
+    is_held_out = file in held_out.files
+    characters = 0
+    for text in file.pieces():
+        content = text.encode()
+        digest.update(content)
+        characters += len(text)
+        if characters > done:
+            place = Position(after.items - 1, characters, after.read + characters)
+            yield Part(text, len(content), is_held_out, file.path, place)
+    yield End(is_held_out, number_of(digest), after._replace(read=after.read + file.size))
+
+
+def read_record(row: Row, after: Position, held_out: HeldOut, reading: Reading) -> Record | Bad:
+    if row.problem:
+        return Bad(row.problem, row.where, after)
+    try:
+        parts = segments(row.value, reading.template, reading.text_field)
+    except UserError as error:
+        return Bad(str(error), row.where, after)
+    parts = [part._replace(text=without_surrogates(part.text)) for part in parts]
+    digest, size = document_hash(reading.validation.seed), 0
+    for part in parts:
+        content = part.text.encode()
+        digest.update(content + b"\0" * (part is not parts[-1]))
+        size += len(content)
+    number = number_of(digest)
+    is_held_out = held_out.has_record(after.items, number)
+    return Record(parts, size, is_held_out, number, row.where, after)
+
+
+def document_hash(seed: int) -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8, key=b"%d" % seed)
+
+
+def number_of(digest: hashlib.blake2b) -> int:
+    return int.from_bytes(digest.digest(), "little")
 
 
 def without_surrogates(text: str) -> str:
@@ -223,17 +233,17 @@ def without_surrogates(text: str) -> str:
 
 
 def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Iterator[str]:
-    """Training text, from each source as much, text files in a random order."""
+    """Training text, the same amount of each source, its text files in random order."""
     training = [stream for stream in streams if not stream.all_val]
     for stream in training:
         files = stream.source.files
-        order = np.random.default_rng(reading.seed).permutation(len(files))
+        order = np.random.default_rng(reading.validation.seed).permutation(len(files))
         shuffled = replace(stream.source, files=tuple(files[index] for index in order))
         taken = 0
-        for piece in read_pieces(replace(stream, source=shuffled), reading):
-            if not piece.val:
-                yield from (segment.text for segment in piece.segments)
-                taken += piece.bytes
+        for item in read_items(replace(stream, source=shuffled), reading):
+            if isinstance(item, Record | Part) and not item.held_out:
+                yield from (segment.text for segment in item.segments)
+                taken += item.bytes
             if taken >= max_bytes / len(training):
                 break
 
@@ -241,15 +251,15 @@ def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Ite
 # --- tokens
 
 
-Encoded = tuple[Piece, np.ndarray, np.ndarray | None]  # a piece, its ids, its loss mask
+Encoded = tuple[Item, np.ndarray, np.ndarray | None]  # an item, its ids, their loss mask
 
 
 def encoded(
     stream: Stream, reading: Reading, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Encoded]:
-    """The pieces of a stream with their ids, in order; threads encode `ahead` chunks."""
-    waiting: deque[tuple[list[Piece], Future]] = deque()
-    for chunk in chunks(read_pieces(stream, reading)):
+    """The items of a stream with their ids, in order; threads encode `ahead` chunks."""
+    waiting: deque[tuple[list[Item], Future]] = deque()
+    for chunk in chunks(read_items(stream, reading)):
         waiting.append((chunk, pool.submit(encode, chunk, tokenizer, reading.template != "text")))
         if len(waiting) > ahead:
             yield from unpacked(*waiting.popleft())
@@ -257,12 +267,12 @@ def encoded(
         yield from unpacked(*waiting.popleft())
 
 
-def chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    chunk: list[Piece] = []
+def chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
     size = 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += piece.bytes + 10  # a record costs something even if it is empty
+    for item in items:
+        chunk.append(item)
+        size += item.bytes + 10  # a record costs something even if it is empty
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -271,21 +281,18 @@ def chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode(
-    chunk: list[Piece], tokenizer: Tokenizer, masked: bool
+    chunk: list[Item], tokenizer: Tokenizer, masked: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Ids of a chunk, their mask, and where each piece ends in them. A record that the tokenizer
-    refuses becomes one that is none."""
-    parts = [part for piece in chunk for part in piece.segments]
+    """Ids of a chunk, their mask, and where each item ends in them.
+
+    A record that the tokenizer refuses becomes a `Bad` in the chunk; for a text file this raises
+    UserError.
+    """
+    parts = [part for item in chunk for part in item.segments]
     try:
         ids, ends = tokenizer.encode_joined([part.text for part in parts])
-    except ValueError:
-        for number, piece in enumerate(chunk):
-            try:
-                tokenizer.encode_joined([part.text for part in piece.segments])
-            except ValueError as error:
-                if not piece.whole:
-                    raise UserError(f"{piece.where}: {error}") from None
-                chunk[number] = piece._replace(segments=[], problem=str(error))
+    except UserError:
+        refuse_unencodable(chunk, tokenizer)
         return encode(chunk, tokenizer, masked)
     ended = np.array([part.ended for part in parts], dtype=bool)
     lengths = np.diff(ends, prepend=0)
@@ -298,12 +305,24 @@ def encode(
         keep[ends[~ended] - 1] = False
         ids, mask = ids[keep], None if mask is None else mask[keep]
     stops = np.append(0, np.cumsum(lengths - ~ended))
-    return ids, mask, stops[np.cumsum([len(piece.segments) for piece in chunk])]
+    return ids, mask, stops[np.cumsum([len(item.segments) for item in chunk])]
 
 
-def unpacked(chunk: list[Piece], future: Future) -> Iterator[Encoded]:
+def refuse_unencodable(chunk: list[Item], tokenizer: Tokenizer) -> None:
+    """Replace the records of a chunk that the tokenizer refuses."""
+    for number, item in enumerate(chunk):
+        try:
+            tokenizer.encode_joined([part.text for part in item.segments])
+        except UserError as error:
+            if isinstance(item, Record):
+                chunk[number] = Bad(str(error), item.where, item.after)
+            elif isinstance(item, Part):
+                raise UserError(f"{item.where}: {error}") from None
+
+
+def unpacked(chunk: list[Item], future: Future) -> Iterator[Encoded]:
     ids, mask, stops = future.result()
     start = 0
-    for piece, stop in zip(chunk, stops.tolist()):
-        yield piece, ids[start:stop], None if mask is None else mask[start:stop]
+    for item, stop in zip(chunk, stops.tolist()):
+        yield item, ids[start:stop], None if mask is None else mask[start:stop]
         start = stop

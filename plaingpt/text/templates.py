@@ -1,15 +1,15 @@
 """
 Records → text, and which of it counts in the loss.
 
-- `text`: one field, all of it counts.
+- `text`: one field, all of which counts.
 - `alpaca`: `instruction`, `input` (may be missing or empty), `output`, in Stanford Alpaca's words.
 - `chat`: `messages` (or `conversations`), a list or its JSON, of {role, content} or ShareGPT's
   {from, value}.
 - `synth`: PleIAs/SYNTH's `query`, `synthetic_reasoning` and `synthetic_answer`, as a chat whose
   answer begins with <think>…</think>.
 
-Only answers count, each with the `<|endoftext|>` that ends it. Everything is stripped of white
-space at its ends, so that a question encodes to the same ids whether its answer follows or not.
+But for `text`, only answers count, each with the `<|endoftext|>` that ends it, and all fields are
+stripped of surrounding white space: a question encodes to the same ids with and without its answer.
 """
 
 import json
@@ -28,7 +28,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-# The same as Jinja, which `transformers` renders in apply_chat_template.
+# The same as Jinja, which `transformers` renders in apply_chat_template. Saved folders hold these
+# templates and are recognized by them: any change makes a model of today one without a template.
 NO_SYSTEM = "this model was trained without system messages"
 CHECKED = (
     "{% set next = namespace(role='user') %}{% for message in messages %}"
@@ -51,7 +52,7 @@ CHAT = CHECKED + (
 QUESTION = ALPACA.format(paired="", instruction="' + message['content'] | trim + '")
 INSTRUCTION = (
     CHECKED
-    + (  # each stands for itself: what was said before is left out
+    + (  # each instruction stands alone: earlier messages are left out
         "{% if messages[0]['role'] == 'system' and messages[0]['content'] != '' %}"
         "{{ raise_exception('" + NO_SYSTEM + "') }}{% endif %}"
         "{% for message in (messages[-1:] if add_generation_prompt else messages[-2:]) %}"
@@ -70,7 +71,7 @@ FIELDS = {
 
 
 class Segment(NamedTuple):
-    """A part of a document."""
+    """Part of a document."""
 
     text: str
     counted: bool = True  # in the loss
@@ -78,7 +79,7 @@ class Segment(NamedTuple):
 
 
 def segments(record: Any, template: TemplateName, text_field: str) -> list[Segment]:
-    """The document that a record is. Raises UserError, in a few words, for one that is none."""
+    """A record as a document. Raises UserError, in a few words, for an invalid record."""
     if template == "text":
         text = record if isinstance(record, str) else field(record, text_field)
         if not text:
@@ -88,10 +89,10 @@ def segments(record: Any, template: TemplateName, text_field: str) -> list[Segme
         return chat(messages_of(record))
     if template == "synth":
         reasoning = field(record, "synthetic_reasoning").strip()
-        answer = filled(record, "synthetic_answer")
+        answer = required_text(record, "synthetic_answer")
         if reasoning:
             answer = f"<think>\n{reasoning}\n</think>\n\n{answer}"
-        question = {"role": "user", "content": filled(record, "query")}
+        question = {"role": "user", "content": required_text(record, "query")}
         return chat([question, {"role": "assistant", "content": answer}])
     return alpaca(record)
 
@@ -100,21 +101,21 @@ def alpaca(record: Any) -> list[Segment]:
     given = record.get("input") if isinstance(record, dict) else None
     given = "" if given is None else field(record, "input").strip()
     prompt = ALPACA.format(
-        paired=PAIRED if given else "", instruction=filled(record, "instruction")
+        paired=PAIRED if given else "", instruction=required_text(record, "instruction")
     )
     if given:
         prompt += f"\n\n### Input:\n{given}"
     return [
         Segment(prompt + "\n\n### Response:\n", counted=False, ended=False),
-        Segment(filled(record, "output")),
+        Segment(required_text(record, "output")),
     ]
 
 
 def prompt(messages: list[dict[str, Any]], chat_template: str) -> list[Segment]:
-    """What a model is given that is to answer the last of `messages`, by one of CHAT_TEMPLATES.
+    """The prompt for an answer to the last of `messages`, by one of CHAT_TEMPLATES.
 
-    Of instructions, each stands for itself: what was said before is left out. Raises UserError for
-    messages that are no conversation, and for a system message that they have no place for.
+    INSTRUCTION leaves out all earlier messages. Raises UserError for messages that do not form a
+    conversation, and for a system message, which INSTRUCTION has no place for.
     """
     conversation = chat(messages, answered=False)
     if chat_template != INSTRUCTION:
@@ -125,21 +126,22 @@ def prompt(messages: list[dict[str, Any]], chat_template: str) -> list[Segment]:
 
 
 def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]:
-    """Messages (role and content) as text: a heading a turn, `<|endoftext|>` behind each answer; if
-    the last is not `answered`, up to where its answer begins.
+    """Messages (role and content) as text: a heading per turn, `<|endoftext|>` after each answer.
+    If the last message is not `answered` yet, the text ends where its answer begins.
 
-    Raises UserError for an unknown role, an empty message, roles out of turn (the system's may be
-    first, then user and assistant take turns), and where the last is no answer (or no question).
+    Raises UserError for an unknown role, an empty message, roles out of turn (a system message may
+    come first, then user and assistant take turns), and if the last message is not an answer (not
+    a question, where it is not `answered`).
     """
     parts, unanswered, expected = [], "", "user"
     for place, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in HEADINGS:
             raise UserError(f"unknown role {role!r}")
-        if role == "system" and content == "" and place == 0:  # some datasets give every chat one
+        if role == "system" and content == "" and place == 0:  # in every chat of some datasets
             continue
         if not isinstance(content, str) and content is not None:
-            raise UserError("a message's content is no text")
+            raise UserError("a message's content is not a string")
         if not content or not content.strip():
             raise UserError("empty message")
         if role == expected:
@@ -155,7 +157,7 @@ def chat(messages: list[dict[str, Any]], answered: bool = True) -> list[Segment]
     if not messages:
         raise UserError("no messages")
     if answered != (expected == "user") or (answered and not parts):
-        raise UserError("the last message is no " + ("answer" if answered else "question"))
+        raise UserError("the last message is not " + ("an answer" if answered else "a question"))
     if not answered:
         parts.append(Segment(unanswered + HEADINGS["assistant"], counted=False, ended=False))
     return parts
@@ -173,17 +175,17 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
             raise UserError("messages are not JSON") from None
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise UserError("no list of messages")
-    return [said(message) for message in messages]
+    return [normalized(message) for message in messages]
 
 
-def said(message: dict[str, Any]) -> dict[str, Any]:
-    """A message, ShareGPT's too, as role and content."""
+def normalized(message: dict[str, Any]) -> dict[str, Any]:
+    """A message, or one of ShareGPT's kind, as role and content."""
     role = message.get("role", message.get("from"))
     role = ROLES.get(role, role) if isinstance(role, str) else role
     return {"role": role, "content": message.get("content", message.get("value"))}
 
 
-def filled(record: Any, name: str) -> str:
+def required_text(record: Any, name: str) -> str:
     text = field(record, name).strip()
     if not text:
         raise UserError(f"empty {name}")
@@ -191,7 +193,7 @@ def filled(record: Any, name: str) -> str:
 
 
 def field(record: Any, name: str) -> str:
-    """Raises UserError where a record has no such field of text."""
+    """The text of a field, "" for None. Raises UserError for a missing field or another type."""
     if not isinstance(record, dict):
         raise UserError("not an object")
     if name not in record:
@@ -199,5 +201,5 @@ def field(record: Any, name: str) -> str:
     if record[name] is None:
         return ""
     if not isinstance(record[name], str):
-        raise UserError(f"{name} is no text")
+        raise UserError(f"{name} is not a string")
     return record[name]

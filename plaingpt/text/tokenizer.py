@@ -4,8 +4,8 @@ Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or pl
 Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
 `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids.
 Ids are 0–255 for single bytes, then the merges in the order they were learned, then
-`<|endoftext|>`, which separates documents. Text never encodes to that id: a document that
-contains the word `<|endoftext|>` gets the ids of its letters.
+`<|endoftext|>`, which separates documents. Text never encodes to that id: where a document spells
+out `<|endoftext|>`, it gets the ids of the letters.
 """
 
 import codecs
@@ -22,12 +22,13 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError
+from plaingpt import files
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
-# GPT-2's: contractions, letters, numbers, other signs, each with one space before; white space.
+# GPT-2's: contractions, letters, numbers, other signs, each with a leading space; white space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The same behind a split at each digit, as StarCoder and SmolLM have it.
+# The same after a split at each digit, as in StarCoder and SmolLM.
 DIGITS_PATTERN = (
     r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
 )
@@ -36,8 +37,8 @@ DIGITS_PATTERN = (
 class Tokenizer:
     """A byte-level BPE with GPT-2's split pattern.
 
-    `ranks` maps the bytes of every token to its id, whose order is that of the merges. `special`
-    has the ids that no text encodes to, by name, with `eot`, which ends a document, among them.
+    `ranks` maps the bytes of every token to its id; ids are in the order of the merges. `special`
+    maps names to the ids that no text encodes to, among them that of `eot`, which ends a document.
     With `digits` every digit is a token of its own.
     """
 
@@ -49,7 +50,7 @@ class Tokenizer:
         digits: bool = False,
     ) -> None:
         self.ranks, self.eot, self.digits = ranks, eot, digits
-        self.chat_template: str | None = None  # Jinja, of a tokenizer for conversations
+        self.chat_template: str | None = None  # Jinja, for models of conversations
         self.special = special or {END_OF_TEXT: len(ranks)}
         self.eot_id = self.special[eot]
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
@@ -67,9 +68,9 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
-        """OpenAI's vocabulary of 50,257 ids, which tiktoken downloads once and keeps.
+        """OpenAI's vocabulary of 50,257 ids, which tiktoken downloads once and caches.
 
-        Raises UserError where it is neither cached nor to be had.
+        Raises UserError where it is not cached and cannot be downloaded.
         """
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
@@ -84,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` - 257 merges from `texts`, or as many as they have to give.
+        """Learn `vocab_size` - 257 merges from `texts`, or fewer if they have no more to give.
 
         Raises UserError for a size outside 257 … 65,536.
         """
@@ -93,38 +94,38 @@ class Tokenizer:
         return cls(train_ranks(texts, vocab_size - 1))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UserError for a run of a million blanks, which tiktoken cannot."""
-        with refuse_panic():
+        """Ids of a text. Raises UserError for a run of a million blanks, too many for tiktoken."""
+        with refuse_blanks():
             return self.encoding.encode_ordinary(text)
 
     def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts, uint16, `eot_id` behind each, and where each ends (with it).
+        """Ids of many texts, uint16, with `eot_id` after each, and the place after each `eot_id`.
 
-        One call of tiktoken for all, outside of Python's lock. Raises UserError as `encode`.
+        One call to tiktoken, which releases Python's lock. Raises UserError as `encode` does.
         """
         joined = self.eot.join([*texts, ""])
         if joined.count(self.eot) == len(texts):
-            with refuse_panic():
+            with refuse_blanks():
                 ids = self.encoding.encode_to_numpy(
                     joined, allowed_special={self.eot}, disallowed_special=()
                 ).astype(np.uint16)
             return ids, np.flatnonzero(ids == self.eot_id) + 1
-        encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one holds the word itself
+        encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one spells out `eot`
         ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
         return ids, np.cumsum([len(each) for each in encoded])
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """Bytes of text that `ids` stand for; none for special ones."""
+        """Bytes of text that `ids` stand for; special ids have none."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         lengths[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return int(lengths[ids].sum())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, `<|endoftext|>` itself."""
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special ids their names."""
         return self.encoding.decode(list(ids), errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """`decode`, piece by piece: a character comes out once all its bytes are in."""
+        """`decode`, id by id: a character comes out as soon as all of its bytes are in."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
             yield decoder.decode(self.encoding.decode_single_token_bytes(token))
@@ -132,7 +133,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for two tokenizers exactly if they give the same ids for every text."""
+        """Equal for two tokenizers exactly if they give the same ids for every text."""
         digest = hashlib.sha256(f"{self.eot_id} {self.digits}".encode())
         for token, rank in self.ranks.items():
             digest.update(f" {rank} {len(token)} ".encode() + token)
@@ -173,11 +174,11 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.eot,
             "eos_token": self.eot,
-            "unk_token": self.eot,  # as GPT-2's own; never given, but CTranslate2 asks for one
+            "unk_token": self.eot,  # as in GPT-2's own; never used, but CTranslate2 wants one
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # as here, text never encodes to one
+            "split_special_tokens": True,  # text never encodes to one, as here
         }
-        if self.chat_template:  # transformers has it end answers with eos_token, as text
+        if self.chat_template:  # in transformers it renders eos_token after answers as text
             config |= {"chat_template": self.chat_template, "split_special_tokens": False}
         for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
             text = json.dumps(value, ensure_ascii=False, indent=1)
@@ -185,53 +186,42 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """Open a tokenizer.json, or the one in a folder: any byte-level BPE that splits texts as
-        GPT-2 does (StarCoder's and SmolLM's single digits too), whatever its special tokens.
+        """Open a tokenizer.json, or the one in a folder: any byte-level BPE that splits text as
+        GPT-2 does (or StarCoder and SmolLM, with single digits), whatever its special tokens.
 
         Raises UserError where there is none, or one that would not give the same ids here.
         """
         path = Path(folder)
         path = path if path.is_file() else path / "tokenizer.json"
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-            model, split = whole["model"], whole["pre_tokenizer"]
-            added = whole.get("added_tokens") or []
+            content = json.loads(path.read_text(encoding="utf-8"))
+            vocab = content["model"]["vocab"]
+            added = content.get("added_tokens") or []
             special = {token["content"]: token["id"] for token in added}
-            special |= {name: id for name, id in model["vocab"].items() if name == END_OF_TEXT}
-            ranks = {
-                unspell(word): rank for word, rank in model["vocab"].items() if word not in special
-            }
-            pairs = [
-                pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]
-            ]
-            merged = [unspell(a) + unspell(b) for a, b in pairs]
-            parts = split.get("pretokenizers", [split])
-            digits = [part for part in parts if part["type"] == "Digits"]
-            rest = [part for part in parts if part["type"] != "Digits"]
-            in_text = [token["content"] for token in added if not token.get("special")]
-            ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+            special |= {name: id for name, id in vocab.items() if name == END_OF_TEXT}
+            words = sorted(vocab.items(), key=lambda item: item[1])
+            ranks = {unspell(word): rank for word, rank in words if word not in special}
+            merged = [unspell(a) + unspell(b) for a, b in merges_in(content)]
+            digits = splits_digits(content)
             largest = max(*ranks.values(), *special.values(), 0)
         except FileNotFoundError:
             raise UserError(f"{folder} has no tokenizer.json") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a byte-level BPE, or damaged ({error})") from None
-        like_gpt2 = [part["type"] for part in rest] == ["ByteLevel"] and rest[-1:] == parts[-1:]
-        like_gpt2 = like_gpt2 and rest[0].get("use_regex", True)
-        like_gpt2 = like_gpt2 and not rest[0].get("add_prefix_space")
-        if not like_gpt2 or whole.get("normalizer") or in_text:
-            raise UserError(f"{path}: its texts are not split as GPT-2 splits them")
-        if not all(part.get("individual_digits") for part in digits):
-            raise UserError(f"{path}: its texts are not split as GPT-2 splits them")
+        if digits is None:
+            raise UserError(f"{path}: it does not split text as GPT-2 does")
         singles = {bytes([byte]) for byte in range(256)}
         learned = [token for token in ranks if token not in singles]
-        if not singles <= ranks.keys() or learned != list(dict.fromkeys(merged)):
+        in_order = learned == list(dict.fromkeys(merged))
+        if not singles <= ranks.keys() or not in_order or len(set(ranks.values())) < len(ranks):
             raise UserError(f"{path}: it must have all 256 bytes, and ids in the order of merges")
         if largest >= MAX_VOCAB_SIZE:
             raise UserError(
                 f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
             )
-        config = read_config(path.with_name("tokenizer_config.json"))
-        loaded = cls(ranks, special, end_of_text(path, config, special), bool(digits))
+        config_path = path.with_name("tokenizer_config.json")
+        config = files.read_json(config_path) if config_path.exists() else {}
+        loaded = cls(ranks, special, end_of_text(path, config, special), digits)
         loaded.chat_template = config.get("chat_template")
         jinja = path.with_name("chat_template.jinja")  # where transformers writes it
         if jinja.exists():
@@ -239,21 +229,34 @@ class Tokenizer:
         return loaded
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, {} where there is none. Raises UserError for a damaged one."""
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return config
+def merges_in(content: dict[str, Any]) -> list[list[str]]:
+    """The pairs of a tokenizer.json's merges, which older files write as one string."""
+    merges = content["model"]["merges"]
+    return [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
+
+
+def splits_digits(content: dict[str, Any]) -> bool | None:
+    """Whether a tokenizer.json makes every digit a token; None where it does not split text as
+    GPT-2 does otherwise."""
+    split = content["pre_tokenizer"]
+    parts = split.get("pretokenizers", [split])
+    digits = [part for part in parts if part["type"] == "Digits"]
+    rest = [part for part in parts if part["type"] != "Digits"]
+    in_text = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    like_gpt2 = (
+        [part["type"] for part in rest] == ["ByteLevel"]
+        and rest[0] is parts[-1]
+        and rest[0].get("use_regex", True)
+        and not rest[0].get("add_prefix_space")
+        and all(part.get("individual_digits") for part in digits)
+        and not content.get("normalizer")
+        and not in_text
+    )
+    return bool(digits) if like_gpt2 else None
 
 
 def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> str:
-    """The special token that ends a document. Raises UserError where that is not to be known."""
+    """The special token that ends a document. Raises UserError where it cannot be told."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if eos in special:
@@ -262,22 +265,23 @@ def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> 
         if name in special and (name == END_OF_TEXT or len(special) == 1):
             return name
     names = ", ".join(special) or "none"
-    raise UserError(f"{path}: which special token ends a text? (there are: {names}; no eos_token)")
+    raise UserError(f"{path}: which special token ends a text? (it has {names}, but no eos_token)")
 
 
 @contextmanager
-def refuse_panic() -> Iterator[None]:
-    """Make a ValueError of the panic of tiktoken's regular expressions, which is no Exception."""
+def refuse_blanks() -> Iterator[None]:
+    """Turn what tiktoken's regular expressions raise into a UserError: a ValueError, or a panic,
+    which is not even an Exception, depending on its version."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise UserError("a text has a million blanks in a row, too many for tiktoken") from None
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """The bytes, then the tokens that BPE training on `texts` merges, `size` in all at most."""
+    """The 256 bytes, then the tokens that BPE merges in `texts`: at most `size` in all."""
     import tokenizers  # not at the top: only this function needs its 50 ms
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -294,19 +298,19 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token beyond the bytes was merged from, in order."""
+    """The pair that each token longer than a byte was merged from, in order."""
     for token, rank in ranks.items():
         if len(token) > 1:
             parts = [token[at : at + 1] for at in range(len(token))]
             while len(parts) > 2:  # BPE with the merges learned before this one
                 pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
                 at = pairs.index(min(pairs))
-                assert pairs[at] < rank, f"token {rank} is no merge of earlier ones"
+                assert pairs[at] < rank, f"token {rank} is not a merge of earlier tokens"
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             yield parts[0], parts[1]
 
 
-# --- how tokenizer.json spells bytes: each as a printable character (GPT-2, encoder.py)
+# --- tokenizer.json spells each byte as a printable character (GPT-2, encoder.py)
 
 
 def byte_to_char() -> dict[int, str]:

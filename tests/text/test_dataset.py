@@ -24,7 +24,7 @@ def fingerprint(folder) -> str:
 # --- what is refused
 
 
-def test_a_shard_that_the_manifest_names_must_be_there(shard_folder):
+def test_a_shard_that_the_manifest_names_must_exist(shard_folder):
     folder = shard_folder(train=[positions(9), positions(9)], val=[positions(9)])
     (folder / "train_000001.bin").unlink()
     assert refusal(folder) == f"{folder}/dataset.json lists train_000001.bin, which is missing"
@@ -37,7 +37,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_not_read(shard_folder):
     assert len(open_dataset(folder).split("train")) == 9
 
 
-def test_a_folder_without_shards_or_none_at_all_is_refused(shard_folder, tmp_path):
+def test_a_missing_folder_and_one_without_shards_are_refused(shard_folder, tmp_path):
     folder = shard_folder(train=[positions(9)])
     assert refusal(folder, "val").startswith(f"{folder} has no val shards")
     missing = tmp_path / "missing"
@@ -97,7 +97,7 @@ def test_the_manifest_is_read_once(shard_folder):
     assert data.bytes_per_token(train) == 1 and data.statistics["val"]["tokens"] == 4
 
 
-def test_a_mask_that_is_missing_is_no_mask_of_ones(tmp_path):
+def test_a_missing_mask_is_not_a_mask_of_ones(tmp_path):
     writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
     writer.write(positions(50), np.zeros(50, np.uint8))
     (tmp_path / "dataset.json").write_text(

@@ -125,7 +125,7 @@ def test_another_version_is_refused(shard_folder):
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 1001])
-def test_a_file_that_is_no_whole_number_of_ids_is_refused(tmp_path, size):
+def test_a_file_with_half_an_id_or_none_is_refused(tmp_path, size):
     (tmp_path / "train.bin").write_bytes(bytes(size))
     assert refusal(tmp_path).startswith(f"{tmp_path}/train.bin has {size} bytes")
 
@@ -161,16 +161,16 @@ def test_opening_a_huge_split_touches_none_of_its_pages(tmp_path):
     split = split_of(tmp_path, vocab_size=1)
     assert len(split) == 5 * tokens and split[3 * tokens - 2 : 3 * tokens + 2].tolist() == [0] * 4
     after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_minflt - before.ru_minflt + after.ru_majflt - before.ru_majflt < 2000
+    assert after.ru_minflt - before.ru_minflt + after.ru_majflt - before.ru_majflt < 500
 
 
 # --- writing in parts
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("noted", [0, 3, 10, 25, 30])
-def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
-    """What was written behind the note is cut off, whole shards and all."""
+@pytest.mark.parametrize("saved", [0, 3, 10, 25, 30])
+def test_writing_resumes_from_a_saved_state(tmp_path, saved, masked):
+    """Whatever was written after the state is cut off, complete shards included."""
     folders = [tmp_path / "whole", tmp_path / "parts"]
     tokens = positions(30)
     mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
@@ -179,7 +179,7 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
         folder.mkdir()
         writer = shards.ShardWriter(folder, "train", 10, masked, state)
         for start in range(0, 30, 5):
-            if folder == folders[1] and start >= noted and state is None:
+            if folder == folders[1] and start >= saved and state is None:
                 state = json.loads(json.dumps(writer.sync()))
             part = slice(start, start + 5)
             writer.write(tokens[part], None if mask is None else mask[part])
@@ -187,7 +187,7 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
             entries = writer.close()
         else:
             state = state or json.loads(json.dumps(writer.sync()))
-    done = min(30, -(-noted // 5) * 5)
+    done = min(30, -(-saved // 5) * 5)
     again = shards.ShardWriter(folders[1], "train", 10, masked, state)
     again.write(tokens[done:], None if mask is None else mask[done:])
     assert again.close() == entries
@@ -196,7 +196,7 @@ def test_writing_goes_on_where_it_was_noted(tmp_path, noted, masked):
     assert len(list(folders[1].iterdir())) == 3 * (1 + masked)
 
 
-def test_a_shard_that_lost_what_was_noted_is_refused(tmp_path):
+def test_a_shard_shorter_than_its_saved_state_is_refused(tmp_path):
     writer = shards.ShardWriter(tmp_path, "train", 100)
     writer.write(positions(50))
     state = writer.sync()

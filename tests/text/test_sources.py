@@ -1,4 +1,4 @@
-"""What a source string finds, and what is read of each kind of file, whole or damaged."""
+"""What a source string finds, and what each kind of file yields, intact or damaged."""
 
 import bz2
 import csv
@@ -11,8 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from plaingpt.text import sources
-from plaingpt.text.sources import Position, Row, TextFile, find_source
+from plaingpt.text import hub as hub_module
+from plaingpt.text import text_files
+from plaingpt.text.records import BATCH, Row
+from plaingpt.text.sources import Position, find_source
+from plaingpt.text.text_files import TextFile
 from plaingpt.text.tokenizer import Tokenizer
 
 RECORDS = [{"text": "One — é 😀\nsecond line", "n": 1}, {"text": "Two", "n": 2}]
@@ -23,7 +26,7 @@ def parquet(path, records):
 
 
 def write(path, records):
-    """`records` in the format that a file's name says."""
+    """Write `records` in the format of the file name's suffix."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
     name = path.name
     if name.endswith(".parquet"):
@@ -62,7 +65,7 @@ def test_records_of_every_kind_of_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_reading_goes_on_behind_any_item(tmp_path, name):
+def test_reading_resumes_after_any_item(tmp_path, name):
     write(tmp_path / name, RECORDS)
     write(tmp_path / f"b{name}", RECORDS)
     (tmp_path / "c.txt").write_text("text")
@@ -72,7 +75,7 @@ def test_reading_goes_on_behind_any_item(tmp_path, name):
         assert items(str(tmp_path), position) == [item for item, _ in everything[number + 1 :]]
 
 
-def test_what_is_read_never_exceeds_what_there_is(tmp_path):
+def test_the_bytes_read_never_exceed_the_size(tmp_path):
     for name in KINDS:
         write(tmp_path / name, RECORDS)
     source = find_source(str(tmp_path))
@@ -86,12 +89,12 @@ def test_a_json_file_may_hold_a_record_a_line(tmp_path):
     assert [row.value["text"] for row in items(str(path))] == ["x", "y"]
 
 
-def test_a_malformed_header_of_csv_is_said(tmp_path):
+def test_a_malformed_csv_header_is_reported(tmp_path):
     (tmp_path / "a.csv").write_text('"te"xt,n\nx,1\n')
     assert items(f"{tmp_path}/a.csv")[0].problem.startswith("not CSV")
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     bom = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(bom + b"text")
     (tmp_path / "b.csv").write_bytes(bom + b"text\r\nx\r\n")
@@ -102,7 +105,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert [row.value for row in rows] == [{"text": "x"}, {"text": "y"}, {"text": "z"}]
 
 
-def test_malformed_records_have_their_place(tmp_path):
+def test_malformed_records_are_located(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": \n\n"\xff"\n3\n' + b"[" * 100_000)
     (tmp_path / "b.csv").write_text('text,n\nx,1\nx,1,2\n"y""\n z",2\n')
     found = [(row.where.rsplit("/")[-1], row.problem) for row in items(str(tmp_path))]
@@ -144,7 +147,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("stdlib=0", "above 0"),
     ],
 )
-def test_a_source_that_is_nothing_is_refused(text, said):
+def test_a_source_that_leads_nowhere_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         find_source(text)
 
@@ -185,25 +188,27 @@ def test_pieces_give_the_ids_of_the_whole(tiny_text, monkeypatch, tmp_path):
     for text in (tiny_text, odd, "a" * 5000, " " * 5000, "a b" * 3000):
         (tmp_path / "text.txt").write_bytes(text.encode())
         for size in (64, 1000):
-            monkeypatch.setattr(sources, "BLOCK", size)
+            monkeypatch.setattr(text_files, "BLOCK", size)
             pieces = list(TextFile(str(tmp_path / "text.txt"), 0).pieces())
-            assert "".join(pieces) == "".join(sources.cut_long(text)) == text
-            for parts in (pieces, sources.cut_long(text)):
+            blocks = (text[at : at + size] for at in range(0, len(text), size))
+            regrouped = list(text_files.in_pieces(blocks))
+            assert "".join(pieces) == "".join(regrouped) == text
+            for parts in (pieces, regrouped):
                 ids = [token for part in parts for token in tokenizer.encode(part)]
                 assert ids == tokenizer.encode(text)
     assert len(pieces) > 5 and max(map(len, pieces)) < 3000
 
 
 def test_a_part_of_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(text_files, "BLOCK", 7)
     (tmp_path / "a.txt").write_text("äbc déf ghi jkl", encoding="utf-8")
     for start, stop in ((0, None), (3, None), (0, 8), (5, 9), (0, 0)):
         part = TextFile(str(tmp_path / "a.txt"), 0, start, stop)
         assert "".join(part.pieces()) == "äbc déf ghi jkl"[start:stop]
 
 
-def test_a_bad_byte_deep_in_a_text_has_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 10)
+def test_a_bad_byte_deep_in_a_text_is_located(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "BLOCK", 10)
     (tmp_path / "a.txt").write_bytes("é".encode() * 17 + b"ab\xff" + b"x" * 50)
     with pytest.raises(ValueError, match="byte 0xff at 36"):
         list(TextFile(str(tmp_path / "a.txt"), 0).pieces())
@@ -262,9 +267,9 @@ def test_only_the_columns_that_are_wanted_are_read(hub, tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 999, 1000, 2499, 2700, 2999])
-def test_a_dataset_of_the_hub_goes_on_in_the_middle(hub, at):
+def test_a_dataset_of_the_hub_resumes_in_the_middle(hub, at):
     everything = list(find_source("hf:owner/name").items(Position()))
-    position = Position(*json.loads(json.dumps(everything[at][1])))  # as the notes keep it
+    position = Position(*json.loads(json.dumps(everything[at][1])))  # as progress.json keeps it
     assert texts(items("hf:owner/name", position)) == [f"train {i}" for i in range(at + 1, 3000)]
 
 
@@ -281,16 +286,16 @@ def test_what_the_hub_does_not_have(hub, text, said):
         items(text)
 
 
-def test_a_connection_that_breaks_ends_with_a_word(hub, monkeypatch):
+def test_a_broken_connection_is_explained(hub, monkeypatch):
     import datasets
 
     def broken():
-        yield from ({"text": str(number)} for number in range(sources.BATCH + 5))
+        yield from ({"text": str(number)} for number in range(BATCH + 5))
         raise ConnectionError("Server Disconnected")
 
     stream = datasets.IterableDataset.from_generator(broken)
-    monkeypatch.setattr(sources, "hub_stream", lambda *_: stream)
+    monkeypatch.setattr(hub_module, "hub_stream", lambda *_: stream)
     found = find_source("hf:owner/name").items(Position())
     assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
-    with pytest.raises(OSError, match=f"after record {sources.BATCH} .*Disconnected.*goes on"):
+    with pytest.raises(OSError, match=f"after record {BATCH} .*Disconnected.*resumes"):
         list(found)

@@ -1,4 +1,4 @@
-"""Records → text: what counts in the loss, and what is no record."""
+"""Records → text: what counts in the loss, and which records are invalid."""
 
 import json
 
@@ -72,19 +72,19 @@ def test_synth_thinks_before_it_answers():
         ("text", {"text": ""}, "empty"),
         ("text", {"text": None}, "empty"),
         ("text", {"body": "x"}, "no field 'text'"),
-        ("text", {"text": 5}, "text is no text"),
+        ("text", {"text": 5}, "text is not a string"),
         ("text", [1], "not an object"),
         ("text", None, "not an object"),
         ("alpaca", {"instruction": "x", "output": " \n"}, "empty output"),
-        ("alpaca", {"instruction": "x", "input": 3, "output": "y"}, "input is no text"),
+        ("alpaca", {"instruction": "x", "input": 3, "output": "y"}, "input is not a string"),
         ("alpaca", {"output": "y"}, "no field 'instruction'"),
         ("alpaca", "x", "not an object"),
         ("synth", {"query": "x", "synthetic_answer": "y"}, "no field 'synthetic_reasoning'"),
-        ("chat", {"messages": [ASK]}, "the last message is no answer"),
-        ("chat", {"messages": [ASK, ANSWER, ASK]}, "the last message is no answer"),
+        ("chat", {"messages": [ASK]}, "the last message is not an answer"),
+        ("chat", {"messages": [ASK, ANSWER, ASK]}, "the last message is not an answer"),
         ("chat", {"messages": []}, "no messages"),
         ("chat", {"messages": [ASK, {"role": "assistant", "content": ""}]}, "empty message"),
-        ("chat", {"messages": [SYSTEM]}, "the last message is no answer"),
+        ("chat", {"messages": [SYSTEM]}, "the last message is not an answer"),
         ("chat", {"messages": [ANSWER]}, "message 1 is out of turn: 'assistant', not 'user'"),
         (
             "chat",
@@ -110,6 +110,6 @@ def test_synth_thinks_before_it_answers():
         ("chat", 5, "not an object"),
     ],
 )
-def test_what_is_no_record_is_said_in_a_few_words(template, record, said):
+def test_an_invalid_record_is_explained_in_a_few_words(template, record, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         segments(record, template, "text")

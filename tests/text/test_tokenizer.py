@@ -111,7 +111,7 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.decode([104, 105, 256, 0]) == "hi<|endoftext|>\x00"
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
+def test_invalid_utf8_becomes_replacement_characters():
     assert Tokenizer.bytes().decode([0xF0, 0x9F, 97, 0xFF]) == "\ufffda\ufffd"
 
 
@@ -320,6 +320,14 @@ def test_ids_out_of_order_are_refused(refusal):
     assert "ids in the order of merges" in refusal(swap)
 
 
+def test_an_id_of_two_tokens_is_refused(refusal):
+    def repeat(content):
+        vocab = content["model"]["vocab"]
+        vocab[next(word for word, number in vocab.items() if number == 300)] = 299
+
+    assert "ids in the order of merges" in refusal(repeat)
+
+
 def test_an_id_left_out_is_refused(refusal):
     def remove(content):
         vocab = content["model"]["vocab"]
@@ -339,7 +347,7 @@ def test_more_ids_than_uint16_are_refused(refusal):
     assert "beyond 65,536" in refusal(add)
 
 
-def test_a_text_that_nothing_ends_is_refused(refusal):
+def test_an_unknown_end_of_text_is_refused(refusal):
     def rename(content):
         del content["model"]["vocab"][END_OF_TEXT]
         content["added_tokens"] = [
@@ -347,7 +355,9 @@ def test_a_text_that_nothing_ends_is_refused(refusal):
             for number, name in enumerate(("<s>", "</s>"))
         ]
 
-    assert "which special token ends a text? (there are: <s>, </s>" in refusal(rename)
+    assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(
+        rename
+    )
 
 
 @pytest.mark.parametrize("digits", [False, True])

@@ -231,7 +231,7 @@ def test_a_conversation(chat, talker):
         ({"text": "x", "top_p": 2}, 400, "top_p must be above 0"),
         ({"text": "x", "seed": -1}, 400, "seed must be at least 0"),
         ({"text": "x", "max_new_tokens": 31}, 400, "max_new_tokens must be at most 30"),
-        ({"text": 5}, 400, "text is no text"),
+        ({"text": 5}, 400, "text is not a string"),
         ({"messages": []}, 400, "no field 'text'"),
         ([1], 400, "the request is not a JSON object"),
         ("{", 400, "the request is not JSON"),

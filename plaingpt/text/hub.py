@@ -1,0 +1,108 @@
+"""Datasets of the Hugging Face hub, streamed by the library `datasets`."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from configurator import UserError
+from plaingpt.text.records import BATCH, Row
+
+ADDRESS = re.compile(
+    r"hf:(?P<path>[^\s:@#]+)(:(?P<config>[^\s@#]+))?(@(?P<revision>[^\s#]+))?(#(?P<split>\S+))?"
+)
+Mark = tuple[int, Any]  # records read so far, and the state of the stream behind them
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """The parts of `hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]`."""
+
+    path: str
+    config: str | None
+    revision: str | None
+    split: str | None
+
+
+def parse_address(text: str) -> HubDataset:
+    if not (named := ADDRESS.fullmatch(text)):
+        raise UserError(f"source {text!r}: write hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]")
+    return HubDataset(**named.groupdict())
+
+
+def hub_rows(
+    name: str, hub: HubDataset, fields: tuple[str, ...], done: int, mark: Mark | None
+) -> Iterator[tuple[Row, Mark | None]]:
+    """The records after the first `done`, each with the last mark before it. `mark`, one that an
+    earlier run got, saves reading everything before it again.
+
+    `datasets` itself retries for minutes when a connection breaks. Raises UserError for a dataset,
+    config or split that does not exist, and OSError when the network stays away.
+    """
+    stream = hub_stream(name, hub, fields)
+    number, state = mark or (0, None)
+    if state:
+        stream.load_state_dict(state)
+    try:
+        for batch in stream.iter(BATCH):
+            for values in zip(*batch.values()):
+                number += 1
+                if number > done:
+                    yield Row(f"{name}, record {number:,}", dict(zip(batch, values))), mark
+            mark = (number, copy.deepcopy(stream.state_dict()))
+    except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
+        raise OSError(
+            f"source {name!r}: reading ended after record {number:,} ({type(error).__name__}: "
+            f"{error}); the same command resumes from the last saved progress"
+        ) from error
+
+
+def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
+    """A `datasets.IterableDataset` of the named split, else of `train`, else of all splits one
+    after another."""
+    import datasets  # not at the top: it takes a second
+
+    try:
+        splits = streamed_splits(hub_builder(hub), fields)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"source {name!r}: {error}; is there a network? (a dataset that was downloaded "
+            "before is a folder, and a folder is a source)"
+        ) from None
+    except Exception as error:  # no such dataset or config, a private one, …: many kinds
+        raise UserError(f"source {name!r}: {error}") from None
+    wanted = hub.split or "train"
+    if wanted in splits:
+        return splits[wanted]
+    if hub.split:
+        raise UserError(f"source {name!r}: no split {wanted!r}, but {', '.join(splits)}")
+    return datasets.concatenate_datasets(list(splits.values()))
+
+
+def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The splits of a `datasets` builder as streams. Of parquet files only the columns `fields`
+    are read, if there are any, and BATCH rows at a time, as some files are a single row group."""
+    if hasattr(builder.config, "columns"):
+        builder.config.batch_size = BATCH
+        splits = builder.as_streaming_dataset()
+        columns = next(iter(splits.values())).column_names or []
+        wanted = [name for name in fields if name in columns]
+        if not wanted or set(wanted) == set(columns):
+            return splits
+        builder.config.columns = wanted
+    return builder.as_streaming_dataset()
+
+
+def hub_builder(hub: HubDataset) -> Any:
+    import datasets  # not at the top: it takes a second
+
+    return datasets.load_dataset_builder(hub.path, hub.config, revision=hub.revision)
+
+
+def hub_hash(hub: HubDataset) -> str:
+    """Changes whenever the files of a dataset of the hub change."""
+    try:
+        return hub_builder(hub).hash
+    except Exception as error:  # hub_stream reports what is wrong
+        return type(error).__name__

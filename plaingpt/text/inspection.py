@@ -1,0 +1,88 @@
+"""Printed summaries of a data folder, and checks that nothing in it has changed."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configurator import UserError
+from plaingpt.text.dataset import open_dataset
+from plaingpt.text.shards import Split, mask_path, sha256_of, shard_paths
+from plaingpt.text.tokenizer import Tokenizer
+
+BEGINNING = 300  # tokens of a split that are shown
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Print a folder's summary, check all hashes and ids, show how the splits begin; return the
+    manifest.
+
+    Raises UserError for the first thing that is wrong.
+    """
+    data = open_dataset(folder)
+    manifest, tokenizer = data.manifest, data.tokenizer
+    if manifest:
+        report(manifest)
+        check_hashes(folder, manifest)
+        if tokenizer.fingerprint != manifest["tokenizer"]:
+            raise UserError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
+    for name in ("train", "val"):
+        if not shard_paths(folder, name):
+            continue
+        split = data.split(name)
+        split.check_ids()
+        checked = "all hashes match" if manifest else "no manifest to check against"
+        print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
+        if len(split):
+            print(beginning(split, tokenizer))
+    return manifest
+
+
+def report(manifest: dict[str, Any]) -> None:
+    """Print what each source gave, and how much each split holds."""
+    for source in manifest.get("sources", []):
+        rest = "" if source["ended"] else ", not read to the end"
+        counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens"
+        print(f"{source['source']}: {counts}{rest}")
+        for reason, (count, where) in source["dropped"].items():
+            print(f"  skipped {count:,}: {reason} (the first: {where})")
+    for name, split in manifest["splits"].items():
+        rate = split["bytes"] / max(1, split["tokens"])
+        print(
+            f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
+            f"{split['tokens']:,} tokens ({rate:.2f} bytes per token)"
+        )
+        if split.get("trained_on"):
+            print(f"  {split['trained_on']:,} documents left out because they are trained on")
+    missing = {"train": "more documents", "val": "--val_fraction or --val_sources"}
+    for name, remedy in missing.items():
+        if not manifest["splits"].get(name, {}).get("tokens"):
+            print(f"{name}: empty, but train.py needs some: use {remedy}")
+
+
+def check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError for a shard or mask whose hash is not that in the manifest."""
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            path = folder / shard["file"]
+            hashes = {path: shard["sha256"]}
+            if "mask_sha256" in shard:
+                hashes[mask_path(path)] = shard["mask_sha256"]
+            for each, wanted in hashes.items():
+                if sha256_of(each) != wanted:
+                    raise UserError(f"{each} has changed since it was written (sha256)")
+
+
+def beginning(split: Split, tokenizer: Tokenizer) -> str:
+    """The first tokens of a split as text; those that count in the loss are between ⟦ and ⟧."""
+    stop = min(BEGINNING, len(split))
+    ids, mask = split[0:stop], split.mask(0, stop)
+    if mask is None:
+        return tokenizer.decode(ids.tolist())
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), stop]
+    parts = []
+    for start, end in pairwise(edges):
+        text = tokenizer.decode(ids[start:end].tolist())
+        parts.append(f"⟦{text}⟧" if mask[start] else text)
+    return "".join(parts)

@@ -1,0 +1,101 @@
+"""Records of .jsonl, .json, .csv and .parquet files, read one at a time."""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from configurator import UserError
+from plaingpt.text.text_files import open_bytes, refuse_damaged, suffix, text_lines
+
+RECORD_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
+BATCH = 500  # rows of parquet files and of the hub that are read at once
+
+
+class Row(NamedTuple):
+    """A record, or the `problem` with what stands in its place."""
+
+    where: str  # for messages: file and line or row
+    value: Any
+    problem: str | None = None
+    size: int = 0  # bytes on disk, where known
+
+
+def rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
+    """The records of a file; of parquet files only the columns `fields`, if it has any of them.
+
+    Raises UserError for a file that is not what its suffix says.
+    """
+    read = {".csv": csv_rows, ".jsonl": line_rows, ".json": json_rows}
+    with refuse_damaged(path):
+        if suffix(path) == ".parquet":
+            yield from parquet_rows(path, fields)
+        else:
+            yield from read[suffix(path)](path)
+
+
+def line_rows(path: str) -> Iterator[Row]:
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            where, value, problem = f"{path}, line {number}", None, None
+            try:
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+            yield Row(where, value, problem, len(line))
+
+
+def json_rows(path: str) -> Iterator[Row]:
+    """One array of records, which is held in memory, or a record per line."""
+    with open_bytes(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not start.startswith(b"["):
+            yield from line_rows(path)
+            return
+    with open_bytes(path) as file:
+        try:
+            values = json.loads(file.read().removeprefix(codecs.BOM_UTF8))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+    for number, value in enumerate(values, 1):
+        yield Row(f"{path}, record {number:,}", value)
+
+
+def csv_rows(path: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(text_lines(path), strict=True)
+    names: list[str] = []
+    while True:
+        try:
+            values = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(f"{path}, line {lines.line_num:,}", None, f"not CSV ({error})")
+            continue
+        if not names:
+            names = values
+        elif values:
+            same = len(values) == len(names)
+            problem = None if same else "another number of fields than the header"
+            yield Row(f"{path}, line {lines.line_num:,}", dict(zip(names, values)), problem)
+
+
+def parquet_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
+    from pyarrow.parquet import ParquetFile  # not at the top: 0.2 s
+
+    try:
+        with open_bytes(path) as file:
+            table = ParquetFile(file)
+            columns = [name for name in table.schema_arrow.names if name in fields] or None
+            batches = table.iter_batches(BATCH, columns=columns)
+            values = (value for batch in batches for value in batch.to_pylist())
+            for number, value in enumerate(values, 1):
+                yield Row(f"{path}, row {number:,}", value)
+    except Exception as error:  # pyarrow's own kinds
+        raise UserError(f"{path} is not a parquet file that can be read: {error}") from None

@@ -1,0 +1,99 @@
+"""The folder that prepare.py writes to: whether it may, and moving the finished files there."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configurator import UserError
+from plaingpt.text import progress
+from plaingpt.text.builder import KEPT
+from plaingpt.text.dataset import MANIFEST, PARTIAL, read_manifest
+from plaingpt.text.progress import check_settings_unchanged
+from plaingpt.text.shards import mask_path
+
+
+def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The manifest in `folder`, or {} if it has none.
+
+    Raises UserError where writing there would destroy files of others, or, without `overwrite`,
+    data that was prepared with other settings.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"data_dir {folder} is a file")
+        return {}
+    if not (folder / MANIFEST).exists():
+        foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]
+        if foreign and not (folder / PARTIAL).exists():
+            raise UserError(
+                f"{folder} holds {min(foreign).name}, which prepare.py did not make: "
+                "use another data_dir"
+            )
+        return {}
+    old = read_manifest(folder)
+    if "settings" not in old:
+        raise UserError(f"{folder}/{MANIFEST} was not made by prepare.py: use another data_dir")
+    if not overwrite:
+        check_settings_unchanged(folder, "was prepared", old["settings"], settings)
+    return old
+
+
+def check_inputs(manifest: dict[str, Any], sources: tuple[str, ...], folder: Path) -> None:
+    """Raises UserError where files have changed since they were prepared. Files that have gone
+    since then cannot be compared."""
+    try:
+        now = progress.digest_of(progress.inputs_of(sources))
+    except (UserError, OSError):
+        return
+    if manifest.get("inputs", now) != now:
+        raise UserError(
+            f"files of {', '.join(manifest['settings']['sources'])} have changed since {folder} "
+            "was prepared: --overwrite prepares it again"
+        )
+
+
+def only_install_left(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether an earlier run with these settings did everything but move its files.
+
+    Raises UserError where its settings were others; with `overwrite` its files are removed.
+    """
+    if not (partial / MANIFEST).exists():
+        return False
+    try:
+        old = read_manifest(partial)["settings"]
+        check_settings_unchanged(partial.parent, "was begun", old, settings)
+    except UserError:
+        if not overwrite:
+            raise
+        shutil.rmtree(partial)
+        partial.mkdir()
+        return False
+    return True
+
+
+def install(partial: Path, folder: Path) -> dict[str, Any]:
+    """Move the finished files from `partial` to `folder`, the manifest last; return it.
+
+    A kill in the middle leaves `partial` but no manifest: such a folder cannot be opened, and
+    prepare.py finishes the move.
+    """
+    manifest = read_manifest(partial)
+    names = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
+    masks = [mask_path(Path(name)).name for name in names] * (manifest["template"] != "text")
+    names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if (partial / KEPT).is_dir():
+        for path in partial.glob("val_*.bin"):
+            path.unlink()
+    for path in folder.glob("*.bin"):
+        if re.fullmatch(r"(train|val)_\d{6,}(\.mask)?\.bin", path.name) and path.name not in names:
+            path.unlink()
+    for name in names:
+        for place in (partial / KEPT, partial):
+            if (place / name).exists():
+                (place / name).replace(folder / name)
+    (partial / progress.NAME).unlink(missing_ok=True)  # there is nothing left to resume
+    (partial / MANIFEST).replace(folder / MANIFEST)
+    shutil.rmtree(partial)
+    return manifest

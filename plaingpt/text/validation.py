@@ -1,0 +1,91 @@
+"""
+Which documents are held out for validation: decided here and nowhere else.
+
+Text files are held out whole, a single one in part; records are drawn by their digest. Sources
+that are validation sources are held out entirely. Validation takes what is held out until it is
+full; the rest is trained on.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from plaingpt.text.sources import Source
+from plaingpt.text.text_files import TextFile, is_text
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What of one source is held out."""
+
+    files: frozenset[TextFile]
+    fraction: float  # of the records
+
+    def has_record(self, number: int, digest: int) -> bool:
+        """Whether the record with this number (from 1) is held out.
+
+        Equal documents have equal digests and stay together. The second record is always held
+        out, so that even a small source has one.
+        """
+        return self.fraction > 0 and (digest < self.fraction * 2**64 or number == 2)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How much is held out, drawn by the seed, and when validation is full."""
+
+    fraction: float  # of every source that is not a validation source
+    seed: int
+    max_tokens: float  # inf: no limit
+    max_documents: float
+
+    def is_full(self, tokens: int, documents: int) -> bool:
+        return tokens >= self.max_tokens or documents >= self.max_documents
+
+    def hold_out_all(self, source: Source) -> tuple[Source, HeldOut]:
+        return source, HeldOut(frozenset(source.files), 1.0)
+
+    def hold_out_part(self, source: Source) -> tuple[Source, HeldOut]:
+        """The source, reordered so that what is held out comes first: a limit on tokens or
+        documents leaves some of it."""
+        source, files = choose_validation_files(source, self.fraction, self.seed)
+        return source, HeldOut(files, self.fraction)
+
+
+def choose_validation_files(
+    source: Source, fraction: float, seed: int
+) -> tuple[Source, frozenset[TextFile]]:
+    """Text files drawn at random until they hold `fraction` of the bytes. A single file is cut at
+    the end of a line instead."""
+    texts = [file for file in source.files if is_text(file.path)]
+    if not texts or not fraction:
+        return source, frozenset()
+    if len(source.files) == 1:
+        only = texts[0]
+        cut = place_to_cut(only, fraction)
+        rest = round(only.size * fraction)
+        train = replace(only, stop=cut, size=only.size - rest)
+        val = replace(only, start=cut, size=rest)
+        return replace(source, files=(val, train)), frozenset([val])
+    wanted = fraction * sum(file.size for file in texts)
+    drawn: list[TextFile] = []
+    size = 0
+    for index in np.random.default_rng(seed).permutation(len(texts))[1:]:
+        if size < wanted and texts[index].size <= wanted:  # a larger file is too much on its own
+            drawn.append(texts[index])
+            size += texts[index].size
+    files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
+    ordered = sorted(source.files, key=lambda file: file not in files)
+    return replace(source, files=tuple(ordered)), files
+
+
+def place_to_cut(file: TextFile, fraction: float) -> int:
+    """The character after the last line end before `1 - fraction` of a text, or exactly that place
+    where the lines are too long for it."""
+    target = round(sum(map(len, file.pieces())) * (1 - fraction))
+    cut = at = 0
+    for piece in file.pieces():
+        newline = piece.rfind("\n", 0, max(0, target - at))
+        cut = at + newline + 1 if newline >= 0 else cut
+        at += len(piece)
+    return cut if at - cut <= 2 * (at - target) else target

@@ -1,0 +1,51 @@
+"""What is held out for validation, and when validation is full."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from plaingpt.text.sources import find_source
+from plaingpt.text.validation import Validation
+
+VALIDATION = Validation(fraction=0.25, seed=1, max_tokens=math.inf, max_documents=math.inf)
+
+
+@pytest.fixture
+def source(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02d}.txt").write_text("word " * 20)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    return find_source(str(tmp_path))
+
+
+def test_files_that_are_held_out_come_first(source):
+    reordered, held_out = VALIDATION.hold_out_part(source)
+    assert set(reordered.files) == set(source.files)
+    assert len(held_out.files) == 10
+    assert set(reordered.files[:10]) == held_out.files
+
+
+def test_a_validation_source_is_held_out_entirely(source):
+    same, held_out = VALIDATION.hold_out_all(source)
+    assert same == source and held_out.files == set(source.files)
+    assert all(held_out.has_record(number, 2**64 - 1) for number in range(1, 9))
+
+
+def test_records_are_held_out_by_digest_and_the_second_always(source):
+    _, held_out = VALIDATION.hold_out_part(source)
+    digests = [0, 2**62 - 1, 2**62, 2**64 - 1]
+    assert [held_out.has_record(3, digest) for digest in digests] == [True, True, False, False]
+    assert all(held_out.has_record(2, digest) for digest in digests)
+
+
+def test_a_fraction_of_0_holds_out_nothing(source):
+    same, held_out = replace(VALIDATION, fraction=0.0).hold_out_part(source)
+    assert same == source and not held_out.files
+    assert not any(held_out.has_record(number, 0) for number in range(1, 9))
+
+
+def test_validation_is_full_at_either_limit():
+    limited = replace(VALIDATION, max_tokens=100, max_documents=5)
+    assert not limited.is_full(99, 4) and limited.is_full(100, 0) and limited.is_full(0, 5)
+    assert not VALIDATION.is_full(10**12, 10**12)
