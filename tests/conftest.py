@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose time to more threads
 
 from plaingpt.text import shards

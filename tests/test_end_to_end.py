@@ -125,7 +125,7 @@ def test_from_nothing_to_text_with_the_default_paths(tmp_path):
     """The quick start, with a smaller vocabulary, model and number of steps."""
     tiny = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --max_steps=6 --eval_tokens=2000"
     steps = [
-        ("prepare.py", ["--vocab_size=300"]),
+        ("prepare.py", ["--vocab_size=300", "--max_tokens=500_000"]),
         ("train.py", [*tiny.split(), "--eval_interval=3"]),
         ("train.py", [*tiny.split(), "--max_steps=8", "--init_from=resume"]),
         ("sample.py", ["--start", "def main(", "--max_new_tokens=20"]),

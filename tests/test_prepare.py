@@ -763,7 +763,6 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         settings["sources"] = tuple(f"{source}={weight}" for source, weight in weighed)
     if kind == "val_sources":
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
-    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     monkeypatch.setattr(documents, "CHUNK", 5000)
     monkeypatch.setattr(text_files, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -771,6 +770,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
     really_save, really_write = builder.SplitBuilder.save, builder.SplitWriter.write
     rng, lives = np.random.default_rng(1), [0]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import workers
 from conftest import write_shard
 
 import train
@@ -577,13 +578,14 @@ def test_kill_9_at_random_moments_changes_nothing(cfg, tmp_path):
     for _ in range(20):
         init_from = "resume" if folders.step_folders(parts) else "scratch"
         steps = len(folders.step_folders(parts)) and int(folders.find(parts).name[5:])
-        run = subprocess.Popen(command(cfg, parts, init_from=init_from), stdout=subprocess.DEVNULL)
+        run = workers.start(command(cfg, parts, init_from=init_from)[2:])
         if kills < 3:
-            while run.poll() is None and newest(parts) <= steps:
+            while run.is_alive() and newest(parts) <= steps:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))
             run.kill()
-        if run.wait(timeout=120) == 0:
+        run.join(timeout=120)
+        if run.exitcode == 0:
             break
         kills += 1
     assert kills >= 3

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import workers
 from test_train import assert_same_end, cfg, newest, records, same  # noqa: F401
 
 import train
@@ -22,34 +23,6 @@ from plaingpt.checkpoint import adapters, folders, hugging_face, store
 REPO = Path(__file__).parents[2]
 HERE = "127.0.0.1"
 KILLS = int(os.environ.get("PLAINGPT_TEST_KILLS", 1))
-
-# Runs of train.py one after the other in the same processes: starting Python is what takes time.
-WORKER = """
-import json, math, os, sys
-import train
-from model import GPT
-from plaingpt.checkpoint import folders
-from plaingpt.checkpoint import hugging_face
-from plaingpt.checkpoint import adapters
-from plaingpt.checkpoint import store
-
-real, calls = GPT.forward, 0
-def nan_in_one_process(self, idx, targets=None, *rest):
-    global calls
-    loss = real(self, idx, targets, *rest)
-    if self.training and targets is not None:
-        calls += 1
-        if calls in (3, 4) and os.environ["RANK"] == "1":
-            return loss * math.nan
-    return loss
-
-train.runtime.leave = lambda: None  # torchrun's store cannot be joined twice
-for run in json.loads(sys.argv[1]):
-    GPT.forward, calls = (nan_in_one_process if run[0].endswith("_nan") else real), 0
-    status = train.main(run)
-    if status:
-        sys.exit(status)
-"""
 
 
 def arguments(cfg: train.TrainConfig) -> list[str]:  # noqa: F811
@@ -68,13 +41,6 @@ def finish(run: subprocess.Popen) -> str:
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     return out
-
-
-def run_all(processes: int, folder: Path, *runs: train.TrainConfig) -> str:
-    """Trainings one after the other, all in the same `processes` processes."""
-    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    texts = json.dumps([[f"--out_dir={run.out_dir}", *arguments(run)] for run in runs])
-    return finish(torchrun(processes, folder / "worker.py", texts))
 
 
 @pytest.fixture
@@ -147,7 +113,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
         "fsdp_nan": {"fsdp": True},
     }
     many = {name: run_of(name, **changes) for name, changes in variants.items()}
-    out = run_all(2, tmp_path, *many.values())
+    out = workers.run_all(2, tmp_path, [arguments(run) for run in many.values()])
     assert out.count("not finite") == 4 and "in 2 processes × 2 micro-step(s) of 1" in out
     for name, run in many.items():
         if "nan" not in name:
@@ -168,9 +134,9 @@ def test_one_two_and_four_processes_go_on_from_each_other(run_of, tmp_path):
     }  # whatever max_steps is on the way
     alone, moving = run_of("alone", **constant), run_of("moving", **constant)
     train.train(alone)
-    run_all(4, tmp_path, replace(moving, max_steps=4))
+    workers.run_all(4, tmp_path, [arguments(replace(moving, max_steps=4))])
     onwards = replace(moving, init_from="resume")
-    run_all(2, tmp_path, replace(onwards, max_steps=8, fsdp=True))
+    workers.run_all(2, tmp_path, [arguments(replace(onwards, max_steps=8, fsdp=True))])
     train.train(onwards)
     assert_close(moving, alone)
     starts = json.loads((tmp_path / "moving" / "run.json").read_text())["starts"]
@@ -210,7 +176,7 @@ def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
     steps = 20 + 20 * KILLS
     run = run_of("killed", max_steps=steps, save_interval=1, eval_interval=steps, dropout=0.1)
     whole = replace(run, out_dir=str(tmp_path / "whole"))
-    run_all(2, tmp_path, whole)
+    workers.run_all(2, tmp_path, [arguments(whole)])
 
     rng = np.random.default_rng()
     options = ["--standalone", f"--max-restarts={KILLS}", "--monitor-interval=0.2"]
@@ -219,7 +185,7 @@ def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
         group = torchrun(2, REPO / "train.py", *arguments(run), options=options, **streams)
         seen: set[int] = set()
         for _ in range(KILLS):
-            while not (workers := set(workers_of(group)) - seen):
+            while not set(workers_of(group)) - seen:
                 assert group.poll() is None
                 time.sleep(0.05)
             before = newest(Path(run.out_dir))
@@ -227,9 +193,9 @@ def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
                 assert group.poll() is None
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.3))
-            workers = set(workers_of(group)) - seen
-            os.kill(rng.choice(sorted(workers)), signal.SIGKILL)
-            seen |= workers
+            alive = set(workers_of(group)) - seen
+            os.kill(rng.choice(sorted(alive)), signal.SIGKILL)
+            seen |= alive
         assert group.wait(timeout=300) == 0, (tmp_path / "err").read_text()
     assert_same_end(Path(whole.out_dir), Path(run.out_dir))
     starts = json.loads((Path(run.out_dir) / "run.json").read_text())["starts"]
