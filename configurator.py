@@ -49,10 +49,15 @@ class Range:
 IN_64_BITS = Range("below 2**63", lambda value: value < 2**63)
 PositiveInt = Annotated[int, Range("at least 1", lambda value: value >= 1), IN_64_BITS]
 NonNegativeInt = Annotated[int, Range("at least 0", lambda value: value >= 0), IN_64_BITS]
-PositiveFloat = Annotated[float, Range("a number above 0", lambda value: 0 < value < math.inf)]
-NonNegativeFloat = Annotated[float, Range("a number from 0", lambda value: 0 <= value < math.inf)]
+PositiveFloat = Annotated[
+    float, Range("a number above 0 and below 1e30", lambda value: 0 < value < 1e30)
+]
+NonNegativeFloat = Annotated[
+    float, Range("a finite number, 0 or greater", lambda value: 0 <= value < math.inf)
+]
 Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
 FractionBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
+NonEmpty = Annotated[str, Range("non-empty", bool)]
 FractionAbove0 = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -125,14 +130,15 @@ def validate(config: Any, problems: Iterable[str] = ()) -> None:
         for option in options_of(hint):
             for allowed in getattr(option, "__metadata__", ()):  # of an Annotated
                 if value is not None and not allowed.holds(value):
-                    found.append(f"{name} must be {allowed.words}, not {value}")
+                    found.append(f"{name} must be {allowed.words}, not {value!r}")
     if found := [*found, *problems]:
         raise UserError("; ".join(found))
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether numpy, CUDA or (with a plain RuntimeError) PyTorch's CPU allocator ran out of it."""
-    return isinstance(problem, MemoryError) or "memory" in str(problem).lower()
+    words = str(problem).lower()
+    return isinstance(problem, MemoryError) or "memory" in words or "storage size" in words
 
 
 def one_line(problem: BaseException) -> str:
@@ -160,7 +166,7 @@ def resolve(
             values[name], origin[name] = checked, where
 
     for name, value in (saved or {}).items():
-        put(name, value, "the run so far")
+        put(name, value, "the resumed run")
     files, pairs = split_arguments(cls, argv, problems)
     for path in files:
         for name, value in run_file(path, values, problems).items():
@@ -244,7 +250,7 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:
                 where = f"{path}:{frame.lineno}"
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = getattr(error, "strerror", None) or error
         problems.append(f"{where}: {type(error).__name__}: {reason}")
         return {}
     assigned = {}

@@ -17,35 +17,37 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import configurator
-from configurator import FractionBelow1, NonNegativeInt, PositiveInt, Range
+from configurator import FractionBelow1, NonEmpty, NonNegativeInt, PositiveInt, Range
 from plaingpt.text.templates import TemplateName
 
+Sources = Annotated[tuple[str, ...], Range("non-empty", bool)]
+VocabSize = Annotated[int, Range("from 257 to 65,536", lambda value: 257 <= value <= 65_536)]
 ShardTokens = Annotated[int, Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)]
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     # text
-    sources: tuple[str, ...] = ("stdlib",)  # stdlib, files, folders, patterns, hf:…; =0.3 mixes
-    val_sources: tuple[str, ...] = ()  # what to validate on; none: a part of sources
+    sources: Sources = ("stdlib",)  # stdlib, files, folders, patterns, hf:…; …=0.3: weight
+    val_sources: tuple[str, ...] = ()  # what to validate on; empty: a share of sources
     template: TemplateName = "text"  # how a record becomes text: text, alpaca, chat, synth
     text_field: str = "text"  # the record's field that template=text takes
-    bad_records: Literal["refuse", "skip"] = "refuse"  # malformed, empty or too long ones
+    bad_records: Literal["refuse", "skip"] = "refuse"  # what to do with malformed ones
     max_record_tokens: PositiveInt | None = None  # longer records are bad; None: no limit
     # how much of it
-    val_fraction: FractionBelow1 = 0.05  # share to validate on, without val_sources
+    val_fraction: FractionBelow1 = 0.05  # share to validate on if val_sources is empty
     val_tokens: PositiveInt | None = None  # limit on validation tokens; the rest is trained on
     max_tokens: PositiveInt | None = None  # tokens to take from sources; None: all
     max_documents: PositiveInt | None = None  # documents to take from sources; None: all
     # tokens
-    tokenizer: str = "bpe"  # bpe (trained on the training text), bytes, gpt2, or a tokenizer.json
-    vocab_size: int = 4096  # of a trained bpe, at most 65,536
+    tokenizer: NonEmpty = "bpe"  # bpe (trained on the text), bytes, gpt2, a tokenizer.json
+    vocab_size: VocabSize = 4096  # of a trained bpe, at most 65,536
     # output
-    data_dir: str = "data/stdlib"  # where the shards go
+    data_dir: NonEmpty = "data/stdlib"  # where the shards go
     shard_tokens: ShardTokens = 100_000_000  # tokens per shard
     seed: NonNegativeInt = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
-    workers: NonNegativeInt = 0  # threads that tokenize; 0: one more than there are cores
+    workers: NonNegativeInt = 0  # threads that tokenize; 0: one more than the cores
     inspect: str | None = None  # a data_dir to describe and check; nothing is prepared
 
 
@@ -62,6 +64,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configurator import UserError
+from plaingpt.files import write_json
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
@@ -70,7 +73,7 @@ from plaingpt.text.inspection import inspect, report
 from plaingpt.text.progress import Progress, digest_of, inputs_of, read_progress
 from plaingpt.text.target import check_inputs, check_target, install, only_install_left
 from plaingpt.text.templates import CHAT_TEMPLATES
-from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
+from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
@@ -79,13 +82,13 @@ SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     """Make `cfg.data_dir`, unless it has been made already; return its manifest.
 
-    Raises UserError for settings or sources that cannot be used, OSError as the disk and the
-    network do. The same command then resumes from the last saved progress; before the first save
-    nothing is left behind.
+    Raises UserError for settings or sources that cannot be used, OSError for trouble with the disk
+    or the network. The same command then resumes from the last saved progress; if nothing was saved
+    yet, nothing is left behind.
     """
     if cfg.inspect is not None:
         return inspect(Path(cfg.inspect))
-    check_settings(cfg)
+    configurator.validate(cfg)
     folder = Path(cfg.data_dir)
     partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
@@ -101,17 +104,6 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     report(manifest)
     print(f"wrote {folder}, with a vocabulary of {manifest['vocab_size']:,} ids")
     return manifest
-
-
-def check_settings(cfg: PrepareConfig) -> None:
-    problems = [
-        f"{name} is empty"
-        for name in ("sources", "data_dir", "tokenizer")
-        if not getattr(cfg, name)
-    ]
-    if not 257 <= cfg.vocab_size <= MAX_VOCAB_SIZE:
-        problems.append(f"vocab_size must be from 257 to {MAX_VOCAB_SIZE}, not {cfg.vocab_size}")
-    configurator.validate(cfg, problems)
 
 
 def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, Any]) -> None:
@@ -135,21 +127,21 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, A
             "tokenizer": tokenizer.fingerprint,
             "splits": builder.finish(),
             "sources": [stream.summary() for stream in streams],
-            "inputs": digest_of(inputs_of((*cfg.sources, *cfg.val_sources))),
+            "inputs": digest_of(local),
         }
-        dataset.write_manifest(partial, manifest)
+        write_json(partial / dataset.MANIFEST, manifest)
     except BaseException:
         if not progress.was_saved:
             shutil.rmtree(partial, ignore_errors=True)
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif repairing:  # it still marks a folder that is half ours
+            elif repairing:  # its presence marks an unfinished data folder
                 partial.mkdir()
         raise
 
 
 def validation_of(cfg: PrepareConfig) -> Validation:
-    """Without validation sources, limits on the whole hold for the share to validate on as well."""
+    """Without val_sources, max_tokens and max_documents limit validation in proportion."""
     tokens, documents = cfg.val_tokens or math.inf, math.inf
     if cfg.val_sources:
         return Validation(0.0, cfg.seed, tokens, documents)
@@ -172,7 +164,7 @@ def limits_of(cfg: PrepareConfig) -> Limits:
 def begin(
     cfg: PrepareConfig, progress: Progress, streams: list[Stream], reading: Reading
 ) -> Tokenizer:
-    """The tokenizer: that of the earlier run, or a new one in an emptied folder."""
+    """The tokenizer of the run being resumed, or a new one, for which the folder is emptied."""
     if progress.notes:
         print(f"resuming {progress.folder.parent}")
         return Tokenizer.load(progress.folder)
@@ -202,7 +194,7 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
     """Say how much room the shards will take, where that can be estimated."""
     sizes = [stream.source.size for stream in streams]
     free = shutil.disk_usage(folder).free
-    per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # of shards per byte of text, roughly
+    per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # bytes of shards per byte of text, roughly
     if cfg.max_tokens:
         needed: float = 2 * cfg.max_tokens
     elif all(sizes):

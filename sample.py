@@ -16,13 +16,13 @@ from itertools import takewhile
 from pathlib import Path
 
 import configurator
-from configurator import DType, NonNegativeInt, PositiveInt, UserError
+from configurator import DType, NonEmpty, NonNegativeInt, PositiveInt, UserError
 from plaingpt.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
     num_samples: PositiveInt = 1  # how many texts to write, drawn together as one batch
     seed: NonNegativeInt = 1337  # the same seed draws the same text
@@ -82,8 +82,6 @@ def check_settings(cfg: SampleConfig) -> None:
     problems = []
     if cfg.chat and (cfg.start or cfg.num_samples > 1):
         problems.append("chat cannot be combined with start or num_samples")
-    if not cfg.checkpoint:
-        problems.append("checkpoint is empty")
     configurator.validate(cfg, problems)
 
 

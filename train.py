@@ -19,27 +19,31 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import configurator
 from configurator import (
     DType,
     Fraction,
     FractionBelow1,
+    NonEmpty,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Range,
     UserError,
 )
 from plaingpt.training.schedule import ScheduleName
+
+Epochs = Annotated[float, Range("above 0 and at most 1e9", lambda value: 0 < value <= 1e9)]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     # data and folders
-    data_dir: str = "data/stdlib"  # what prepare.py wrote
-    out_dir: str = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
+    data_dir: NonEmpty = "data/stdlib"  # what prepare.py wrote
+    out_dir: NonEmpty = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
     overwrite: bool = False  # start over in an out_dir that already has checkpoints
     init_from: str = "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a checkpoint folder
     # the model; init_from=FOLDER takes its shape from there
@@ -51,22 +55,22 @@ class TrainConfig:
     bias: bool = True  # biases in linear layers and LayerNorms
     tie_weights: bool = True  # one matrix for token embedding and head
     vocab_multiple: PositiveInt = 1  # round the vocabulary up to a multiple; 64 is faster on GPUs
-    # LoRA: the weights of a checkpoint stay fixed, adapters beside them train
+    # LoRA: freeze the weights of a checkpoint and train adapters beside them
     lora_rank: NonNegativeInt = 0  # of the adapters; 0: no adapters, all weights train
     lora_alpha: PositiveFloat = 16.0  # adapters are scaled by lora_alpha / lora_rank
     lora_dropout: FractionBelow1 = 0.0  # share of their inputs zeroed in training
-    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # ends of linear layers' names
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # suffixes of linear layers' names
     # the optimizer
     batch_size: PositiveInt = 8  # sequences per step, over all processes
     micro_batch_size: PositiveInt | None = None  # sequences a device takes at once; None: its share
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
-    epochs: PositiveFloat | None = None  # passes over the data; with max_steps, whichever is less
+    epochs: Epochs | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
     learning_rate: PositiveFloat = 0.01  # peak
     min_lr: NonNegativeFloat = 0.0  # at the last step
-    warmup_steps: NonNegativeInt = 0  # steps up to the peak
+    warmup_steps: NonNegativeInt = 0  # steps of linear warm-up
     schedule: ScheduleName = "wsd"  # cosine, or wsd: constant, then down to min_lr
-    decay_fraction: Fraction = 0.5  # share of the steps that wsd spends going down
+    decay_fraction: Fraction = 0.5  # share of the steps over which wsd decays
     weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings
     embedding_lr_scale: PositiveFloat = 1.5  # with muon: AdamW's learning rate / learning_rate
     momentum: FractionBelow1 = 0.9  # Muon's
@@ -86,8 +90,8 @@ class TrainConfig:
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, where it works
-    fsdp: bool = False  # shard weights and optimizer over the processes, for what outgrows a GPU
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, if it works
+    fsdp: bool = False  # shard weights and optimizer, for models too large for one GPU
     activation_checkpointing: bool = False  # less memory: recompute blocks in the backward pass
     seed: NonNegativeInt = 1337  # of the weights, the order of the data and the dropout
 
@@ -101,9 +105,10 @@ from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset, open_dataset
+from plaingpt.text.shards import Split
 from plaingpt.training import optim, parallel
 from plaingpt.training.batches import Batch, Batches, check_length
-from plaingpt.training.evaluation import Validation, print_sample
+from plaingpt.training.evaluation import bits_per_byte, print_sample, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.plan import Plan, micro_batch_size, sentences, sizes_of
@@ -111,7 +116,6 @@ from plaingpt.training.run_folder import RunLog, begin_run, describe_start
 from plaingpt.training.schedule import Every, LearningRate
 from plaingpt.training.start import (
     Start,
-    lora_config,
     meta_model,
     model_config,
     open_start,
@@ -120,7 +124,7 @@ from plaingpt.training.start import (
 )
 from plaingpt.training.state import TrainState, make_state, write_checkpoint
 
-MAX_BAD_STEPS = 20  # in a row without a finite gradient, then the run ends
+MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Data:
 
     dataset: Dataset
     batches: Batches
-    validation: Validation
+    held_out: Split
 
 
 def train(cfg: TrainConfig) -> Record:
@@ -152,9 +156,9 @@ def train(cfg: TrainConfig) -> Record:
     # what the run starts from: fresh weights, a checkpoint, or its own newest one
     out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
     starts = folders.read_starts(out_dir)
-    restarted = rt.restartable and starts != [] and starts[-1]["settings"] == given
+    restarted = runtime.restartable() and starts != [] and starts[-1]["settings"] == given
     if restarted and folders.step_folders(out_dir):
-        print(f"{out_dir} holds this very run: resuming it")
+        print(f"{out_dir} already holds this run: resuming it")
         cfg = replace(cfg, init_from="resume")
         cfg = replace(cfg, **settings_so_far(cfg))
     dataset = open_dataset(cfg.data_dir)
@@ -162,13 +166,13 @@ def train(cfg: TrainConfig) -> Record:
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
 
     # what it will do
-    data = open_data(cfg, dataset, start.model.config.block_size, micro)
+    data = open_data(cfg, dataset, start.model.config.block_size)
     plan = make_plan(cfg, start, data.batches, micro, rt)
     print("\n".join(sentences(plan)))
     if cfg.plan:
         return {}
     if start.step >= plan.max_steps:
-        done = f"{out_dir} is at step {start.step:,}, max_steps={plan.max_steps:,}: it is done"
+        done = f"{out_dir} has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
         if not restarted:
             larger = "--max_steps" if cfg.epochs is None else "--epochs (and --max_steps, if given)"
             raise UserError(f"{done}; a larger {larger} continues it")
@@ -194,8 +198,8 @@ def run(
 ) -> Record:
     """The training loop: from state.step to plan.max_steps, or until a signal."""
     record: Record = {}
-    if state.step == 0 and cfg.init_from != "scratch":  # the baseline of fine-tuning
-        log.add({"step": 0, **evaluate(state, data.validation, rt)})
+    if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
+        log.add({"step": 0, **evaluate(cfg, state, plan, data, rt)})
     clock = Clock(plan.max_steps - state.step)
     with runtime.stop_signals() as stop:
         coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
@@ -208,7 +212,7 @@ def run(
             clock.stop()
             state.count(math.isfinite(loss + norm))
             step = state.step
-            stopping = rt.any(bool(stop))  # asked once a step: a signal may come at any time
+            stopping = rt.any(bool(stop))  # read once per step: a signal may arrive at any time
             if state.skipped_in_a_row:
                 report_skipped(state, loss, norm)
 
@@ -219,10 +223,10 @@ def run(
                 record |= throughput(state, plan, clock.read(), rt)
                 print(console_line(record, plan.max_steps))
                 if evaluating:
-                    record |= evaluate(state, data.validation, rt)
+                    record |= evaluate(cfg, state, plan, data, rt)
                 log.add(record)
 
-            # what comes once in a while
+            # the occasional work: a sample, a checkpoint
             sound = not state.skipped_in_a_row
             if evaluating:
                 sound = sound and math.isfinite(record["val_loss"])
@@ -232,7 +236,8 @@ def run(
                 save(cfg, state, loss, record["val_loss"] if evaluating else None, data, rt)
             if stopping:
                 again = f"python train.py --init_from=resume --out_dir={cfg.out_dir}"
-                print(f"stopped by {stop[0] if stop else 'a signal'} after step {step}; {again}")
+                name = stop[0] if stop else "a signal"
+                print(f"stopped by {name}; {again} continues from step {step}")
                 break
     log.finish()
     return record
@@ -242,20 +247,20 @@ def run(
 
 
 def check_settings(cfg: TrainConfig) -> None:
-    problems = [f"{name} is empty" for name in ("data_dir", "out_dir") if not getattr(cfg, name)]
+    problems = []
     if cfg.min_lr > cfg.learning_rate:
         problems.append(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     if cfg.lora_rank and not cfg.lora_targets:
         problems.append("lora_targets is empty")
     if cfg.lora_rank and cfg.init_from == "scratch":
-        problems.append("lora_rank needs init_from: adapters train beside the weights of a model")
+        problems.append("lora_rank needs init_from: adapters are added to an existing model")
     if cfg.overwrite and runtime.restartable():
         problems.append(f"--overwrite does not combine with --max-restarts: remove {cfg.out_dir}")
     configurator.validate(cfg, problems)
 
 
 def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
-    """With --init_from=resume the settings of that run, which hold unless others are given."""
+    """With --init_from=resume, the settings of that run, as defaults for this one."""
     if cfg.init_from != "resume":
         return {}
     settings = saved_settings(folders.find(cfg.out_dir), asdict(TrainConfig()))
@@ -263,13 +268,12 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in own}
 
 
-def open_data(cfg: TrainConfig, dataset: Dataset, block_size: int, micro: int) -> Data:
+def open_data(cfg: TrainConfig, dataset: Dataset, block_size: int) -> Data:
     split, stride = dataset.split("train"), cfg.stride or block_size
     batches = Batches(split, cfg.batch_size, block_size, cfg.seed, stride)
     held_out = dataset.split("val")
     check_length(held_out, block_size)
-    validation = Validation(held_out, cfg.eval_tokens, micro, dataset.bytes_per_token(held_out))
-    return Data(dataset, batches, validation)
+    return Data(dataset, batches, held_out)
 
 
 def make_plan(
@@ -286,7 +290,7 @@ def make_plan(
     return Plan(
         config=config,
         sizes=sizes_of(start.model),
-        lora=lora_config(asdict(cfg)),
+        lora=start.adapter.config if start.adapter else None,
         device=rt.device,
         dtype=rt.dtype,
         world_size=rt.world_size,
@@ -341,23 +345,24 @@ def optimizer_step(
         parallel.share_gradients(state.step_model, part.stop == len(x))
         with rt.autocast():
             micro_loss = state.step_model(x[part], y[part], part_mask) * share
-        # Processes average their gradients, where their sum is wanted.
+        # DDP and FSDP average gradients over the processes; the sum is wanted here.
         state.scaler.scale(micro_loss * rt.world_size).backward()
         loss += micro_loss.detach()
-    loss = rt.sum(loss)
+    mean_loss = rt.sum(loss).item()
 
     for each in state.optimizers:
         state.scaler.unscale_(each)  # type: ignore[arg-type]
     parameters = [parameter for each in state.optimizers for parameter in each.parameters()]
-    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip))
-    finite = math.isfinite(loss.item() + norm.item())
+    total_norm = torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip)
+    norm = parallel.full_tensor(total_norm).item()
+    usable = math.isfinite(mean_loss + norm)
     optim.set_learning_rate(state.optimizers, lr)
     for each in state.optimizers:
-        if finite:
+        if usable:
             state.scaler.step(each)  # type: ignore[arg-type]
         each.zero_grad()
     state.scaler.update()
-    return loss.item(), norm.item()
+    return mean_loss, norm
 
 
 def report_skipped(state: TrainState, loss: float, norm: float) -> None:
@@ -370,11 +375,14 @@ def report_skipped(state: TrainState, loss: float, norm: float) -> None:
         )
 
 
-def evaluate(state: TrainState, validation: Validation, rt: Runtime) -> Record:
-    """Print and return the validation loss."""
-    measured = validation.measure(state.model, rt)
-    text = f"step {state.step}: validation loss {measured['val_loss']:.4f} nats per token"
-    if "val_bpb" in measured:
+def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:
+    """Print and return the validation loss: `val_loss` and, if known, `val_bpb`."""
+    micro, split = plan.micro_batch_size, data.held_out
+    loss, _ = validation_loss(state.model, split, cfg.eval_tokens, micro, rt)
+    measured = {"val_loss": loss}
+    text = f"step {state.step}: validation loss {loss:.4f} nats per token"
+    if bytes_per_token := data.dataset.bytes_per_token(split):
+        measured["val_bpb"] = bits_per_byte(loss, bytes_per_token)
         text += f", {measured['val_bpb']:.4f} bits per byte"
     print(text)
     return measured
@@ -401,7 +409,9 @@ def save(
 
 
 def main(argv: list[str] | None = None) -> int:
-    quiet = os.environ.get("RANK", "0") != "0"  # one process speaks for all, but all report errors
+    quiet = (
+        os.environ.get("RANK", "0") != "0"
+    )  # only the main process prints, but all report errors
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere if quiet else sys.stdout),

@@ -34,7 +34,6 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    restartable: bool = False  # torchrun restarts the processes when one dies
 
     @property
     def is_main(self) -> bool:
@@ -92,7 +91,6 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
         best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
         rank=int(os.environ.get("RANK", 0)),
         world_size=world_size,
-        restartable=restartable(),
     )
 
 
@@ -222,7 +220,7 @@ def check_device(name: str) -> None:
     available = {"cpu": True, "cuda": torch.cuda.is_available()}
     available["mps"] = torch.backends.mps.is_available()
     kind, _, index = name.partition(":")
-    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:[0-9]{1,9})?", name):
+    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,2}))?", name):
         here = ", ".join(kind for kind, usable in available.items() if usable)
         raise UserError(f"device {name!r} is not on this machine, which has: {here}")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():

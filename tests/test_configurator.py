@@ -305,10 +305,10 @@ def test_settings_within_their_ranges_pass():
         ("seed", 2**63, "below 2**63"),
         ("count", 10**400, "below 2**63"),
         ("most", 0, "at least 1"),
-        ("rate", 0.0, "a number above 0"),
-        ("rate", float("inf"), "a number above 0"),
-        ("rate", float("nan"), "a number above 0"),
-        ("decay", -0.1, "a number from 0"),
+        ("rate", 0.0, "a number above 0 and below 1e30"),
+        ("rate", float("inf"), "a number above 0 and below 1e30"),
+        ("rate", float("nan"), "a number above 0 and below 1e30"),
+        ("decay", -0.1, "a finite number, 0 or greater"),
         ("share", 1.1, "in [0, 1]"),
         ("dropout", 1.0, "in [0, 1)"),
         ("top_p", 0.0, "above 0 and at most 1"),
@@ -317,7 +317,7 @@ def test_settings_within_their_ranges_pass():
 def test_a_setting_outside_its_range_is_named_with_its_value(name, value, words):
     with pytest.raises(UserError) as caught:
         configurator.validate(Ranged(**{name: value}))
-    assert str(caught.value) == f"{name} must be {words}, not {value}"
+    assert str(caught.value) == f"{name} must be {words}, not {value!r}"
 
 
 def test_ranges_and_other_problems_are_reported_at_once():

@@ -25,9 +25,9 @@ from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import compiling, evaluation, optim, run_folder
+from plaingpt.training import optim, run_folder, state
 from plaingpt.training.start import Start, model_config
-from plaingpt.training.state import make_state
+from plaingpt.training.state import make_state, maybe_compiled
 
 REPO = Path(__file__).parents[1]
 
@@ -269,7 +269,7 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     train.train(done)
     with pytest.raises(ValueError, match="--init_from=resume continues it, --overwrite"):
         train.train(done)
-    with pytest.raises(ValueError, match="is at step 3, max_steps=3"):
+    with pytest.raises(ValueError, match="has finished: step 3 of max_steps=3"):
         train.train(replace(done, init_from="resume"))
     train.train(replace(done, overwrite=True, max_steps=2))
     assert [p.name for p in folders.step_folders(tmp_path)] == ["step_000002"]
@@ -285,9 +285,9 @@ def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, mo
         train.train(run)
     monkeypatch.setattr(train, "save", really)
     assert train.train(run)["step"] == 9
-    assert "holds this very run: resuming it" in capsys.readouterr().out
+    assert "already holds this run: resuming it" in capsys.readouterr().out
     assert train.train(run) == {}
-    assert "max_steps=9: it is done" in capsys.readouterr().out
+    assert "has finished: step 9 of max_steps=9" in capsys.readouterr().out
     starts = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 7]
     with pytest.raises(ValueError, match="--init_from=resume continues it"):
@@ -310,11 +310,11 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, caps
     first = replace(cfg, out_dir=str(tmp_path), learning_rate=0.003, max_steps=4, dropout=0.2)
     train.train(first)
     assert train.main([f"--out_dir={tmp_path}", "--init_from=resume"]) == 2
-    assert "max_steps=4: it is done" in capsys.readouterr().err
+    assert "has finished: step 4 of max_steps=4" in capsys.readouterr().err
     resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=6", "--dropout=0"]
     assert train.main(resume) == 0
     err = capsys.readouterr().err
-    assert "learning_rate = 0.003 (default 0.01, the run so far)" in err
+    assert "learning_rate = 0.003 (default 0.01, the resumed run)" in err
     first_start, resumed = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert (first_start["step"], resumed["step"]) == (0, 4)
     settings = resumed["settings"]
@@ -350,7 +350,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
-    monkeypatch.setattr(evaluation, "validation_loss", lambda *_: (math.nan, 0))
+    monkeypatch.setattr(train, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))
     state = json.loads(
@@ -392,12 +392,12 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"batch_size": 12, "micro_batch_size": 5}, "nearest that divide it are 4 and 6"),
         ({"max_steps": 0, "seed": -1}, "max_steps must be at least 1, not 0; seed must be"),
         ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
-        ({"grad_clip": math.nan}, "grad_clip must be a number from 0, not nan"),
-        ({"weight_decay": math.inf}, "weight_decay must be a number from 0, not inf"),
+        ({"grad_clip": math.nan}, "grad_clip must be a finite number, 0 or greater, not nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number, 0 or greater, not inf"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"seed": 2**63}, "seed must be below"),
         ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate"),
-        ({"data_dir": ""}, "data_dir is empty"),
+        ({"data_dir": ""}, "data_dir must be non-empty"),
         ({"n_head": 3}, "does not divide into n_head=3"),
         ({"block_size": 8000}, "one window takes block_size"),
         ({"block_size": 1000}, "the val split has"),
@@ -489,11 +489,11 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
     monkeypatch.setattr(torch, "compile", broken)
     rt = runtime.start("cpu")
     model = fresh_model(cfg)
-    monkeypatch.setattr(compiling, "worth_compiling", lambda rt: True)
-    assert compiling.maybe_compiled(model, "auto", 4, rt) is model
+    monkeypatch.setattr(state, "worth_compiling", lambda rt: True)
+    assert maybe_compiled(model, "auto", 4, rt) is model
     assert "(RuntimeError: no compiler)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--compile=true does not work here"):
-        compiling.maybe_compiled(model, True, 4, rt)
+        maybe_compiled(model, True, 4, rt)
 
 
 # --- trackers, the real libraries writing to this machine
@@ -563,8 +563,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
         run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
-    again = f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}"
-    assert re.search(rf"stopped by SIGTERM after step \d+; {re.escape(again)}\n", out)
+    again = re.escape(f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}")
+    assert re.search(rf"stopped by SIGTERM; {again} continues from step \d+\n", out)
     assert len(folders.step_folders(tmp_path / "parts")) == 1
 
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import configurator
-from configurator import DType, PositiveInt, UserError
+from configurator import DType, NonEmpty, PositiveInt, UserError
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
-    data_dir: str = "data/stdlib"  # what prepare.py wrote
+    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    data_dir: NonEmpty = "data/stdlib"  # what prepare.py wrote
     tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
     limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -94,7 +94,7 @@ def perplexity(
     loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
     if not tokens:
         raise UserError(f"no token of {cfg.data_dir}, up to limit, counts in the loss")
-    found = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
     text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
     if bytes_per_token := data.bytes_per_token(split):
         found["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)

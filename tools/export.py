@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configurator
+from configurator import NonEmpty, UserError
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     out_dir: str = "out/exported"  # the new folder
     push_to_hub: str | None = None  # upload the folder to OWNER/NAME on the hub
     private: bool = False  # make that repository private if it is new
@@ -26,7 +27,6 @@ class ExportConfig:
 if __name__ == "__main__":
     configurator.answer_help(ExportConfig)  # before torch is imported, which takes a second
 
-from configurator import UserError
 from model import GPT
 from plaingpt.checkpoint import folders, store
 from plaingpt.files import atomic_folder
@@ -68,7 +68,7 @@ def check_settings(cfg: ExportConfig) -> None:
     if not out_dir.name:
         problems.append(f"out_dir={cfg.out_dir!r} cannot be the name of a new folder")
     elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        problems.append(f"{out_dir} already exists: --out_dir=OTHER")
+        problems.append(f"{out_dir} already exists: choose another --out_dir")
     if cfg.push_to_hub is None:
         given = [name for name in ("dry_run", "private") if getattr(cfg, name)]
         problems += [f"{name} needs push_to_hub" for name in given]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import configurator
-from configurator import DType, PositiveInt, Range, UserError
+from configurator import DType, NonEmpty, PositiveInt, Range, UserError
 from plaingpt.sampling import Sampling
 
 Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)]
@@ -21,8 +21,8 @@ Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)
 
 @dataclass(frozen=True)
 class ServeConfig(Sampling):
-    checkpoint: str = "out/stdlib"  # a run folder (its newest step), a step, gpt2, hf:OWNER/NAME
-    host: str = "127.0.0.1"  # this machine only; 0.0.0.0: open to the network, without a password
+    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    host: NonEmpty = "127.0.0.1"  # this machine; 0.0.0.0: open to the network, without password
     port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 2  # answers at a time; further requests get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -56,7 +56,7 @@ def serve(cfg: ServeConfig) -> None:
         raise UserError(
             f"{error.name} is not installed: pip install -r requirements-serve.txt"
         ) from None
-    configurator.validate(cfg, [] if cfg.host else ["host is empty"])
+    configurator.validate(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
     rt.place(model, rt.dtype).eval()

@@ -112,7 +112,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (folder / PARTIAL).exists():
         raise UserError(f"{folder} is half prepared: run its prepare.py command again")
     return {}
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    files.write_json(folder / MANIFEST, manifest)

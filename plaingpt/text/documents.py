@@ -8,7 +8,7 @@ whole, because all of it is judged before any of it is written: as one `Record`,
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import HeldOut, Validation
 
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
-# More than one per core: the thread that reads and writes leaves them its core while it waits.
+# One more than the cores, because the thread that reads and writes often waits.
 DEFAULT_THREADS = (os.cpu_count() or 1) + 1
 
 
@@ -79,7 +79,7 @@ def open_streams(
     Empty files are counted as dropped.
     """
     streams: list[Stream] = []
-    seen: dict[str, bool] = {}  # path → whether it is of val_names
+    seen: dict[str, bool] = {}  # path → whether it comes from val_names
     validation = reading.validation
     for given, all_val in ((names, False), (val_names, True)):
         found: list[Source] = []
@@ -139,14 +139,8 @@ class End(NamedTuple):
     held_out: bool
     digest: int
     after: Position
-
-    @property
-    def segments(self) -> list[Segment]:
-        return [Segment("")]
-
-    @property
-    def bytes(self) -> int:
-        return 0
+    segments: Sequence[Segment] = (Segment(""),)
+    bytes: int = 0
 
 
 class Bad(NamedTuple):
@@ -155,14 +149,8 @@ class Bad(NamedTuple):
     reason: str
     where: str
     after: Position
-
-    @property
-    def segments(self) -> list[Segment]:
-        return []
-
-    @property
-    def bytes(self) -> int:
-        return 0
+    segments: Sequence[Segment] = ()
+    bytes: int = 0
 
 
 Item = Record | Part | End | Bad

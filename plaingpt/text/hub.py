@@ -77,7 +77,10 @@ def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
         return splits[wanted]
     if hub.split:
         raise UserError(f"source {name!r}: no split {wanted!r}, but {', '.join(splits)}")
-    return datasets.concatenate_datasets(list(splits.values()))
+    try:
+        return datasets.concatenate_datasets(list(splits.values()))
+    except ValueError as error:  # splits with different columns
+        raise UserError(f"source {name!r}: {error}; name one: #{next(iter(splits))}") from None
 
 
 def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:

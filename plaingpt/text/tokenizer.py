@@ -225,7 +225,7 @@ class Tokenizer:
         loaded.chat_template = config.get("chat_template")
         jinja = path.with_name("chat_template.jinja")  # where transformers writes it
         if jinja.exists():
-            loaded.chat_template = jinja.read_text(encoding="utf-8")
+            loaded.chat_template = jinja.read_text(encoding="utf-8", errors="replace")
         return loaded
 
 

@@ -16,7 +16,7 @@ from plaingpt.text.text_files import TextFile, is_text
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What of one source is held out."""
+    """What is held out of one source."""
 
     files: frozenset[TextFile]
     fraction: float  # of the records
@@ -46,37 +46,29 @@ class Validation:
         return source, HeldOut(frozenset(source.files), 1.0)
 
     def hold_out_part(self, source: Source) -> tuple[Source, HeldOut]:
-        """The source, reordered so that what is held out comes first: a limit on tokens or
-        documents leaves some of it."""
-        source, files = choose_validation_files(source, self.fraction, self.seed)
-        return source, HeldOut(files, self.fraction)
-
-
-def choose_validation_files(
-    source: Source, fraction: float, seed: int
-) -> tuple[Source, frozenset[TextFile]]:
-    """Text files drawn at random until they hold `fraction` of the bytes. A single file is cut at
-    the end of a line instead."""
-    texts = [file for file in source.files if is_text(file.path)]
-    if not texts or not fraction:
-        return source, frozenset()
-    if len(source.files) == 1:
-        only = texts[0]
-        cut = place_to_cut(only, fraction)
-        rest = round(only.size * fraction)
-        train = replace(only, stop=cut, size=only.size - rest)
-        val = replace(only, start=cut, size=rest)
-        return replace(source, files=(val, train)), frozenset([val])
-    wanted = fraction * sum(file.size for file in texts)
-    drawn: list[TextFile] = []
-    size = 0
-    for index in np.random.default_rng(seed).permutation(len(texts))[1:]:
-        if size < wanted and texts[index].size <= wanted:  # a larger file is too much on its own
-            drawn.append(texts[index])
-            size += texts[index].size
-    files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
-    ordered = sorted(source.files, key=lambda file: file not in files)
-    return replace(source, files=tuple(ordered)), files
+        """Choose text files at random until they hold the fraction of the bytes; a single file is
+        cut at the end of a line instead. What is held out comes first in the source that is
+        returned, so that a limit on tokens or documents leaves some of it."""
+        texts = [file for file in source.files if is_text(file.path)]
+        if not texts or not self.fraction:
+            return source, HeldOut(frozenset(), self.fraction)
+        if len(source.files) == 1:
+            only = texts[0]
+            cut = place_to_cut(only, self.fraction)
+            rest = round(only.size * self.fraction)
+            train = replace(only, stop=cut, size=only.size - rest)
+            val = replace(only, start=cut, size=rest)
+            return replace(source, files=(val, train)), HeldOut(frozenset([val]), self.fraction)
+        wanted = self.fraction * sum(file.size for file in texts)
+        drawn: list[TextFile] = []
+        size = 0
+        for index in np.random.default_rng(self.seed).permutation(len(texts))[1:]:
+            if size < wanted and texts[index].size <= wanted:  # a larger file is too much
+                drawn.append(texts[index])
+                size += texts[index].size
+        files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
+        ordered = sorted(source.files, key=lambda file: file not in files)
+        return replace(source, files=tuple(ordered)), HeldOut(files, self.fraction)
 
 
 def place_to_cut(file: TextFile, fraction: float) -> int:

@@ -1,7 +1,6 @@
 """How a model is doing: the loss on held-out text, and a sample."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -14,25 +13,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import parallel
 from plaingpt.training.batches import validation_batches
 
-SAMPLE_TOKENS = 100  # in a sample
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a run is validated on: fixed windows of a split."""
-
-    split: Split
-    max_tokens: int | None  # None: all of the split
-    batch_size: int  # windows that a process takes at once
-    bytes_per_token: float | None  # None: not known
-
-    def measure(self, model: GPT, rt: Runtime) -> dict[str, float]:
-        """`val_loss`, in nats per token, and `val_bpb`, in bits per byte, where that is known."""
-        loss, _ = validation_loss(model, self.split, self.max_tokens, self.batch_size, rt)
-        measured = {"val_loss": loss}
-        if self.bytes_per_token:
-            measured["val_bpb"] = bits_per_byte(loss, self.bytes_per_token)
-        return measured
+SAMPLE_TOKENS = 100
 
 
 @torch.no_grad()

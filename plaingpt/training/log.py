@@ -1,4 +1,4 @@
-"""What the console says of a run: its line per step, the clock, the peaks of known GPUs."""
+"""Console output of a run: its step lines, its clock, the peak speed of known GPUs."""
 
 import math
 import re
@@ -95,9 +95,8 @@ class Clock:
     """Times the steps of a run, and says after six of them how long the rest will take."""
 
     def __init__(self, steps: int) -> None:
-        self.steps_left = self.steps = steps
+        self.steps, self.done, self.timed = steps, 0, 0
         self.began = self.warm = self.seconds = 0.0
-        self.timed = 0
 
     def start(self) -> None:
         self.began = time.perf_counter()
@@ -106,12 +105,11 @@ class Clock:
         now = time.perf_counter()
         self.seconds += now - self.began
         self.timed += 1
-        self.steps_left -= 1
-        done = self.steps - self.steps_left
-        if done == 1:  # the first step is slower than the others
+        self.done += 1
+        if self.done == 1:  # the first step is slower than the others
             self.warm = now
-        if done == 6:
-            left = (now - self.warm) / 5 * self.steps_left
+        if self.done == 6:
+            left = (now - self.warm) / 5 * (self.steps - self.done)
             print(f"Time: about {duration(left)} for the remaining steps.")
 
     def read(self) -> float:

@@ -217,12 +217,12 @@ def load_optimizer_state(
         raise UserError(f"the saved optimizer state has parameters not here, such as {foreign[0]}")
     for each in optimizers:
         for parameter in each.parameters():
-            state = saved.get(names[parameter], {})
+            state = dict(saved.get(names[parameter], {}))
             check_state(state, each, names[parameter], parameter)
-            each.state[parameter] = {
-                key: value if key == "step" else sharded_as(parameter, value)
-                for key, value in copied(state, parameter).items()
-            }
+            for key, value in state.items():
+                value = value.to(parameter.device, parameter.dtype, copy=True)
+                state[key] = value if key == "step" else sharded_as(parameter, value)
+            each.state[parameter] = state
 
 
 def check_state(
@@ -242,7 +242,3 @@ def check_state(
                 f"the saved {key} of {name} has shape {tuple(value.shape)}, "
                 f"the parameter {tuple(parameter.shape)}"
             )
-
-
-def copied(state: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    return {key: value.to(like.device, like.dtype, copy=True) for key, value in state.items()}

@@ -44,17 +44,13 @@ def share_gradients(step_model: Callable[..., Tensor], share: bool) -> None:
         step_model.require_backward_grad_sync = share
 
 
-def is_sharded(model: Any) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
-
-
 @contextlib.contextmanager
 def unsharded(model: Any) -> Iterator[None]:
     """Gather a sharded model, so that calls other than its own forward pass work."""
-    if is_sharded(model):
+    if hasattr(model, "unshard"):  # FSDP gave it one
         model.unshard()
     yield
-    if is_sharded(model):
+    if hasattr(model, "reshard"):
         model.reshard()
 
 

@@ -1,4 +1,4 @@
-"""What a run is going to do and to need: every setting resolved, and said in sentences."""
+"""What a run will do and need: every setting resolved, and described in sentences."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -77,27 +77,26 @@ def micro_batch_size(batch_size: int, wanted: int | None, world_size: int) -> in
 
     Raises UserError if the processes, or the micro-batches, do not divide the batch.
     """
-    sizes = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-
-    def nearest(size: int) -> str:
-        near = sorted(sizes, key=lambda other: abs(other - size))[:2]
-        return " and ".join(map(str, sorted(near)))
-
     if batch_size % world_size:
         raise UserError(
             f"batch_size={batch_size} cannot be divided among {world_size} processes; the nearest "
-            f"numbers of processes that divide it are {nearest(world_size)}"
+            f"numbers of processes that divide it are {nearest(batch_size, world_size)}"
         )
     share = batch_size // world_size
     micro = wanted or share
     if share % micro:
-        sizes = [size for size in sizes if share % size == 0]
         of_each = f", {share} in each of {world_size} processes," if world_size > 1 else ""
         raise UserError(
             f"batch_size={batch_size}{of_each} is not a multiple of micro_batch_size={micro}; "
-            f"the nearest that divide it are {nearest(micro)}"
+            f"the nearest that divide it are {nearest(share, micro)}"
         )
     return micro
+
+
+def nearest(whole: int, wanted: int) -> str:
+    """The two divisors of `whole` that are nearest to `wanted`."""
+    divisors = (size for size in range(1, whole + 1) if whole % size == 0)
+    return " and ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])))
 
 
 # --- in sentences
@@ -112,6 +111,7 @@ def sentences(plan: Plan) -> list[str]:
     lines = [
         f"Model: {sizes.total:,} parameters; {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} wide, context {config.block_size:,}, vocabulary {config.vocab_size:,}.",
+        *lora_sentence(plan),
         f"Step: {plan.batch_size:,} sequences × {config.block_size:,} = "
         f"{plan.tokens_per_step:,} tokens, in {processes}{micro_steps:,} micro-step(s) of "
         f"{plan.micro_batch_size:,} sequences.",
@@ -122,12 +122,6 @@ def sentences(plan: Plan) -> list[str]:
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {available:.0f} GiB of {plan.device}." if available else "."),
     ]
-    if plan.lora:
-        lines.insert(
-            1,
-            f"LoRA: {sizes.trained:,} of them train ({sizes.trained / sizes.total:.1%}), "
-            f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}.",
-        )
     if plan.learning_rate.warmup_steps >= plan.max_steps:
         lines.append(
             f"warmup_steps={plan.learning_rate.warmup_steps:,} >= max_steps: the peak learning "
@@ -138,6 +132,16 @@ def sentences(plan: Plan) -> list[str]:
     if available and needed > available:
         lines.append(f"This will not fit. {what_fits(plan, available)}")
     return lines
+
+
+def lora_sentence(plan: Plan) -> list[str]:
+    if not plan.lora:
+        return []
+    share = plan.sizes.trained / plan.sizes.total
+    return [
+        f"LoRA: {plan.sizes.trained:,} of them train ({share:.1%}), "
+        f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}."
+    ]
 
 
 def what_fits(plan: Plan, available: float) -> str:
@@ -152,7 +156,9 @@ def what_fits(plan: Plan, available: float) -> str:
             if needed <= available:
                 words = [f"--micro_batch_size={size}", *(f"--{name}" for name in changes)]
                 return f"{' '.join(words)} takes {needed:.1f} GiB."
-    return "Nor would the smallest micro-batches; --fsdp shares it among more processes."
+    return (
+        "Neither will the smallest micro-batches; --fsdp would split the state over more processes."
+    )
 
 
 def memory_gib(plan: Plan) -> float:

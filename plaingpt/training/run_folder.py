@@ -106,13 +106,14 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError):
             if number < len(lines) - 1:
-                raise UserError(f"{path}:{number + 1} is not JSON") from None
+                raise UserError(f"{path}:{number + 1} is not a metrics record") from None
     return records
 
 

@@ -1,20 +1,20 @@
-"""What changes during a run: the model on its device, what trains it, and how far it is."""
+"""What changes during a run: the model on its device, its optimizers, and its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from configurator import UserError
 from model import GPT
 from plaingpt import lora
 from plaingpt.checkpoint import store
 from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import optim, parallel
-from plaingpt.training.compiling import maybe_compiled
 from plaingpt.training.optim import Optimizer
 from plaingpt.training.plan import Plan
 from plaingpt.training.start import Start
@@ -69,10 +69,44 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
     )
 
 
+def maybe_compiled(
+    model: GPT, wanted: bool | Literal["auto"], micro_batch_size: int, rt: Runtime
+) -> Callable[..., Tensor]:
+    """The model as a training step calls it, tried once; "auto" compiles on GPUs.
+
+    Evaluation and sampling keep the plain module, because their shapes vary. Raises UserError if
+    compiling is `wanted` and fails; "auto" says so and trains without it.
+    """
+    if wanted is False or (wanted == "auto" and not worth_compiling(rt)):
+        return model
+    compiled = torch.compile(model)
+    shape = (micro_batch_size, model.config.block_size)
+    tokens = torch.zeros(shape, dtype=torch.long, device=rt.device)
+    reason = ""
+    try:
+        with rt.autocast():
+            compiled(tokens, tokens).backward()
+    except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    model.zero_grad(set_to_none=True)
+    if not rt.any(bool(reason)):
+        return compiled
+    reason = reason or "in another process"
+    if wanted is True:
+        raise UserError(f"--compile=true does not work here ({reason})")
+    print(f"torch.compile does not work here ({reason}); training without it")
+    return model
+
+
+def worth_compiling(rt: Runtime) -> bool:
+    """On a CPU, compiling takes longer than a small run."""
+    return rt.device.type == "cuda"
+
+
 def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt: Runtime) -> None:
     """Write a checkpoint, from all processes: each may hold a part of the tensors.
 
-    `about` is what state.json says besides the step. Raises OSError if it cannot be written.
+    `about` holds the other fields of state.json. Raises OSError if it cannot be written.
     """
     model = state.model
     tensors = lora.adapter_tensors(model.weights()) if state.adapter else model.weights()

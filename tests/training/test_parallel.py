@@ -213,7 +213,7 @@ def test_a_signal_to_any_worker_saves_and_ends_all_with_0(run_of, tmp_path, name
     os.kill(max(workers_of(group)), signal.Signals[name])
     out = finish(group)
     assert "stopped by" in out
-    step = int(re.search(r"after step (\d+)", out)[1])
+    step = int(re.search(r"continues from step (\d+)", out)[1])
     assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
 
 

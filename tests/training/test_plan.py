@@ -65,8 +65,8 @@ def test_settings_of_none_become_numbers():
         (28, 8, "--micro_batch_size=8 --activation_checkpointing takes 27.2 GiB"),
         (25, 8, "--micro_batch_size=4 --fsdp takes 22.3 GiB"),
         (12, 8, "--micro_batch_size=2 --fsdp --activation_checkpointing takes 11.5 GiB"),
-        (8, 8, "Nor would the smallest micro-batches"),
-        (20, 1, "Nor would the smallest micro-batches; --fsdp shares it"),
+        (8, 8, "Neither will the smallest micro-batches"),
+        (20, 1, "Neither will the smallest micro-batches; --fsdp would split"),
     ],
 )
 def test_the_first_change_that_fits_is_named(gib, processes, said):
