@@ -74,11 +74,11 @@ def command(
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
     Returns the exit status: 0; 2 after a UserError (bad settings, bad data), an OSError (a full
-    disk) or lack of memory; 130 after Ctrl-C; 141 where the reader of the output left. Any other
+    disk) or lack of memory; 130 after Ctrl-C; 141 if the reader of the output left. Any other
     exception is our own bug and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Logs show each line at once; a character that the terminal cannot print ends no run.
+        # Flush at every line, so that logs stay current, and escape what cannot be printed.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
@@ -136,7 +136,7 @@ def validate(config: Any, problems: Iterable[str] = ()) -> None:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether numpy, CUDA or (with a plain RuntimeError) PyTorch's CPU allocator ran out of it."""
+    """Whether numpy, CUDA or PyTorch's CPU allocator (a plain RuntimeError) ran out of memory."""
     words = str(problem).lower()
     return isinstance(problem, MemoryError) or "memory" in words or "storage size" in words
 

@@ -1,5 +1,5 @@
 """
-What exists only for the speed of CPUs: attention in blocks, GELU in bf16, memory, probes.
+CPU-only speed-ups: blocked attention, bf16 GELU, memory reuse, bf16 detection.
 
 `speed_up` puts the fast layers in place once a model is built or loaded, as `lora.add` does with
 adapters: they have no weights of their own. docs/benchmarks.md has the measurements.
@@ -50,7 +50,7 @@ class BlockedAttention(Attention):
 
 
 class GELU(nn.GELU):
-    """GPT-2's GELU; in bf16 by passes that PyTorch vectorizes, in half the time of its kernel."""
+    """GPT-2's GELU; in bf16 by vectorized operations, twice as fast as PyTorch's kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return SigmoidGELU.apply(x) if x.dtype == torch.bfloat16 else super().forward(x)

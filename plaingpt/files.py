@@ -63,7 +63,7 @@ def flush(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that never exists in part under its own name."""
+    """Rename a folder, then delete it, so that its own name never stands for a part of it."""
     doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -18,8 +18,8 @@ Pick = Callable[[Tensor], Tensor]  # logits (B, V) → ids (B,)
 
 
 def picker(sampling: Sampling, tokenizer: Tokenizer, device: torch.device) -> Pick:
-    """What `GPT.generate` asks for each id. It draws from a generator of its own, and never an id
-    that the tokenizer lacks (the padding of a vocabulary)."""
+    """The `pick` function for `GPT.generate`. It has its own random generator and never draws an id
+    beyond the tokenizer's (the padding of a vocabulary)."""
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()
@@ -60,7 +60,7 @@ def continuations(
     pick: Pick,
     count: int = 1,
 ) -> Iterator[Tensor]:
-    """The ids (count,) that follow the ids of `prompt`, token by token, until all texts ended."""
+    """The ids (count,) after the ids of `prompt`, token by token, until every text has ended."""
     idx = torch.tensor([prompt] * count, device=model.lm_head.weight.device)
     return model.generate(idx, max_new_tokens, pick, stop_id=tokenizer.eot_id)
 

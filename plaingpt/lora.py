@@ -125,8 +125,8 @@ def is_adapter_weight(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights, except for adapters, and for positions, as a model may be loaded
-    with fewer of them."""
+    """A hash of a model's weights without adapters, and without positions, of which a model may be
+    loaded with fewer."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if not is_adapter_weight(name) and not name.endswith("wpe.weight"):

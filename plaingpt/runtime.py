@@ -28,7 +28,7 @@ from plaingpt import cpu
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place in a run. Matrix products run in `dtype`; float32: without autocast."""
+    """One process's place in a run. Matrix products run in `dtype`; float32 means no autocast."""
 
     device: torch.device
     dtype: torch.dtype
@@ -116,7 +116,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """The store through which the processes find each other; the main process hosts it.
 
     torchrun's own store outlives a restart and keeps the addresses of dead processes, which the
-    new ones would wait for (pytorch issue 135712). So it only holds the port of the main process's.
+    new ones would wait for (pytorch issue 135712). It carries only the port of our own.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -140,7 +140,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM add their names to, instead of their usual effect.
+    """Yield a list to which SIGINT and SIGTERM append their names instead of ending the process.
 
     A second SIGINT has its usual effect; a second SIGTERM has none, as schedulers and torchrun may
     both send one. Outside the main thread, which alone can handle signals, the list stays empty.

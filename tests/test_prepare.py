@@ -442,10 +442,10 @@ MISTAKES = {
     ),
     "missing": (
         lambda folder: str(folder / "x.txt"),
-        "no such file, nor a folder or pattern of .csv",
+        "matches no file of these kinds: .csv",
     ),
-    "no match": (lambda folder: f"{folder}/*.txt", "no such file, nor a folder or pattern of .csv"),
-    "folder without text": (str, "no such file, nor a folder or pattern of .csv"),
+    "no match": (lambda folder: f"{folder}/*.txt", "matches no file of these kinds: .csv"),
+    "folder without text": (str, "matches no file of these kinds: .csv"),
     "extension": (
         lambda folder: write(folder / "x.pdf", b"%PDF"),
         ".txt files are read, or compressed ones",

@@ -1,5 +1,5 @@
 """
-Measure this machine: the speed of a command next to the limit of the same work, in one run.
+Measure the speed of a command, and beside it the limit of this machine for the same work.
 
     python -m tools.bench prepare                           # made-up corpus of 1 GB, trained BPE
     python -m tools.bench prepare --tokenizer=gpt2 --corpus_mb=200 --repeats=5
@@ -82,7 +82,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import log, run_folder
 
 REPO = Path(__file__).parents[1]
-# Not runtime.peak_memory_gib: prepare.py does without torch, and the import would be measured.
+# Not runtime.peak_memory_gib: it imports torch, which prepare.py does without.
 PREPARE = """
 import sys, prepare
 from pathlib import Path

@@ -54,7 +54,7 @@ from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 
-EXTRA_TOKENS = 100  # that an answer may be longer than the reference answer
+EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
 EXAMPLES = 3  # answers to print
 BATCH_SIZE = 8  # windows per batch
 

@@ -62,7 +62,7 @@ def export(cfg: ExportConfig) -> Path:
 
 
 def check_settings(cfg: ExportConfig) -> None:
-    """Raises UserError that lists all invalid settings."""
+    """Raises a UserError that lists all invalid settings."""
     problems = []
     out_dir = Path(cfg.out_dir)
     if not out_dir.name:

@@ -161,7 +161,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
     """The settings of a request, on top of `defaults`.
 
-    Raises UserError that lists unknown names, wrong types, and values out of range.
+    Raises a UserError that lists unknown names, wrong types, and values out of range.
     """
     hints, given, problems = typing.get_type_hints(Sampling), {}, []
     for name in sorted(asked.keys() - {"messages", "text"}):

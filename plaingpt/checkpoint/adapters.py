@@ -128,7 +128,7 @@ def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
 def add_adapter(model: GPT, adapter: lora.Adapter, tensors: dict[str, Tensor]) -> None:
     """Add an adapter to its base, with the tensors of its file.
 
-    Raises UserError that lists what is missing, unexpected, or of another shape.
+    Raises a UserError that lists what is missing, unexpected, or of another shape.
     """
     lora.add(model, adapter.config, seed=0)
     expected = {PREFIX + name: each for name, each in lora.adapter_tensors(model.weights()).items()}

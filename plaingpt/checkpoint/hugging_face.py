@@ -38,7 +38,7 @@ def to_config_json(config: GPTConfig) -> dict[str, Any]:
         "layer_norm_epsilon": EPSILON,
         "initializer_range": INIT_STD,
         "tie_word_embeddings": config.tie_weights,
-        "bias": config.bias,  # for plainGPT only: False: the stored biases are zeros
+        "bias": config.bias,  # read only by plainGPT; False: the stored biases are zeros
     }
 
 
@@ -107,7 +107,7 @@ def from_file_layout(
 ) -> dict[str, Tensor]:
     """The weights for `GPT.from_weights`, float32, copied from the tensors of a GPT-2 file.
 
-    Raises UserError that lists missing tensors and those of another type or shape.
+    Raises a UserError that lists missing tensors and those of another type or shape.
     """
     last = f"h.{config.n_layer - 1}.ln_1.weight"
     beyond = f"h.{config.n_layer}.ln_1.weight"

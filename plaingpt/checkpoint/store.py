@@ -85,7 +85,7 @@ def write_model(
 def load(
     where: Path | str, *, block_size: int | None = None, dropout: float = 0.0, merged: bool = True
 ) -> tuple[GPT, Tokenizer]:
-    """`load_model`, with the model's tokenizer; an adapter without one has that of its base.
+    """Like `load_model`, with the tokenizer; an adapter without its own uses that of its base.
 
     Also raises UserError if the tokenizer is missing or has more ids than the model.
     """
@@ -133,7 +133,7 @@ def load_plain(folder: Path, block_size: int | None, dropout: float) -> GPT:
     config = read_config(folder, block_size, dropout)
     saved = read_weights(folder)
     if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
-        config = replace(config, bias=True)  # since trained elsewhere, where biases always train
+        config = replace(config, bias=True)  # trained elsewhere since, where biases always train
     weights = from_file_layout(saved, config, folder)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{folder} holds weights that are NaN or infinite")

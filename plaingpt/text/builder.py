@@ -38,7 +38,7 @@ class Limits:
 
 
 class SplitWriter:
-    """A split as it is written: its shards, and digest, tokens and bytes of each document."""
+    """A split being written: its shards, plus the digest, tokens and bytes of each document."""
 
     def __init__(
         self, folder: Path, name: str, shard_tokens: int, masked: bool, notes: dict[str, Any]

@@ -34,11 +34,11 @@ def parse_address(text: str) -> HubDataset:
 def hub_rows(
     name: str, hub: HubDataset, fields: tuple[str, ...], done: int, mark: Mark | None
 ) -> Iterator[tuple[Row, Mark | None]]:
-    """The records after the first `done`, each with the last mark before it. `mark`, one that an
-    earlier run got, saves reading everything before it again.
+    """The records after the first `done`, each with the last mark before it. A `mark` from an
+    earlier run avoids reading everything before it again.
 
     `datasets` itself retries for minutes when a connection breaks. Raises UserError for a dataset,
-    config or split that does not exist, and OSError when the network stays away.
+    config or split that does not exist, and OSError if the network stays down.
     """
     stream = hub_stream(name, hub, fields)
     number, state = mark or (0, None)

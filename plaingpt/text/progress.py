@@ -1,4 +1,4 @@
-"""progress.json: how far a run of prepare.py came, and the settings and inputs that it had."""
+"""progress.json: how far an interrupted prepare.py got, with its settings and inputs."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def read_progress(
 ) -> Progress:
     """The progress of an earlier run with the same settings and inputs.
 
-    Raises UserError where they differ; with `overwrite` the run starts anew instead.
+    Raises UserError if they differ; with `overwrite` the run starts anew instead.
     """
     fresh = Progress(folder, settings, inputs, {})
     if not fresh.was_saved:
@@ -64,7 +64,7 @@ def read_progress(
 def check_settings_unchanged(
     folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]
 ) -> None:
-    """Raises UserError that names the settings that differ."""
+    """Raises a UserError that names the settings that differ."""
     changed = [
         f"{name} was {old.get(name)!r}, is now {now[name]!r}"
         for name in now

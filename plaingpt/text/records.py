@@ -14,7 +14,7 @@ BATCH = 500  # rows of parquet files and of the hub that are read at once
 
 
 class Row(NamedTuple):
-    """A record, or the `problem` with what stands in its place."""
+    """A record, or the `problem` that kept it from being read."""
 
     where: str  # for messages: file and line or row
     value: Any
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 def rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
     """The records of a file; of parquet files only the columns `fields`, if it has any of them.
 
-    Raises UserError for a file that is not what its suffix says.
+    Raises UserError if the content does not match the suffix.
     """
     read = {".csv": csv_rows, ".jsonl": line_rows, ".json": json_rows}
     with refuse_damaged(path):

@@ -145,7 +145,7 @@ class Split:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Map the tokens of a shard. Raises UserError where its length contradicts its header."""
+    """Map the tokens of a shard. Raises UserError if its length contradicts its header."""
     size, tokens = path.stat().st_size, decode_header(path)
     if tokens is None:
         if size == 0 or size % 2:
@@ -185,7 +185,7 @@ class ShardWriter:
         masked: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Raises UserError where files are shorter than `state` says."""
+        """Raises UserError if files are shorter than `state` says."""
         assert shard_tokens < 2**31
         self.folder, self.name, self.shard_tokens, self.masked = folder, name, shard_tokens, masked
         state = state or {"shards": [], "filled": 0}

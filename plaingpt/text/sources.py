@@ -75,7 +75,7 @@ class Source:
 
 
 def find_source(text: str) -> Source:
-    """Look up a source string. Raises UserError where it leads to nothing that can be read."""
+    """Look up a source string. Raises UserError if it matches no readable file."""
     weight = None
     if (weighed := WEIGHT.fullmatch(text)) and not os.path.exists(text):
         text, weight = weighed[1], float(weighed[2])
@@ -102,7 +102,7 @@ def find_paths(text: str) -> list[str]:
         found = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
     paths = sorted(path for path in found if readable(path))
     if not paths:
-        raise UserError(f"source {text!r}: no such file, nor a folder or pattern of {kinds}")
+        raise UserError(f"source {text!r} matches no file of these kinds: {kinds}")
     return paths
 
 

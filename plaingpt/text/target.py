@@ -16,8 +16,8 @@ from plaingpt.text.shards import mask_path
 def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """The manifest in `folder`, or {} if it has none.
 
-    Raises UserError where writing there would destroy files of others, or, without `overwrite`,
-    data that was prepared with other settings.
+    Raises UserError if writing there would destroy files that prepare.py did not make, or, without
+    `overwrite`, data that was prepared with other settings.
     """
     if not folder.is_dir():
         if folder.exists():
@@ -40,7 +40,7 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
 
 
 def check_inputs(manifest: dict[str, Any], sources: tuple[str, ...], folder: Path) -> None:
-    """Raises UserError where files have changed since they were prepared. Files that have gone
+    """Raises UserError if files have changed since they were prepared. Files that have gone
     since then cannot be compared."""
     try:
         now = progress.digest_of(progress.inputs_of(sources))
@@ -56,7 +56,7 @@ def check_inputs(manifest: dict[str, Any], sources: tuple[str, ...], folder: Pat
 def only_install_left(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether an earlier run with these settings did everything but move its files.
 
-    Raises UserError where its settings were others; with `overwrite` its files are removed.
+    Raises UserError if its settings were others; with `overwrite` its files are removed.
     """
     if not (partial / MANIFEST).exists():
         return False

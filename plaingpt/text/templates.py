@@ -8,8 +8,9 @@ Records → text, and which of it counts in the loss.
 - `synth`: PleIAs/SYNTH's `query`, `synthetic_reasoning` and `synthetic_answer`, as a chat whose
   answer begins with <think>…</think>.
 
-But for `text`, only answers count, each with the `<|endoftext|>` that ends it, and all fields are
-stripped of surrounding white space: a question encodes to the same ids with and without its answer.
+Except with `text`, only answers count, each with the `<|endoftext|>` that ends it, and all fields
+are stripped of surrounding white space: a question encodes to the same ids with and without its
+answer.
 """
 
 import json
@@ -28,8 +29,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 ROLES |= {"gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-# The same as Jinja, which `transformers` renders in apply_chat_template. Saved folders hold these
-# templates and are recognized by them: any change makes a model of today one without a template.
+# The same in Jinja, for apply_chat_template. Saved models are recognized by these exact strings:
+# after any change, the models of today would no longer count as chat models.
 NO_SYSTEM = "this model was trained without system messages"
 CHECKED = (
     "{% set next = namespace(role='user') %}{% for message in messages %}"

@@ -70,7 +70,7 @@ class Tokenizer:
     def gpt2(cls) -> "Tokenizer":
         """OpenAI's vocabulary of 50,257 ids, which tiktoken downloads once and caches.
 
-        Raises UserError where it is not cached and cannot be downloaded.
+        Raises UserError if it is not cached and cannot be downloaded.
         """
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
@@ -189,7 +189,7 @@ class Tokenizer:
         """Open a tokenizer.json, or the one in a folder: any byte-level BPE that splits text as
         GPT-2 does (or StarCoder and SmolLM, with single digits), whatever its special tokens.
 
-        Raises UserError where there is none, or one that would not give the same ids here.
+        Raises UserError if there is none, or one that would not give the same ids here.
         """
         path = Path(folder)
         path = path if path.is_file() else path / "tokenizer.json"
@@ -256,7 +256,7 @@ def splits_digits(content: dict[str, Any]) -> bool | None:
 
 
 def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> str:
-    """The special token that ends a document. Raises UserError where it cannot be told."""
+    """The special token that ends a document. Raises UserError if it cannot be told."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if eos in special:

@@ -120,5 +120,5 @@ class Clock:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None, which JSON can carry, if it is not finite."""
+    """`value`, or None (null in JSON) if it is not finite."""
     return value if value is None or math.isfinite(value) else None

@@ -14,7 +14,7 @@ from plaingpt.training.schedule import Every, LearningRate
 
 
 class Sizes(NamedTuple):
-    """Numbers of parameters: all, those that train, and of both the matrices of the blocks."""
+    """Parameter counts: all, the trained ones, and how many of each are in the blocks' matrices."""
 
     total: int
     trained: int

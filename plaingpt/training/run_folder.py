@@ -44,22 +44,22 @@ class RunLog:
 def begin_run(
     out_dir: Path, starts: list[dict[str, Any]], tracker: str | None, splits: dict[str, Any]
 ) -> RunLog:
-    """Make or continue a run folder, whose run.json lists its `starts`, the last one now; `splits`
-    are the statistics of the data, for the tracker.
+    """Create or continue a run folder and write its run.json: `starts`, the current one last.
+    `splits` are the statistics of the data, for the tracker.
 
     Raises UserError if the tracker cannot be started.
     """
     start = starts[-1]
     out_dir.mkdir(parents=True, exist_ok=True)
-    opened = None
+    running = None
     if tracker:
         name = f"{out_dir.name}-{starts[0]['time']}"
-        opened = Tracker(tracker, name, out_dir, start | {"splits": splits})
+        running = Tracker(tracker, name, out_dir, start | {"splits": splits})
     if start["step"] == 0:
         for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
             remove_folder(folder)
     write_json(out_dir / "run.json", {"starts": starts})
-    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), opened)
+    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), running)
 
 
 def describe_start(

@@ -1,4 +1,4 @@
-"""Pure functions of the step: the learning rate, and when what comes once in a while is due."""
+"""Pure functions of the step: the learning rate, and when periodic work is due."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Every:
-    """Something to do after every so many steps (0: never), and perhaps after the last one."""
+    """Work that is due after every `steps` steps (0: never), and after the `last` one."""
 
     steps: int
     last: int | None = None

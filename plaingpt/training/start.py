@@ -140,7 +140,7 @@ def saved_settings(folder: Path, defaults: Settings) -> Settings:
 
 
 def shape_of(start: Start, settings: Settings, vocab_size: int) -> Settings:
-    """The settings that describe the model of a start, for those who resume."""
+    """The shape of the opened model as settings, to be saved for resuming."""
     config = start.model.config
     shape = {name: getattr(config, name) for name in SHAPE}
     if model_config(settings | shape, vocab_size).vocab_size != config.vocab_size:

@@ -130,7 +130,7 @@ def test_it_is_uploaded_as_huggingface_hub_does_it(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--out_dir={full}"], "already exists: --out_dir=OTHER"),
+        (["--out_dir={full}"], "already exists: choose another --out_dir"),
         (["--out_dir="], "cannot be the name of a new folder"),
         (["--out_dir={new}", "--push_to_hub=me"], "push_to_hub='me' is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/it@main"], "is not of the form OWNER/NAME"),
