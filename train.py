@@ -114,14 +114,7 @@ from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.plan import Plan, micro_batch_size, sentences, sizes_of
 from plaingpt.training.run_folder import RunLog, begin_run, describe_start
 from plaingpt.training.schedule import Every, LearningRate
-from plaingpt.training.start import (
-    Start,
-    meta_model,
-    model_config,
-    open_start,
-    saved_settings,
-    shape_of,
-)
+from plaingpt.training.start import Start, open_start, planned_start, saved_settings, shape_of
 from plaingpt.training.state import TrainState, make_state, write_checkpoint
 
 MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
@@ -149,7 +142,7 @@ def train(cfg: TrainConfig) -> Record:
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, rt.world_size)
     if cfg.plan and cfg.init_from == "scratch" and not Path(cfg.data_dir).is_dir():
         print(f"{cfg.data_dir} does not exist yet; assuming GPT-2's vocabulary of 50,257 ids.")
-        start = Start(meta_model(model_config(asdict(cfg), 50257)))
+        start = planned_start(asdict(cfg), vocab_size=50257)
         print("\n".join(sentences(make_plan(cfg, start, None, micro, rt))))
         return {}
 
@@ -233,7 +226,8 @@ def run(
             if sound and plan.sampling.due(step):
                 print_sample(state.model, state.tokenizer, cfg.seed, rt)
             if stopping or plan.saving.due(step):
-                save(cfg, state, loss, record["val_loss"] if evaluating else None, data, rt)
+                losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
+                save(cfg, state, losses, data, rt)
             if stopping:
                 again = f"python train.py --init_from=resume --out_dir={cfg.out_dir}"
                 name = stop[0] if stop else "a signal"
@@ -388,17 +382,9 @@ def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Ru
     return measured
 
 
-def save(
-    cfg: TrainConfig,
-    state: TrainState,
-    loss: float,
-    val_loss: float | None,
-    data: Data,
-    rt: Runtime,
-) -> None:
+def save(cfg: TrainConfig, state: TrainState, losses: Record, data: Data, rt: Runtime) -> None:
     about = {
-        "loss": finite(loss),
-        "val_loss": finite(val_loss),
+        **{name: finite(loss) for name, loss in losses.items()},
         "data": data.dataset.fingerprint,
         "versions": runtime.versions(),
         "settings": asdict(cfg),

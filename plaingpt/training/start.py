@@ -49,10 +49,16 @@ def open_start(settings: Settings, defaults: Settings, dataset: Dataset) -> Star
         )
     if settings["init_from"] != "scratch":
         return from_checkpoint(settings, defaults, dataset)
-    shape = model_config(settings, dataset.tokenizer.vocab_size)
+    vocab_size = dataset.tokenizer.vocab_size
     if settings["plan"]:
-        return Start(meta_model(shape))
-    return Start(GPT(shape).init_weights(settings["seed"]))
+        return planned_start(settings, vocab_size)
+    return Start(GPT(model_config(settings, vocab_size)).init_weights(settings["seed"]))
+
+
+def planned_start(settings: Settings, vocab_size: int) -> Start:
+    """A new model without memory, for --plan."""
+    with torch.device("meta"):
+        return Start(GPT(model_config(settings, vocab_size)))
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
@@ -67,12 +73,6 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def meta_model(config: GPTConfig) -> GPT:
-    """A model that takes no memory."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:

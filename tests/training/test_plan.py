@@ -9,7 +9,7 @@ import train
 from plaingpt import runtime
 from plaingpt.runtime import Runtime
 from plaingpt.training.plan import Plan, memory_gib, micro_batch_size, sentences, what_fits
-from plaingpt.training.start import Start, meta_model, model_config
+from plaingpt.training.start import planned_start
 
 CPU = torch.device("cpu")
 CFG = train.TrainConfig(batch_size=24, device="cpu")
@@ -18,7 +18,7 @@ XL = replace(CFG, n_layer=48, n_head=25, n_embd=1600, block_size=1024, batch_siz
 
 def plan_of(cfg: train.TrainConfig, processes: int = 1) -> Plan:
     rt = Runtime(CPU, torch.bfloat16, world_size=processes)
-    start = Start(meta_model(model_config(vars(cfg), 50257)))
+    start = planned_start(vars(cfg), 50257)
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, processes)
     return train.make_plan(cfg, start, None, micro, rt)
 
