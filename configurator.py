@@ -161,7 +161,9 @@ def resolve(
         checked = check(value, hints[name])
         if checked is INVALID:
             wanted = describe(hints[name])
-            problems.append(f"{where}: {name} expects {wanted}, not {value!r}")
+            huge = type(value) is int and abs(value) >= 2**63  # repr() may refuse it
+            given = "an integer beyond 64 bits" if huge else repr(value)
+            problems.append(f"{where}: {name} expects {wanted}, not {given}")
         else:
             values[name], origin[name] = checked, where
 
@@ -293,6 +295,10 @@ def check(value: Any, hint: Any) -> Any:
                 items = tuple(check(item, get_args(option)[0]) for item in value)
                 if not any(item is INVALID for item in items):
                     return items
+        elif type(value) is int and option is int:
+            return value if abs(value) < 2**63 else INVALID
+        elif type(value) is str and option is str:
+            return INVALID if "\0" in value else value  # no file can have such a name
         elif type(value) is option or (value is None and option is type(None)):
             return value
     if float in options and type(value) is int and abs(value) < 1e300:

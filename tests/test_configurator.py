@@ -460,3 +460,12 @@ def test_other_errors_keep_their_traceback(kind):
 def test_a_closed_output_is_not_an_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     assert configurator.command(Settings, print, []) == 0
+
+
+def test_what_no_machine_can_hold_is_a_wrong_value(tmp_path, capsys):
+    (tmp_path / "huge.py").write_text("steps = 10**5000\n")
+    assert configurator.command(Settings, pytest.fail, [str(tmp_path / "huge.py")]) == 2
+    assert "steps expects int, not an integer beyond 64 bits" in capsys.readouterr().err
+    (tmp_path / "nul.py").write_text("name = 'a\\0b'\n")
+    assert configurator.command(Settings, pytest.fail, [str(tmp_path / "nul.py")]) == 2
+    assert r"name expects str, not 'a\x00b'" in capsys.readouterr().err
