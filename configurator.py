@@ -137,8 +137,8 @@ def validate(config: Any, problems: Iterable[str] = ()) -> None:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether numpy, CUDA or PyTorch's CPU allocator (a plain RuntimeError) ran out of memory."""
-    words = str(problem).lower()
-    return isinstance(problem, MemoryError) or "memory" in words or "storage size" in words
+    words = ("out of memory", "allocate memory", "not enough memory", "storage size")
+    return isinstance(problem, MemoryError) or any(w in str(problem).lower() for w in words)
 
 
 def one_line(problem: BaseException) -> str:

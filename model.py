@@ -5,8 +5,8 @@ A genuine GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm, tanh GE
 Hugging Face's parameter names, so that `transformers` loads what this file trains. Whatever its
 format cannot express stays out.
 
-Shapes: B sequences, T tokens each, S tokens seen so far, C channels (n_embd), H heads,
-D channels per head (C / H), V vocabulary.
+Shapes: B sequences, T new tokens each, S tokens with those in the cache, C channels (n_embd),
+H heads, D channels per head (C / H), V vocabulary.
 """
 
 import math
@@ -46,8 +46,8 @@ class GPTConfig:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = min(fits, key=lambda h: abs(h - self.n_head))
             raise ValueError(
-                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads; "
-                f"the nearest that does is n_head={near}"
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"the nearest that works is n_head={near}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
@@ -73,10 +73,10 @@ class KVCache:
         head_dim = config.n_embd // config.n_head
         self.keys = torch.zeros(*shape, head_dim, device=weight.device, dtype=weight.dtype)
         self.values = torch.zeros_like(self.keys)
-        self.length = 0  # S, the same for every sequence of the batch
+        self.length = 0  # tokens so far, the same for every sequence of the batch
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, D) to the S tokens so far; return all S + T of the layer."""
+        """Append k, v (B, H, T, D) to those of a layer; return all of them, (B, H, S, D)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -94,10 +94,11 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal attention of the last T of S tokens, by PyTorch's flash kernels where it has them."""
+    """Causal attention, by PyTorch's flash kernels where available. It is a module of its own so
+    that plaingpt/cpu.py can replace it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Mix the values v (B, H, S, D) for each query of q (B, H, T, D), by the keys k (as v)."""
+        """Attend with the last T queries q (B, H, T, D) to all keys and values, (B, H, S, D)."""
         T, S = q.size(2), k.size(2)
         if T == 1 or T == S:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
@@ -208,7 +209,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-        assert not unexpected and missing == ["lm_head.weight"] * config.tie_weights
+        assert not unexpected and missing == (["lm_head.weight"] if config.tie_weights else [])
         model.tie_head()
         return model
 

@@ -56,26 +56,26 @@ class TrainConfig:
     tie_weights: bool = True  # one matrix for token embedding and head
     vocab_multiple: PositiveInt = 1  # round the vocabulary up to a multiple; 64 is faster on GPUs
     # LoRA: freeze the weights of a checkpoint and train adapters beside them
-    lora_rank: NonNegativeInt = 0  # of the adapters; 0: no adapters, all weights train
+    lora_rank: NonNegativeInt = 0  # rank of the adapters; 0: no adapters, all weights train
     lora_alpha: PositiveFloat = 16.0  # adapters are scaled by lora_alpha / lora_rank
-    lora_dropout: FractionBelow1 = 0.0  # share of their inputs zeroed in training
-    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # suffixes of linear layers' names
+    lora_dropout: FractionBelow1 = 0.0  # dropout on the adapters' inputs
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # suffixes of the layers to adapt
     # the optimizer
     batch_size: PositiveInt = 8  # sequences per step, over all processes
     micro_batch_size: PositiveInt | None = None  # sequences a device takes at once; None: its share
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
     epochs: Epochs | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
-    learning_rate: PositiveFloat = 0.01  # peak
+    learning_rate: PositiveFloat = 0.01  # at its peak
     min_lr: NonNegativeFloat = 0.0  # at the last step
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up
     schedule: ScheduleName = "wsd"  # cosine, or wsd: constant, then down to min_lr
     decay_fraction: Fraction = 0.5  # share of the steps over which wsd decays
-    weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings
-    embedding_lr_scale: PositiveFloat = 1.5  # with muon: AdamW's learning rate / learning_rate
-    momentum: FractionBelow1 = 0.9  # Muon's
-    beta1: FractionBelow1 = 0.9  # AdamW's
-    beta2: FractionBelow1 = 0.95  # AdamW's
+    weight_decay: NonNegativeFloat = 0.0  # for matrices and embeddings
+    embedding_lr_scale: PositiveFloat = 1.5  # with muon: AdamW's multiple of learning_rate
+    momentum: FractionBelow1 = 0.9  # Muon's momentum
+    beta1: FractionBelow1 = 0.9  # AdamW's beta1
+    beta2: FractionBelow1 = 0.95  # AdamW's beta2
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0: no limit
     stride: PositiveInt | None = None  # tokens between the starts of windows; None: block_size
     # watching
@@ -93,7 +93,7 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on GPUs, if it works
     fsdp: bool = False  # shard weights and optimizer, for models too large for one GPU
     activation_checkpointing: bool = False  # less memory: recompute blocks in the backward pass
-    seed: NonNegativeInt = 1337  # of the weights, the order of the data and the dropout
+    seed: NonNegativeInt = 1337  # for initial weights, data order and dropout
 
 
 if __name__ == "__main__":
@@ -104,29 +104,26 @@ import torch
 from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders
 from plaingpt.runtime import Runtime
-from plaingpt.text.dataset import Dataset, open_dataset
-from plaingpt.text.shards import Split
+from plaingpt.text.dataset import open_dataset
 from plaingpt.training import optim, parallel
-from plaingpt.training.batches import Batch, Batches, check_length
+from plaingpt.training.batches import Batch, Batches, Data, open_data
 from plaingpt.training.evaluation import bits_per_byte, print_sample, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.plan import Plan, micro_batch_size, sentences, sizes_of
 from plaingpt.training.run_folder import RunLog, begin_run, describe_start
 from plaingpt.training.schedule import Every, LearningRate
-from plaingpt.training.start import Start, open_start, planned_start, saved_settings, shape_of
+from plaingpt.training.start import (
+    SHAPE,
+    Start,
+    open_start,
+    planned_start,
+    saved_settings,
+    shape_of,
+)
 from plaingpt.training.state import TrainState, make_state, write_checkpoint
 
 MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    dataset: Dataset
-    batches: Batches
-    held_out: Split
 
 
 def train(cfg: TrainConfig) -> Record:
@@ -147,42 +144,45 @@ def train(cfg: TrainConfig) -> Record:
         return {}
 
     # what the run starts from: fresh weights, a checkpoint, or its own newest one
-    out_dir, given = Path(cfg.out_dir), json.loads(json.dumps(asdict(cfg)))
-    starts = folders.read_starts(out_dir)
-    restarted = runtime.restartable() and starts != [] and starts[-1]["settings"] == given
-    if restarted and folders.step_folders(out_dir):
+    out_dir = Path(cfg.out_dir)
+    given = json.loads(json.dumps(asdict(cfg)))  # with lists for tuples, as run.json has them
+    history = folders.read_starts(out_dir)
+    same_run = runtime.restartable() and history != [] and history[-1]["settings"] == given
+    if same_run and folders.step_folders(out_dir):
         print(f"{out_dir} already holds this run: resuming it")
         cfg = replace(cfg, init_from="resume")
-        cfg = replace(cfg, **settings_so_far(cfg))
+        saved = settings_so_far(cfg)  # a run that began with a checkpoint was never given its shape
+        cfg = replace(cfg, **{name: saved[name] for name in (*SHAPE, "vocab_multiple")})
     dataset = open_dataset(cfg.data_dir)
     start = open_start(asdict(cfg), asdict(TrainConfig()), dataset)
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
 
     # what it will do
-    data = open_data(cfg, dataset, start.model.config.block_size)
+    block_size = start.model.config.block_size
+    data = open_data(dataset, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
     plan = make_plan(cfg, start, data.batches, micro, rt)
     print("\n".join(sentences(plan)))
     if cfg.plan:
         return {}
     if start.step >= plan.max_steps:
         done = f"{out_dir} has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
-        if not restarted:
+        if not same_run:
             larger = "--max_steps" if cfg.epochs is None else "--epochs (and --max_steps, if given)"
             raise UserError(f"{done}; a larger {larger} continues it")
         print(done)
         return {}
-    if rt.any(rt.sum(torch.tensor(float(start.step))).item() != start.step * rt.world_size):
+    if not rt.all_equal(start.step):
         raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
 
     # do it
     state = make_state(start, dataset.tokenizer, plan, rt)
-    log = RunLog(out_dir)
+    log = RunLog(out_dir)  # writes nothing; the main process replaces it
     if rt.is_main:
         if start.adapter and start.source and start.step == 0 and not folders.on_hub(cfg.init_from):
             adapters.keep_base(start.source, out_dir)
-        this_start = describe_start(given, rt, start.step, dataset.fingerprint)
-        starts = [*starts, this_start] if start.step else [this_start]
-        log = begin_run(out_dir, starts, cfg.tracker, dataset.statistics)
+        now = describe_start(given, rt, start.step, dataset.fingerprint)
+        history = [*history, now] if start.step else [now]
+        log = begin_run(out_dir, history, cfg.tracker, dataset.statistics)
     return run(cfg, state, plan, data, log, rt)
 
 
@@ -219,7 +219,7 @@ def run(
                     record |= evaluate(cfg, state, plan, data, rt)
                 log.add(record)
 
-            # the occasional work: a sample, a checkpoint
+            # periodic work: a sample, unless the model is broken, and a checkpoint
             sound = not state.skipped_in_a_row
             if evaluating:
                 sound = sound and math.isfinite(record["val_loss"])
@@ -260,14 +260,6 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     settings = saved_settings(folders.find(cfg.out_dir), asdict(TrainConfig()))
     own = {"init_from", "out_dir", "overwrite", "plan"}
     return {name: value for name, value in settings.items() if name not in own}
-
-
-def open_data(cfg: TrainConfig, dataset: Dataset, block_size: int) -> Data:
-    split, stride = dataset.split("train"), cfg.stride or block_size
-    batches = Batches(split, cfg.batch_size, block_size, cfg.seed, stride)
-    held_out = dataset.split("val")
-    check_length(held_out, block_size)
-    return Data(dataset, batches, held_out)
 
 
 def make_plan(

@@ -54,6 +54,10 @@ class Runtime:
             return value
         return self.sum(torch.tensor(float(value))).item() > 0
 
+    def all_equal(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        return not self.any(self.sum(torch.tensor(float(value))).item() != value * self.world_size)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()

@@ -163,7 +163,7 @@ def test_openai_sizes_have_their_parameter_counts():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"n_head": 5}, "n_embd=32 does not divide into n_head=5 heads; .* n_head=4"),
+        ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5; .* n_head=4"),
         ({"n_layer": 0}, "n_layer must be a positive integer, not 0"),
         ({"dropout": 1.0}, "dropout must be in"),
     ],

@@ -296,6 +296,25 @@ def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, mo
         train.train(replace(run, overwrite=True))
 
 
+def test_a_restart_keeps_what_a_resumed_run_was_told(cfg, tmp_path, monkeypatch):
+    run = replace(cfg, out_dir=str(tmp_path), max_steps=4, save_interval=2)
+    train.train(run)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    longer = replace(run, init_from="resume", max_steps=9, learning_rate=0.002, save_interval=9)
+    real, calls = train.optimizer_step, []
+
+    def dies_in_the_2nd_step(*args):
+        calls.append(args)
+        return real(*args) if len(calls) < 2 else 1 / 0
+
+    monkeypatch.setattr(train, "optimizer_step", dies_in_the_2nd_step)
+    with pytest.raises(ZeroDivisionError):
+        train.train(longer)
+    monkeypatch.setattr(train, "optimizer_step", real)
+    assert train.train(longer)["step"] == 9
+    assert max(record["lr"] for record in records(tmp_path)[4:]) <= 0.002
+
+
 def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
     first = replace(cfg, out_dir=str(tmp_path / "first"), max_steps=2, block_size=24)
     train.train(first)
@@ -398,7 +417,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"seed": 2**63}, "seed must be below"),
         ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate"),
         ({"data_dir": ""}, "data_dir must be non-empty"),
-        ({"n_head": 3}, "does not divide into n_head=3"),
+        ({"n_head": 3}, "is not divisible by n_head=3"),
         ({"block_size": 8000}, "one window takes block_size"),
         ({"block_size": 1000}, "the val split has"),
         ({"data_dir": "nowhere"}, "there is no data in nowhere"),

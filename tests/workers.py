@@ -24,9 +24,9 @@ def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:
     return process
 
 
-def run_all(world_size: int, folder: Path, runs: list[list[str]]) -> str:
+def run_all(world_size: int, folder: Path, runs: list[list[str]], status: int = 0) -> str:
     """Trainings one after the other, all in the same `world_size` processes, as torchrun would
-    start them; what they print.
+    start them, which end with `status`; what they print.
 
     In a run whose out_dir ends with "_nan" the 3rd and 4th loss of one process is NaN.
     """
@@ -43,7 +43,7 @@ def run_all(world_size: int, folder: Path, runs: list[list[str]]) -> str:
     for process in processes:
         process.join(timeout=300)
     told = "".join(Path(f"{output}{rank}").read_text() for rank in range(world_size))
-    assert [process.exitcode for process in processes] == [0] * world_size, told
+    assert [process.exitcode for process in processes] == [status] * world_size, told
     return told
 
 

@@ -78,11 +78,12 @@ def check_settings(cfg: ExportConfig) -> None:
 
 
 def is_repo_id(name: str) -> bool:
-    import huggingface_hub  # not at the top: 0.3 s
+    from huggingface_hub.errors import HFValidationError  # not at the top: 0.3 s
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except huggingface_hub.errors.HFValidationError:
+        validate_repo_id(name)
+    except HFValidationError:
         return False
     return name.count("/") == 1
 

@@ -1,4 +1,4 @@
-"""The order in which a run reads the windows of a split.
+"""What a run reads: the windows of its splits, and their order.
 
 Shapes: B sequences, T tokens each (block_size).
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from configurator import UserError
 from plaingpt.runtime import Runtime
+from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss mask, each (B, T)
@@ -104,6 +105,23 @@ class Batches:
                 if step + 1 in steps:
                     coming.append(reader.submit(read, step + 1))
                 yield batch
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    dataset: Dataset
+    batches: Batches
+    held_out: Split
+
+
+def open_data(dataset: Dataset, batch_size: int, block_size: int, seed: int, stride: int) -> Data:
+    """Raises UserError if a split is missing, damaged, or holds less than one window."""
+    batches = Batches(dataset.split("train"), batch_size, block_size, seed, stride)
+    held_out = dataset.split("val")
+    check_length(held_out, block_size)
+    return Data(dataset, batches, held_out)
 
 
 def on_device(tensor: Tensor, rt: Runtime) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("missing.txt", "no such file"),
+        ("missing.txt", "matches no file of these kinds"),
         ("hf:justaname extra", "write hf:OWNER/NAME"),
         ("stdlib=0", "above 0"),
     ],

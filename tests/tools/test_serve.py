@@ -335,7 +335,7 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
     "arguments, message",
     [
         (["--port=70000", "--temperature=-1"], "port must be from 0 to 65535"),
-        (["--host="], "host is empty"),
+        (["--host="], "host must be non-empty"),
         (["--max_requests=0"], "max_requests must be at least 1"),
         (["--checkpoint=nowhere"], "nowhere does not exist"),
         (["--host=203.0.113.9"], "cannot listen on 203.0.113.9:8000"),
