@@ -60,7 +60,7 @@ class TrainConfig:
     lora_alpha: PositiveFloat = 16.0  # adapters are scaled by lora_alpha / lora_rank
     lora_dropout: FractionBelow1 = 0.0  # dropout on the adapters' inputs
     lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # suffixes of the layers to adapt
-    # the optimizer
+    # the steps and the optimizer
     batch_size: PositiveInt = 8  # sequences per step, over all processes
     micro_batch_size: PositiveInt | None = None  # sequences a device takes at once; None: its share
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for

@@ -144,7 +144,7 @@ def shape_of(start: Start, settings: Settings, vocab_size: int) -> Settings:
     config = start.model.config
     shape = {name: getattr(config, name) for name in SHAPE}
     if model_config(settings | shape, vocab_size).vocab_size != config.vocab_size:
-        shape["vocab_multiple"] = config.vocab_size
+        shape["vocab_multiple"] = config.vocab_size  # which the vocabulary is rounded up to
     return shape
 
 
