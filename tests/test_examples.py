@@ -1,6 +1,7 @@
 """The example scripts run, and Hugging Face's Trainer sees the losses that we see."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,6 @@ def test_both_loops_have_the_same_loss_on_the_same_batch(folders, tmp_path):
 CONVERTER = """
 import json, sys
 from conversion.base import TextModel
-from plaingpt.text import shards
-from plaingpt.training import batches
-from plaingpt.checkpoint import store
 def main():
     told = {"arguments": sys.argv[1:], "splits as": TextModel().get_vocab_base_pre(None)}
     json.dump(told, open(sys.argv[-1], "w"))
@@ -89,11 +87,14 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
             to_gguf.main(str(llama_cpp), str(where), "y")
 
 
-def test_the_example_runs(folders, tmp_path):
+def test_the_example_runs(folders, tmp_path, monkeypatch, capsys):
     step, data_dir = folders
-    command = [sys.executable, str(REPO / "examples" / "hf_trainer.py"), step, data_dir]
-    done = subprocess.run([*command, tmp_path / "out", "3"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "before: " in done.stdout and "after: " in done.stdout
+    script = REPO / "examples" / "hf_trainer.py"
+    words = [script, step, data_dir, tmp_path / "out", "3"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "before: " in out and "after: " in out
     assert store.load_model(tmp_path / "out").config == SHAPE
     assert Tokenizer.load(tmp_path / "out").vocab_size == 257

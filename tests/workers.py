@@ -14,7 +14,7 @@ import train
 from model import GPT
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train"])
+forkserver.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
 
 
 def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:
@@ -24,27 +24,34 @@ def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:
     return process
 
 
-def run_all(world_size: int, folder: Path, runs: list[list[str]], status: int = 0) -> str:
+def start_all(world_size: int, folder: Path, runs: list[list[str]]) -> list[BaseProcess]:
     """Trainings one after the other, all in the same `world_size` processes, as torchrun would
-    start them, which end with `status`; what they print.
+    start them; each writes what it prints to folder/RANK.
 
     In a run whose out_dir ends with "_nan" the 3rd and 4th loss of one process is NaN.
     """
-    port, output = free_port(), folder / "output"
-    processes = []
+    port, processes = free_port(), []
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
         place |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         text = {name: str(value) for name, value in place.items()}
-        processes.append(
-            forkserver.Process(target=work, args=(text, runs, f"{output}{rank}"), daemon=True)
-        )
+        arguments = (text, runs, str(folder / str(rank)))
+        processes.append(forkserver.Process(target=work, args=arguments, daemon=True))
         processes[-1].start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], folder: Path, status: int = 0) -> str:
+    """Wait for all processes, which have to end with `status`; return what they printed."""
     for process in processes:
         process.join(timeout=300)
-    told = "".join(Path(f"{output}{rank}").read_text() for rank in range(world_size))
-    assert [process.exitcode for process in processes] == [status] * world_size, told
+    told = "".join((folder / str(rank)).read_text() for rank in range(len(processes)))
+    assert [process.exitcode for process in processes] == [status] * len(processes), told
     return told
+
+
+def run_all(world_size: int, folder: Path, runs: list[list[str]]) -> str:
+    return finish(start_all(world_size, folder, runs), folder)
 
 
 def work(environment: dict[str, str], runs: list[list[str]], output: str) -> None:

@@ -211,7 +211,7 @@ def test_weights_that_are_not_finite_numbers_are_refused(tmp_path):
         ({"n_inner": 64}, "n_inner=64"),
         ({"n_layer": 3}, "fewer than the 3 layers"),
         ({"n_embd": 36}, "wte.weight has shape"),
-        ({"n_head": 5}, "does not divide"),
+        ({"n_head": 5}, "is not divisible"),
         ({"n_layer": "2"}, "n_layer"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_missing_or_damaged_config_is_refused(tmp_path):
         ("[]", "does not hold a JSON object"),
         ('{"model_type": "gpt2", "n_positions": null}', "n_positions=None is not a valid size"),
         ('{"model_type": "gpt2", "n_embd": -8}', "n_embd=-8 is not a valid size"),
-        ('{"model_type": "gpt2", "n_head": 7}', "config.json: n_embd=768 does not divide"),
+        ('{"model_type": "gpt2", "n_head": 7}', "config.json: n_embd=768 is not divisible"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(tmp_path, content, message):

@@ -202,24 +202,39 @@ def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
     assert len(starts) == KILLS + 1 and starts[-1]["step"] > 0
 
 
+LONG = {"max_steps": 100_000, "save_interval": 100_000, "eval_interval": 100_000}
+
+
+def assert_stopped(run: train.TrainConfig, out: str) -> None:
+    step = int(re.search(r"stopped by .* continues from step (\d+)", out)[1])
+    assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
+
+
 @LINUX
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_any_worker_saves_and_ends_all_with_0(run_of, tmp_path, name):
-    run = run_of("stopped", max_steps=100_000, save_interval=100_000, eval_interval=100_000)
+def test_a_signal_to_any_worker_of_torchrun_saves_and_ends_all_with_0(run_of):
+    run = run_of("stopped", **LONG)
     group = torchrun(2, REPO / "train.py", *arguments(run))
     for line in group.stdout:
         if line.startswith("step 000005"):
             break
-    os.kill(max(workers_of(group)), signal.Signals[name])
-    out = finish(group)
-    assert "stopped by" in out
-    step = int(re.search(r"continues from step (\d+)", out)[1])
-    assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
+    os.kill(max(workers_of(group)), signal.SIGTERM)
+    assert_stopped(run, finish(group))
+
+
+def test_ctrl_c_in_one_process_saves_and_ends_all_with_0(run_of, tmp_path):
+    run = run_of("stopped", **LONG)
+    group = workers.start_all(2, tmp_path, [arguments(run)])
+    while not (Path(run.out_dir) / "metrics.jsonl").exists() or len(records(run.out_dir)) < 5:
+        assert all(process.is_alive() for process in group)
+        time.sleep(0.02)
+    os.kill(group[1].pid, signal.SIGINT)
+    assert_stopped(run, workers.finish(group, tmp_path))
 
 
 def test_what_does_not_divide_is_one_line(run_of, tmp_path):
     run = run_of("odd", batch_size=3)
-    told = workers.run_all(2, tmp_path, [arguments(run)], status=2)
+    group = workers.start_all(2, tmp_path, [arguments(run)])
+    told = workers.finish(group, tmp_path, status=2)
     assert told.count("error: batch_size=3 cannot be divided among 2 processes") == 2
     assert "Traceback" not in told
     assert not Path(run.out_dir).exists()
