@@ -19,7 +19,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import configurator
 from configurator import (
@@ -31,12 +31,9 @@ from configurator import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Range,
     UserError,
 )
 from plaingpt.training.schedule import ScheduleName
-
-Epochs = Annotated[float, Range("above 0 and at most 1e9", lambda value: 0 < value <= 1e9)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class TrainConfig:
     batch_size: PositiveInt = 8  # sequences per step, over all processes
     micro_batch_size: PositiveInt | None = None  # sequences a device takes at once; None: its share
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
-    epochs: Epochs | None = None  # passes over the data, if max_steps is not reached before
+    epochs: PositiveFloat | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
     learning_rate: PositiveFloat = 0.01  # at its peak
     min_lr: NonNegativeFloat = 0.0  # at the last step

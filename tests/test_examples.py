@@ -87,6 +87,7 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
             to_gguf.main(str(llama_cpp), str(where), "y")
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_the_example_runs(folders, tmp_path, monkeypatch, capsys):
     step, data_dir = folders
     script = REPO / "examples" / "hf_trainer.py"
