@@ -254,7 +254,8 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     """With --init_from=resume, the settings of that run, as defaults for this one."""
     if cfg.init_from != "resume":
         return {}
-    settings = saved_settings(folders.find(cfg.out_dir), asdict(TrainConfig()))
+    state = folders.read_state(folders.find(cfg.out_dir))
+    settings = saved_settings(state, asdict(TrainConfig()))
     own = {"init_from", "out_dir", "overwrite", "plan"}
     return {name: value for name, value in settings.items() if name not in own}
 
@@ -307,7 +308,7 @@ def make_plan(
     )
 
 
-# --- the step, and what comes once in a while
+# --- the step, and periodic work
 
 
 def optimizer_step(

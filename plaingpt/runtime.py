@@ -120,7 +120,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """The store through which the processes find each other; the main process hosts it.
 
     torchrun's own store outlives a restart and keeps the addresses of dead processes, which the
-    new ones would wait for (pytorch issue 135712). It carries only the port of our own.
+    new ones would wait for (pytorch issue 135712). Here it carries only the port of our own.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

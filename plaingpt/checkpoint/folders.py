@@ -35,7 +35,7 @@ def find(where: Path | str) -> Path:
     folder, one of OpenAI's models (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or
     hf:OWNER/NAME[@REVISION] on the hub.
 
-    Raises UserError if there is none.
+    Raises UserError if it finds no checkpoint there.
     """
     name = str(where)
     if name in HUB_NAMES or name.startswith("hf:"):

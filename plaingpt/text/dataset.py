@@ -67,7 +67,7 @@ class Dataset:
             raise UserError(f"{self.folder} has no {name} shards ({name}_000000.bin, …)")
         return paths
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for two folders exactly if their training tokens and masks are equal.
 

@@ -274,6 +274,8 @@ def refuse_blanks() -> Iterator[None]:
     which is not even an Exception, depending on its version."""
     try:
         yield
+    except UnicodeError:  # also a ValueError, but of a text that is not UTF-8
+        raise
     except BaseException as error:
         if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise

@@ -108,7 +108,8 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
     on which the rest of the run depends have changed.
     """
     folder = folders.find(settings["out_dir"])
-    state, before = folders.read_state(folder), saved_settings(folder, defaults)
+    state = folders.read_state(folder)
+    before = saved_settings(state, defaults)
     as_before = settings | {"block_size": before["block_size"]}
     model = open_model(folder, as_before, dataset, merged=False)
     fixed = asdict(model_config(settings, dataset.tokenizer.vocab_size))
@@ -132,9 +133,9 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
     return Start(model, folder, adapter, state["step"], state.get("skipped", 0), optimizer)
 
 
-def saved_settings(folder: Path, defaults: Settings) -> Settings:
-    """The settings that a checkpoint was trained with; the `defaults` of those newer than it."""
-    saved = folders.read_state(folder)["settings"]
+def saved_settings(state: dict[str, Any], defaults: Settings) -> Settings:
+    """The settings in the state.json of a checkpoint; the `defaults` of those newer than it."""
+    saved = state["settings"]
     known = defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
 

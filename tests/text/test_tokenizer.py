@@ -458,3 +458,8 @@ def test_gpt2_needs_no_network_with_its_files(no_gpt2_files):
     for name in GPT2_FILES:
         shutil.copy(Path(CACHE) / name, no_gpt2_files)
     assert Tokenizer.gpt2().vocab_size == 50257
+
+
+def test_half_a_surrogate_pair_is_not_taken_for_blanks():
+    with pytest.raises(UnicodeEncodeError):
+        Tokenizer.bytes().encode_joined(["\ud800x"])
