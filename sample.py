@@ -17,6 +17,7 @@ from pathlib import Path
 
 import configurator
 from configurator import DType, NonEmpty, NonNegativeInt, PositiveInt, UserError
+from plaingpt import threads
 from plaingpt.sampling import Sampling
 
 
@@ -34,6 +35,7 @@ class SampleConfig(Sampling):
 
 if __name__ == "__main__":
     configurator.answer_help(SampleConfig)  # before torch is imported, which takes a second
+    threads.wait_briefly()
 
 import torch
 from torch import Tensor

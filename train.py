@@ -33,6 +33,7 @@ from configurator import (
     PositiveInt,
     UserError,
 )
+from plaingpt import threads
 from plaingpt.training.schedule import ScheduleName
 
 
@@ -95,6 +96,7 @@ class TrainConfig:
 
 if __name__ == "__main__":
     configurator.answer_help(TrainConfig)  # before torch is imported, which takes a second
+    threads.wait_briefly()
 
 import torch
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import configurator
 from configurator import NonNegativeInt, PositiveFloat, PositiveInt, Range, UserError
+from plaingpt import threads
 
 WARMUP_STEPS = 3  # of each training, which do not count
 Steps = Annotated[int, Range("at least 4", lambda value: value > WARMUP_STEPS)]
@@ -54,6 +55,7 @@ def answer_help(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     answer_help(sys.argv[1:])  # before torch is imported, which takes a second
+    threads.wait_briefly()
 
 import json
 import math

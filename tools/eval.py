@@ -22,6 +22,7 @@ from typing import Literal
 
 import configurator
 from configurator import DType, NonEmpty, PositiveInt, UserError
+from plaingpt import threads
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EvalConfig:
 
 if __name__ == "__main__":
     configurator.answer_help(EvalConfig)  # before torch is imported, which takes a second
+    threads.wait_briefly()
 
 import math
 import re

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import configurator
 from configurator import DType, NonEmpty, PositiveInt, Range, UserError
+from plaingpt import threads
 from plaingpt.sampling import Sampling
 
 Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)]
@@ -31,6 +32,7 @@ class ServeConfig(Sampling):
 
 if __name__ == "__main__":
     configurator.answer_help(ServeConfig)  # before torch is imported, which takes a second
+    threads.wait_briefly()
 
 import os
 import socket
