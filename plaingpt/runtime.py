@@ -194,11 +194,10 @@ def device_memory_gib(device: torch.device) -> float | None:
     the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return os.sysconf("SC_PAGE_SIZE") * pages / 2**30
-    except (AttributeError, ValueError):
+    if sys.platform == "win32":
         return None
+    pages = os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PAGE_SIZE") * pages / 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

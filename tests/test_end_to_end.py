@@ -14,6 +14,7 @@ import hf_trainer
 import pytest
 import to_gguf
 import torch.distributed.run
+import yaml
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
@@ -34,11 +35,12 @@ CLASSES = {
 BENCHES = {"prepare": bench.PrepareBench, "train": bench.TrainBench}
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
-OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes"}
+OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv"}
 PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
 DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md"))
+WORKFLOW = REPO / ".github" / "workflows" / "tests.yml"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -79,8 +81,9 @@ def commands_of(lines: list[str]) -> list[tuple[str, list[str]]]:
         for command in re.sub(r"\s+# .*", "", line).split(" && "):
             words = shlex.split(command)
             words = words[words.index(first_word(command)) :]
-            if words[:2] == ["uv", "run"]:
-                words = ["python", *words[2:]]
+            if words[0] == "uv":
+                words = [word for word in words[1:] if word not in ("run", "--no-project")]
+                words = ["python", *words] if words[0].endswith(".py") else words
             if words[0] == "python":
                 words = [word for word in words[1:] if word != "-m"]
             found.append((words[0], words[1:]))
@@ -212,6 +215,18 @@ def test_no_command_of_the_docs_is_overlooked(path):
     programs = {*CLASSES, *EXAMPLES, "tools.bench", "torchrun"}
     found = [program for program, _ in commands if program in programs or program == "cd"]
     assert len(found) == len(written)
+
+
+def test_every_command_of_the_workflow_parses(monkeypatch):
+    monkeypatch.chdir(REPO)
+    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    commands = commands_of(lines)
+    assert {"pip", "prepare.py", "train.py", "sample.py", "pytest"} <= {
+        name for name, _ in commands
+    }
+    for program, arguments in commands:
+        check(program, arguments)
 
 
 def test_the_readme_and_the_docs_name_every_command():
