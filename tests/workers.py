@@ -13,13 +13,14 @@ from conftest import free_port
 import train
 from model import GPT
 
-forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
+# Windows has no fork.
+context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+context.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
 
 
 def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:
     """`python train.py ARGUMENTS`."""
-    process = forkserver.Process(target=work, args=({}, [arguments], str(output)))
+    process = context.Process(target=work, args=({}, [arguments], str(output)))
     process.start()
     return process
 
@@ -36,7 +37,7 @@ def start_all(world_size: int, folder: Path, runs: list[list[str]]) -> list[Base
         place |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         text = {name: str(value) for name, value in place.items()}
         arguments = (text, runs, str(folder / str(rank)))
-        processes.append(forkserver.Process(target=work, args=arguments, daemon=True))
+        processes.append(context.Process(target=work, args=arguments, daemon=True))
         processes[-1].start()
     return processes
 
