@@ -54,19 +54,18 @@ class PrepareConfig:
 if __name__ == "__main__":
     configurator.answer_help(PrepareConfig)  # before the imports that take longer than the help
 
-import json
 import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from configurator import UserError
-from plaingpt.files import write_json
+from plaingpt.files import Settings, write_json
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
+from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
 from plaingpt.text.hub import hub_hash
 from plaingpt.text.inspection import inspect, report
@@ -79,7 +78,7 @@ from plaingpt.text.validation import Validation
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 
 
-def prepare(cfg: PrepareConfig) -> dict[str, Any]:
+def prepare(cfg: PrepareConfig) -> Manifest | None:
     """Make `cfg.data_dir`, unless it has been made already; return its manifest.
 
     Raises UserError for settings or sources that cannot be used, OSError for trouble with the disk
@@ -92,7 +91,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
     folder = Path(cfg.data_dir)
     partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
-    settings = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in unsaved}))
+    settings = {name: value for name, value in asdict(cfg).items() if name not in unsaved}
     old = check_target(folder, settings, cfg.overwrite)
     if old and not cfg.overwrite:
         check_inputs(old, (*cfg.sources, *cfg.val_sources), folder)
@@ -102,11 +101,11 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
         build(cfg, folder, partial, settings)
     manifest = install(partial, folder)
     report(manifest)
-    print(f"wrote {folder}, with a vocabulary of {manifest['vocab_size']:,} ids")
+    print(f"wrote {folder}, with a vocabulary of {manifest.vocab_size:,} ids")
     return manifest
 
 
-def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, Any]) -> None:
+def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -> None:
     """Write everything to `partial`, from where an earlier run left off."""
     reading = Reading(cfg.template, cfg.text_field, cfg.bad_records, validation_of(cfg))
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
@@ -119,16 +118,15 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: dict[str, A
         announce(cfg, streams, folder)
         builder = SplitBuilder(progress, tokenizer, streams, reading, limits_of(cfg))
         builder.run(cfg.workers or DEFAULT_THREADS)
-        manifest = {
-            "format": 1,
-            "settings": settings,
-            "template": cfg.template,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.fingerprint,
-            "splits": builder.finish(),
-            "sources": [stream.summary() for stream in streams],
-            "inputs": digest_of(local),
-        }
+        manifest = Manifest(
+            settings=settings,
+            template=cfg.template,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.fingerprint,
+            splits=builder.finish(),
+            sources=tuple(stream.summary() for stream in streams),
+            inputs=digest_of(local),
+        )
         write_json(partial / dataset.MANIFEST, manifest)
     except BaseException:
         if not progress.was_saved:
@@ -165,7 +163,7 @@ def begin(
     cfg: PrepareConfig, progress: Progress, streams: list[Stream], reading: Reading
 ) -> Tokenizer:
     """The tokenizer of the run being resumed, or a new one, for which the folder is emptied."""
-    if progress.notes:
+    if progress.notes.streams:
         print(f"resuming {progress.folder.parent}")
         return Tokenizer.load(progress.folder)
     shutil.rmtree(progress.folder, ignore_errors=True)

@@ -13,7 +13,6 @@ the losses by rounding only.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -144,9 +143,9 @@ def train(cfg: TrainConfig) -> Record:
 
     # what the run starts from: fresh weights, a checkpoint, or its own newest one
     out_dir = Path(cfg.out_dir)
-    given = json.loads(json.dumps(asdict(cfg)))  # with lists for tuples, as run.json has them
+    given = asdict(cfg)
     history = folders.read_starts(out_dir)
-    same_run = runtime.restartable() and history != [] and history[-1]["settings"] == given
+    same_run = runtime.restartable() and bool(history) and history[-1].settings == given
     if same_run and folders.step_folders(out_dir):
         print(f"{out_dir} already holds this run: resuming it")
         cfg = replace(cfg, init_from="resume")
@@ -180,7 +179,7 @@ def train(cfg: TrainConfig) -> Record:
         if start.adapter and start.source and start.step == 0 and not folders.on_hub(cfg.init_from):
             adapters.keep_base(start.source, out_dir)
         now = describe_start(given, rt, start.step, dataset.fingerprint)
-        history = [*history, now] if start.step else [now]
+        history = (*history, now) if start.step else (now,)
         log = begin_run(out_dir, history, cfg.tracker, dataset.statistics)
     return run(cfg, state, plan, data, log, rt)
 

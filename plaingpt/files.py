@@ -1,12 +1,17 @@
-"""JSON, and files and folders that are written whole or not at all."""
+"""JSON as typed records, and files and folders that are written whole or not at all."""
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any, TypeVar
+
+import msgspec
 
 from configurator import UserError
 
@@ -78,21 +83,107 @@ def remove_leftovers(folder: Path) -> None:
             partial.unlink()
 
 
+# --- reading
+
+MAX_BYTES = 128 << 20  # of a file that is read whole: far above the largest tokenizer.json
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file. Raises UserError if there is none, and for a folder, a pipe or a device,
+    from which reading might never end."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise UserError(f"{path} is {kind}: expected a file")
+    return found.st_size
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises UserError as `size_of`."""
+    size_of(path)
+    return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises UserError as `size_of`, and for one larger than MAX_BYTES."""
+    if size_of(path) > MAX_BYTES:
+        raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not read")
+    with open_regular(path) as file:
+        return file.read(MAX_BYTES)
+
+
+# --- JSON
+
+Record = TypeVar("Record")
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Setting = bool | int | float | str | tuple[str, ...] | None
+Settings = dict[str, Setting]
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a file atomically. Raises ValueError for NaN and infinities, which JSON lacks."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    """Write a record atomically. Raises ValueError for NaN and infinities, which JSON lacks."""
+    text = json.dumps(value, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n"
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if the file is missing or damaged."""
+def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
+    """The content of a JSON file as a record of a type (a msgspec.Struct, as a rule).
+
+    Raises UserError as `read_bytes`, and one that ends with `advice` if the file is not JSON or
+    holds something else.
+    """
+    return parse_json(read_bytes(path), kind, str(path), advice)
+
+
+def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "") -> Record:
+    """`read_json`, of bytes that are found at `where`."""
+    # Not by msgspec's own parser: it refuses the names of files that are not UTF-8, which Python
+    # represents by halves of surrogate pairs.
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
+        text = content.decode()
+        value = json.loads(text, parse_float=finite_number, parse_constant=finite_number)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object")
-    return content
+        problem = f"{where} is damaged: {str(error)[:150]}"
+        raise UserError("; ".join([problem, advice] if advice else [problem])) from None
+    return as_record(value, kind, where, advice)
+
+
+def as_record(value: Any, kind: type[Record], where: str, advice: str = "") -> Record:
+    """`read_json`, of JSON that has been parsed already."""
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        problem = f"{where}: {reworded(str(error)[:200])}"
+        raise UserError("; ".join([problem, advice] if advice else [problem])) from None
+
+
+def finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def reworded(problem: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a.b[0]`" as "a.b[0]: expected a whole number,
+    got a string"."""
+    what, _, place = problem.partition(" - at ")
+    what = what.replace("Object missing required field", "missing field")
+    what = re.sub(r"`([\w |]+)`", lambda found: in_words(found[1]), what)
+    field = place.rpartition("`$")[2].strip("`.").replace("[...]", "[…]")
+    return f"{field}: {what[0].lower()}{what[1:]}" if field else what[0].lower() + what[1:]
+
+
+def in_words(kinds: str) -> str:
+    return " or ".join(WORDS.get(kind, kind) for kind in kinds.split(" | "))

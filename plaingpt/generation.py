@@ -34,11 +34,16 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None =
     The filters apply in this order, each to what the previous one left: the k likeliest, the fewest
     whose probability reaches top_p (arXiv 1904.09751), those at least min_p times as likely as the
     likeliest (arXiv 2407.01082).
+
+    Raises UserError for logits that are not finite.
     """
+    logits = logits / (sampling.temperature or 1.0)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are too large, or damaged")
     top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probs = F.softmax(logits / sampling.temperature, dim=-1)
+    probs = F.softmax(logits, dim=-1)
     if top_k is not None:
         kth = probs.topk(min(top_k, probs.size(-1))).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -87,7 +92,7 @@ def prompt_ids(
     def without(oldest: int) -> tuple[list[int], list[dict[str, Any]]]:
         kept = messages[:first] + messages[first + oldest :]
         ids = []
-        for part in templates.prompt(kept, tokenizer.chat_template or ""):
+        for part in templates.prompt(kept, str(tokenizer.chat_template)):
             ids += tokenizer.encode(part.text) + [tokenizer.eot_id] * part.ended
         return ids, kept
 

@@ -31,8 +31,8 @@ class LoRAConfig:
         """Raises UserError for a setting out of range."""
         if self.rank < 1:
             raise UserError(f"LoRA's rank must be at least 1, not {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"LoRA's alpha must be a number above 0, not {self.alpha}")
+        if not 0 < self.alpha < 1e30:
+            raise UserError(f"LoRA's alpha must be above 0 and below 1e30, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA's dropout must be in [0, 1), not {self.dropout}")
         if not self.targets:

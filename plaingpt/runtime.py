@@ -174,7 +174,7 @@ def versions() -> dict[str, str]:
     """The software versions that a checkpoint records."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
 

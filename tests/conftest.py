@@ -154,9 +154,11 @@ def save_checkpoint(out_dir: Path, model, tokenizer: Tokenizer | None = None, **
     """A step folder of a model, with the bytes tokenizer unless another is given; `changes` are
     fields of its Snapshot."""
     from plaingpt.checkpoint import store  # not at the top: tests of text do without torch
+    from plaingpt.checkpoint.folders import State
 
     tokenizer = tokenizer or Tokenizer.bytes()
-    fields = {"optimizer": {}, "state": {"step": 1}} | changes
+    state = State(**{"step": 1, "data": "", "settings": {}} | changes.pop("state", {}))
+    fields = {"optimizer": {}, "state": state} | changes
     return store.save(out_dir, store.Snapshot(model.config, model.weights(), tokenizer, **fields))
 
 

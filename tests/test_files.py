@@ -1,7 +1,9 @@
 """Files and folders that are written whole or not at all."""
 
+import json
 import os
 
+import msgspec
 import pytest
 
 from configurator import UserError
@@ -75,16 +77,73 @@ def test_leftovers_of_a_killed_process_vanish_and_nothing_else(tmp_path):
 def test_json_is_what_was_written(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"ä": [1, 2.5, None, "x"]})
-    assert files.read_json(path) == {"ä": [1, 2.5, None, "x"]}
+    assert files.read_json(path, dict) == {"ä": [1, 2.5, None, "x"]}
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(path, {"loss": float("nan")})
-    assert files.read_json(path)["ä"] and os.listdir(tmp_path) == ["a.json"]
+    assert files.read_json(path, dict)["ä"] and os.listdir(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3", b"[" * 50_000])
-def test_damaged_json_is_an_error_of_the_user(tmp_path, content):
+class Point(msgspec.Struct, frozen=True, omit_defaults=True):
+    x: files.Count
+    name: str | None = None
+    before: tuple["Point", ...] = ()
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    path, name = tmp_path / "a.json", os.fsdecode(b"caf\xe9")  # not UTF-8: half a surrogate pair
+    point = Point(3, before=(Point(1), Point(2, name)))
+    files.write_json(path, point)
+    assert files.read_json(path, Point) == point
+    assert json.loads(path.read_text()) == {"x": 3, "before": [{"x": 1}, {"x": 2, "name": name}]}
+    path.write_text('{"x": 3, "unknown": [1]}')
+    assert files.read_json(path, Point) == Point(3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged: Expecting value: line 1"),
+        (b"{", "is damaged: "),
+        (b"\xff", "is damaged: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "is damaged: maximum recursion depth exceeded"),
+        (b'{"x": NaN}', "is damaged: NaN is not a finite number"),
+        (b'{"x": 1e999}', "is damaged: 1e999 is not a finite number"),
+        (b'{"x": 1%s}' % (b"0" * 5000), "is damaged: Exceeds the limit"),
+        (b"[]", ": expected an object, got a list"),
+        (b"3", ": expected an object, got a whole number"),
+        (b"{}", ": missing field x"),
+        (b'{"x": 1.0}', ": x: expected a whole number, got a number"),
+        (b'{"x": -5}', ": x: expected a whole number >= 0"),
+        (b'{"x": 1%s}' % (b"0" * 30), ": x: expected a whole number <= "),
+        (b'{"x": 1, "name": 2}', ": name: expected a string or null, got a whole number"),
+        (b'{"x": 1, "before": [{"x": 1}, {}]}', ": before[1]: missing field x"),
+        (b'{"\\udc80": 1, "x": 1}', "a.json"),
+    ],
+)
+def test_a_file_that_is_no_such_record_is_one_line(tmp_path, content, message):
+    path = tmp_path / "a.json"
     with pytest.raises(UserError, match=r" has no a\.json"):
-        files.read_json(tmp_path / "a.json")
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.json is damaged: "):
-        files.read_json(tmp_path / "a.json")
+        files.read_json(path, Point)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        files.read_json(path, Point, "make it again")
+    error = str(caught.value)
+    assert str(path) in error and message in error and error.endswith("; make it again")
+    assert "\n" not in error and len(error) < 300
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and devices are POSIX")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "zeros"):
+        with pytest.raises(UserError, match=f"{name} is a .*: expected a file"):
+            files.read_json(tmp_path / name, Point)
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", files.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="large is larger than 128 MiB: not read"):
+        files.read_json(tmp_path / "large", Point)
+    files.write_json(tmp_path / "a.json", Point(1))
+    (tmp_path / "link").symlink_to("a.json")
+    assert files.read_json(tmp_path / "link", Point) == Point(1)

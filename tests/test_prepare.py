@@ -11,6 +11,7 @@ import time
 import tokenize
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -101,7 +102,7 @@ def test_the_manifest_counts_what_is_there(run, texts, target):
     (texts / "c.txt").write_text("val é\n", encoding="utf-8")
     made = run(sources=(f"{texts}/[ab].txt",), val_sources=(f"{texts}/c.txt",), shard_tokens=64)
     manifest = json.loads((target / "dataset.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(made)) == manifest
+    assert json.loads(msgspec.json.encode(made)) == manifest
     assert manifest["vocab_size"] == 257
     assert manifest["tokenizer"] == Tokenizer.bytes().fingerprint
     assert Tokenizer.load(target).fingerprint == manifest["tokenizer"]
@@ -611,8 +612,8 @@ def test_empty_files_are_counted_and_reported(tmp_path, capsys):
     assert prepare.main(arguments) == 0
     where = str((tmp_path / "b.txt").resolve())
     assert f"skipped 2: an empty file (the first: {where})" in capsys.readouterr().out
-    (source,) = dataset.open_dataset(data_dir).manifest["sources"]
-    assert source["dropped"] == {"an empty file": [2, where]} and source["documents"] == 2
+    (source,) = dataset.open_dataset(data_dir).manifest.sources
+    assert source.dropped == {"an empty file": (2, where)} and source.documents == 2
 
 
 def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
@@ -627,9 +628,9 @@ def test_bad_records_are_refused_with_their_place_or_skipped_and_counted(
     assert not target.exists()
     assert command(texts, target, *wanted, "--bad_records=skip") == 0
     out, err = capsys.readouterr()
-    [known] = dataset.open_dataset(target).manifest["sources"]
-    assert known["documents"] == 9
-    assert {reason: count for reason, (count, _) in known["dropped"].items()} == {
+    [known] = dataset.open_dataset(target).manifest.sources
+    assert known.documents == 9
+    assert {reason: count for reason, (count, _) in known.dropped.items()} == {
         "not JSON": 1,
         "empty": 1,
         "no field 'text'": 1,
@@ -669,10 +670,10 @@ def test_what_is_trained_on_is_kept_out_of_validation(
     run(sources=(train,), val_sources=(val,), template=template, shard_tokens=shard_tokens)
     kept = documents_of(target, "val")
     assert len(kept) == 2 and b"20" in kept[0] and b"21" in kept[1]
-    entry = dataset.open_dataset(target).manifest["splits"]["val"]
-    assert entry["documents"] == 2 and entry["trained_on"] == 2
+    entry = dataset.open_dataset(target).manifest.splits.val
+    assert entry.documents == 2 and entry.trained_on == 2
     tokens = tokens_of(target, "val")
-    assert entry["tokens"] == len(tokens)
+    assert entry.tokens == len(tokens)
     assert prepare.inspect(target)
     if template == "chat":
         mask = dataset.open_dataset(target).split("val").mask(0, len(tokens))
@@ -691,7 +692,7 @@ def test_mixing_follows_the_weights_in_tokens(run, tmp_path, target):
         share = (part == ord("1")).sum() / ((part == ord("1")).sum() + (part == ord("2")).sum())
         assert share == pytest.approx(0.75 * 1.1 / (0.75 * 1.1 + 0.25), abs=0.03)
     assert (tokens == ord("1")).sum() == 99 * 300 or (tokens == ord("2")).sum() == 9 * 1000
-    ended = [known["ended"] for known in dataset.open_dataset(target).manifest["sources"]]
+    ended = [known.ended for known in dataset.open_dataset(target).manifest.sources]
     assert sorted(ended) == [False, True]
 
 
@@ -982,8 +983,8 @@ def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).symlink_to(blob)
     assert run_in(tmp_path / "data", f"--sources={tmp_path}/*.jsonl") == 0
-    (source,) = dataset.open_dataset(tmp_path / "data").manifest["sources"]
-    assert source["documents"] == 40
+    (source,) = dataset.open_dataset(tmp_path / "data").manifest.sources
+    assert source.documents == 40
 
 
 def test_validation_has_about_the_size_that_was_asked_for(tmp_path):
@@ -1017,8 +1018,8 @@ def test_a_record_that_the_tokenizer_refuses_is_skipped_like_others(tmp_path, ca
     assert run_in(tmp_path / "data", *bpe) == 2
     assert "a.jsonl, line 2: " in capsys.readouterr().err
     assert run_in(tmp_path / "data", *bpe, "--bad_records=skip") == 0
-    (source,) = dataset.open_dataset(tmp_path / "data").manifest["sources"]
-    assert source["documents"] == 3 and sum(n for n, _ in source["dropped"].values()) == 1
+    (source,) = dataset.open_dataset(tmp_path / "data").manifest.sources
+    assert source.documents == 3 and sum(n for n, _ in source.dropped.values()) == 1
 
 
 def test_a_folder_of_nanogpt_can_be_inspected(tmp_path, monkeypatch, capsys):

@@ -160,15 +160,15 @@ def test_a_recipe_prepares_its_dataset(recipe, tmp_path, monkeypatch, capsys):
     [folder] = (tmp_path / "data").iterdir()
     data = dataset.open_dataset(folder)
     manifest = data.manifest
-    splits = manifest["splits"]
-    assert sum(split["documents"] for split in splits.values()) == documents
-    assert splits["val"]["documents"] >= 1
+    splits = dict(manifest.splits.items())
+    assert sum(split.documents for split in splits.values()) == documents
+    assert splits["val"].documents >= 1
     text = ""
     for name in splits:
         split = data.split(name)
         tokens, mask = split[0 : len(split)], split.mask(0, len(split))
         text += data.tokenizer.decode(tokens.tolist())
-        if manifest["template"] != "text":
+        if manifest.template != "text":
             assert mask is not None and 0 < mask.mean() < 1
     assert said in text
 

@@ -422,6 +422,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"block_size": 1000}, "the val split has"),
         ({"data_dir": "nowhere"}, "there is no data in nowhere"),
         ({"init_from": "nowhere"}, "nowhere does not exist"),
+        ({"init_from": "Resume"}, "init_from='Resume': did you mean 'resume'"),
         ({"init_from": "resume"}, "does not exist"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
@@ -464,8 +465,8 @@ def test_the_run_folder(cfg, tmp_path, capsys):
     assert {"command", "versions", "revision", "world_size", "device"} <= set(start)
     best = min(r.get("val_loss", math.inf) for r in records(tmp_path))
     states = [folders.read_state(folder) for folder in folders.step_folders(tmp_path)]
-    assert states[-1]["step"] == 20
-    assert best in [state["val_loss"] for state in states]
+    assert states[-1].step == 20
+    assert best in [state.val_loss for state in states]
     assert set(records(tmp_path)[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped"}
 
 

@@ -76,8 +76,9 @@ import numpy as np
 import torch
 
 from model import GPTConfig
-from plaingpt import files, runtime
+from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face
+from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
 from plaingpt.text.documents import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
@@ -207,9 +208,9 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
             speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
             ours.append(typical("train.py", speeds))
             peaks.append(records[-1]["peak_mem_gib"])
-            start = files.read_json(out_dir / "run.json")["starts"][-1]
+            start = folders.read_starts(out_dir)[-1]
             config = hugging_face.read_config(folders.find(out_dir))
-            device, dtype = torch.device(start["device"]), getattr(torch, start["dtype"][6:])
+            device, dtype = torch.device(start.device), getattr(torch, start.dtype[6:])
             products.append(product_tflops(device, dtype))
             if cfg.nanogpt:
                 theirs.append(measure_nanogpt(cfg.nanogpt, data_dir, config, start))
@@ -250,16 +251,16 @@ def measure_train(cfg: TrainBench, data_dir: Path, out_dir: Path) -> list[log.Re
     return run_folder.read_records(out_dir / "metrics.jsonl")
 
 
-def measure_nanogpt(folder: str, data_dir: Path, config: GPTConfig, start: dict[str, Any]) -> float:
+def measure_nanogpt(folder: str, data_dir: Path, config: GPTConfig, start: RunStart) -> float:
     """Tokens/s of nanoGPT on the same shape and batch, with its own dtype and loop; compiled on
     GPUs."""
-    settings = start["settings"]
+    settings: dict[str, Any] = dict(start.settings)
     micro = settings["micro_batch_size"] or settings["batch_size"]
-    cuda = start["device"].startswith("cuda")
+    cuda = start.device.startswith("cuda")
     given = {
         "dataset": data_dir,
         "out_dir": data_dir.parent / "nanogpt",
-        "device": start["device"],
+        "device": start.device,
         "compile": cuda,
         "batch_size": micro,
         "gradient_accumulation_steps": settings["batch_size"] // micro,

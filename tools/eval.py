@@ -96,6 +96,8 @@ def perplexity(
     loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
     if not tokens:
         raise UserError(f"no token of {cfg.data_dir}, up to limit, counts in the loss")
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of {cfg.checkpoint} is {loss}: its weights are too large")
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
     text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
     if bytes_per_token := data.bytes_per_token(split):

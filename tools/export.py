@@ -52,7 +52,8 @@ def export(cfg: ExportConfig) -> Path:
         return out_dir
     with atomic_folder(out_dir) as partial:
         store.write_model(partial, model.config, model.weights(), tokenizer)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        # Names of folders that are not UTF-8 are spelled as Python spells them.
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         if out_dir.exists():
             out_dir.rmdir()  # it is empty
     print(f"wrote {out_dir}")
@@ -161,20 +162,20 @@ def base_model(folder: Path) -> str | None:
 def started_from(folder: Path) -> str | None:
     """The init_from of the run of a checkpoint, when it first started."""
     starts = folders.read_starts(folder.parent)
-    return starts[0]["settings"]["init_from"] if starts else None
+    return starts[0].init_from if starts else None
 
 
 def training_section(folder: Path) -> list[str]:
     """The lines of a model card about the training."""
     state = folders.read_state(folder)
-    settings, step = state["settings"], state["step"]
+    settings, step = state.settings, state.step
     records = run_folder.read_records(folder.parent / "metrics.jsonl")
     figures = {name: value for r in records if r["step"] == step for name, value in r.items()}
     rows = {
         "steps": f"{step:,}",
         "tokens": f"{figures['tokens']:,}" if "tokens" in figures else None,
-        "training loss": number(state.get("loss"), "nats per token"),
-        "validation loss": number(state.get("val_loss"), "nats per token"),
+        "training loss": number(state.loss, "nats per token"),
+        "validation loss": number(state.val_loss, "nats per token"),
         "validation, bits per byte": number(figures.get("val_bpb"), ""),
         "optimizer": settings.get("optimizer"),
         "learning rate": settings.get("learning_rate"),
@@ -182,9 +183,9 @@ def training_section(folder: Path) -> list[str]:
         "sequences in a step": settings.get("batch_size"),
         "started from": without_local_path(started_from(folder)),
         "LoRA": f"rank {settings['lora_rank']}" if settings.get("lora_rank") else None,
-        "data": data_of(settings.get("data_dir", ""), state["data"]),
+        "data": data_of(str(settings.get("data_dir", "")), state.data),
         "seed": settings.get("seed"),
-        "software": ", ".join(f"{name} {v}" for name, v in state.get("versions", {}).items()),
+        "software": ", ".join(f"{name} {v}" for name, v in state.versions.items()),
     }
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return ["## Training", "", "| | |", "|---|---|", *table, ""]
@@ -207,8 +208,10 @@ def data_of(data_dir: str, fingerprint: str) -> str | None:
         return None
     if data.fingerprint != fingerprint:
         return None
-    given = data.manifest.get("settings", {}).get("sources", [])
-    sources = ", ".join(str(without_local_path(source)) for source in given)
+    settings = (data.manifest and data.manifest.settings) or {}
+    given = settings.get("sources")
+    names = given if isinstance(given, tuple) else ()
+    sources = ", ".join(str(without_local_path(name)) for name in names)
     tokens = data.statistics.get("train", {}).get("tokens")
     return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import msgspec
 from torch import Tensor
 
 from configurator import UserError
@@ -20,8 +20,13 @@ from plaingpt.checkpoint.folders import (
     is_adapter,
     on_hub,
 )
-from plaingpt.checkpoint.hugging_face import first_three, read_tensors, write_tensors
-from plaingpt.files import atomic_folder, read_json, write_json
+from plaingpt.checkpoint.hugging_face import (
+    first_three,
+    open_tensors,
+    tensors_of,
+    write_tensors,
+)
+from plaingpt.files import Count, as_record, atomic_folder, read_json, size_of, write_json
 
 BASE = "base"  # folder in which a run keeps the model that its adapters modify
 PREFIX = "base_model.model."  # of the names of peft's tensors
@@ -46,6 +51,16 @@ KNOWN = (
     "target_modules",
     "task_type",
 )
+
+
+class AdapterFile(msgspec.Struct, frozen=True):
+    """The fields of adapter_config.json that plain LoRA needs."""
+
+    base_model_name_or_path: str
+    r: Count
+    lora_alpha: float
+    lora_dropout: float
+    revision: str | None = None
 
 
 def adapter_for(
@@ -75,6 +90,7 @@ def keep_base(folder: Path, out_dir: Path) -> None:
     shutil.rmtree(out_dir / BASE, ignore_errors=True)
     with atomic_folder(out_dir / BASE) as partial:
         for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+            size_of(path)
             try:
                 os.link(path.resolve(), partial / path.name)
             except OSError:  # another disk, or one without links
@@ -118,11 +134,14 @@ def read_adapter(folder: Path) -> tuple[lora.Adapter, dict[str, Tensor]]:
 
     Raises UserError for a missing or damaged file, and for anything beyond plain LoRA.
     """
-    file = folder / ADAPTER_WEIGHTS
-    found, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(file)
-    with safetensors.safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-    return from_peft(found, tensors, metadata, folder / ADAPTER_CONFIG), tensors
+    with open_tensors(folder / ADAPTER_WEIGHTS) as opened:
+        return from_peft(folder, opened), tensors_of(opened, folder / ADAPTER_WEIGHTS)
+
+
+def describe(folder: Path) -> lora.Adapter:
+    """`read_adapter` without the tensors."""
+    with open_tensors(folder / ADAPTER_WEIGHTS) as opened:
+        return from_peft(folder, opened)
 
 
 def add_adapter(model: GPT, adapter: lora.Adapter, tensors: dict[str, Tensor]) -> None:
@@ -163,14 +182,14 @@ def to_peft(adapter: lora.Adapter) -> dict[str, Any]:
     }
 
 
-def from_peft(
-    found: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str], path: Path
-) -> lora.Adapter:
-    """The adapter that an adapter_config.json describes; its targets are the layers that have
-    tensors.
+def from_peft(folder: Path, opened: Any) -> lora.Adapter:
+    """The adapter that an adapter_config.json and the header of the opened tensors describe; its
+    targets are the layers that have tensors.
 
     Raises UserError for anything beyond plain LoRA.
     """
+    path = folder / ADAPTER_CONFIG
+    found = read_json(path, dict[str, Any])
     if found.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {found.get('peft_type')!r}, not 'LORA'")
     for name, value in found.items():
@@ -178,16 +197,13 @@ def from_peft(
         if name == "init_lora_weights":  # some ways of drawing them change the base as well
             plain = value in (True, False, "gaussian", "orthogonal")
         if not (plain or name in KNOWN):
-            raise UserError(f"{path}: {name}={value!r} is more than plain LoRA")
+            raise UserError(f"{path}: {name}={value!r}"[:200] + " is more than plain LoRA")
+    file = as_record(found, AdapterFile, str(path))
+    names = opened.keys()
+    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names})
     try:
-        base, revision = str(found["base_model_name_or_path"]), found.get("revision")
-        rank, alpha = int(found["r"]), float(found["lora_alpha"])
-        dropout = float(found["lora_dropout"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
-    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
-    try:
-        config = lora.LoRAConfig(rank, alpha, dropout, tuple(targets))
+        config = lora.LoRAConfig(file.r, file.lora_alpha, file.lora_dropout, tuple(targets))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return lora.Adapter(config, base, revision, metadata.get("base_fingerprint") or None)
+    fingerprint = (opened.metadata() or {}).get("base_fingerprint") or None
+    return lora.Adapter(config, file.base_model_name_or_path, file.revision, fingerprint)

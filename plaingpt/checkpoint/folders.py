@@ -1,24 +1,21 @@
 """Checkpoint folders: finding, describing, pruning and downloading them."""
 
+import difflib
+import os
 import re
+from itertools import islice
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from configurator import UserError, one_line
-from plaingpt.files import read_json, remove_folder
+from plaingpt.files import Count, Settings, read_json, remove_folder
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_NAMES = {name: f"hf:openai-community/{name}" for name in OPENAI}
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-REQUIRED_STATE = {"step": int, "data": str, "settings": dict}
-OPTIONAL_STATE = {
-    "loss": int | float | None,
-    "val_loss": int | float | None,
-    "skipped": int,
-    "versions": dict,
-}
 MODEL_FILES = [  # patterns of the files that a model needs; no others are downloaded
     "config.json",
     "tokenizer.json",
@@ -28,6 +25,48 @@ MODEL_FILES = [  # patterns of the files that a model needs; no others are downl
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
 ]
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """state.json: where in its run a checkpoint was saved."""
+
+    step: Count
+    world_size: Count = 1
+    skipped: Count = 0  # steps so far whose loss or gradient was not finite
+    loss: float | None = None
+    val_loss: float | None = None
+    data: str  # fingerprint
+    versions: dict[str, str] = {}
+    settings: Settings  # train.py's
+
+
+class RunStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What it takes to repeat a run: an entry of run.json."""
+
+    time: str = ""
+    step: Count = 0
+    command: str = ""
+    settings: Settings  # train.py's
+    data: str = ""  # fingerprint
+    device: str = ""
+    dtype: str = ""
+    world_size: Count = 1
+    versions: dict[str, str] = {}
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.settings.get("init_from"), str):
+            raise ValueError("settings.init_from is missing, or not a string")
+
+    @property
+    def init_from(self) -> str:
+        return str(self.settings["init_from"])
+
+
+class Run(msgspec.Struct, frozen=True):
+    """run.json: the start of a run and each resumption."""
+
+    starts: tuple[RunStart, ...]
 
 
 def find(where: Path | str) -> Path:
@@ -43,10 +82,46 @@ def find(where: Path | str) -> Path:
     folder = Path(where)
     if steps := step_folders(folder):
         return steps[-1]
-    if (folder / "config.json").exists() or is_adapter(folder):
+    if is_model(folder):
         return folder
-    problem = "holds no checkpoint" if folder.exists() else "does not exist"
-    raise UserError(f"{folder} {problem}; train.py --out_dir={folder} makes one")
+    raise UserError(f"{folder} {missing(folder)}")
+
+
+def missing(folder: Path) -> str:
+    """Why a folder cannot be opened as a checkpoint, and which others can."""
+    found = runs_near(folder)
+    if os.path.exists(folder / "dataset.json"):
+        trained = [str(run) for run in found if was_trained_on(run, folder)]
+        makes = f"train.py --data_dir={folder} --out_dir=out/{folder.name} trains one"
+        hint = f"trained on it: {', '.join(trained[:3])}" if trained else makes
+        return f"is a data folder, not a checkpoint; {hint}"
+    problem = "holds no checkpoint" if os.path.exists(folder) else "does not exist"
+    names = [str(run) for run in found]
+    if close := difflib.get_close_matches(str(folder), names, n=1):
+        return f"{problem}; did you mean {close[0]}?"
+    there = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{problem}; " + (f"there is {there}" if names else "train.py makes checkpoints")
+
+
+def runs_near(folder: Path) -> list[Path]:
+    """The folders with checkpoints beside a folder, and in `out`."""
+    places = [place for place in {folder.parent, Path("out")} if os.path.isdir(place)]
+    around = [path for place in places for path in islice(place.glob("*/"), 1000)]
+    return sorted(path for path in around if step_folders(path) or is_model(path))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds, or once held, a model or an adapter."""
+    names = ("config.json", "model.safetensors", ADAPTER_CONFIG, "state.json")
+    return any(os.path.lexists(folder / name) for name in names)
+
+
+def was_trained_on(run: Path, data_dir: Path) -> bool:
+    try:
+        starts = read_starts(run)
+    except UserError:
+        return False
+    return bool(starts) and Path(str(starts[-1].settings.get("data_dir"))) == data_dir
 
 
 def step_folders(out_dir: Path | str) -> list[Path]:
@@ -63,7 +138,7 @@ def is_adapter(folder: Path) -> bool:
 def prune(out_dir: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss."""
     folders = step_folders(out_dir)
-    losses = {folder: read_state(folder).get("val_loss") for folder in folders}
+    losses = {folder: read_state(folder).val_loss for folder in folders}
     evaluated = [(loss, folder) for folder, loss in losses.items() if loss is not None]
     best = min(evaluated)[1] if evaluated else None
     for folder in folders[:-keep]:
@@ -71,33 +146,21 @@ def prune(out_dir: Path, keep: int) -> None:
             remove_folder(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json. Raises UserError if it is missing or damaged."""
-    state = read_json(folder / "state.json")
-    found = {name: kind for name, kind in OPTIONAL_STATE.items() if name in state}
-    for name, kind in (REQUIRED_STATE | found).items():
-        if not isinstance(state.get(name), kind):
-            raise UserError(f"{folder}/state.json is damaged: {name} is {state.get(name)!r}")
+def read_state(folder: Path) -> State:
+    """A checkpoint's state.json. Raises UserError if it is missing or damaged."""
+    path = folder / "state.json"
+    state = read_json(path, State)
+    named = STEP_FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != state.step:
+        raise UserError(f"{path}: step is {state.step}, in a folder named {folder.name}")
     return state
 
 
-def read_starts(out_dir: Path) -> list[dict[str, Any]]:
-    """What run.json records of the start of a run and of each resumption; [] without the file.
-
-    Raises UserError if it is damaged.
-    """
+def read_starts(out_dir: Path) -> tuple[RunStart, ...]:
+    """The starts in a run folder's run.json; () without the file. Raises UserError if it is
+    damaged."""
     path = out_dir / "run.json"
-    if not path.exists():
-        return []
-    starts = read_json(path).get("starts")
-    if not isinstance(starts, list) or not all(is_start(start) for start in starts):
-        raise UserError(f"{path} is damaged: it does not list the starts of a run")
-    return starts
-
-
-def is_start(value: Any) -> bool:
-    settings = value.get("settings") if isinstance(value, dict) else None
-    return isinstance(settings, dict) and isinstance(settings.get("init_from"), str)
+    return read_json(path, Run).starts if path.exists() else ()
 
 
 def on_hub(where: str) -> re.Match[str] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -13,16 +14,18 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt import lora
 from plaingpt.checkpoint import adapters
-from plaingpt.checkpoint.folders import find, is_adapter
+from plaingpt.checkpoint.folders import ADAPTER_WEIGHTS, State, find, is_adapter
 from plaingpt.checkpoint.hugging_face import (
+    check_finite,
     from_file_layout,
     read_config,
     read_weights,
     to_config_json,
     to_file_layout,
+    weight_files,
     write_tensors,
 )
-from plaingpt.files import atomic_folder, remove_leftovers, write_json
+from plaingpt.files import as_record, atomic_folder, remove_leftovers, size_of, write_json
 from plaingpt.text.tokenizer import Tokenizer
 
 BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
@@ -36,8 +39,15 @@ class Snapshot:
     weights: dict[str, Tensor]  # as `GPT.weights` returns them; with an adapter, only its own
     tokenizer: Tokenizer
     optimizer: dict[str, Any]  # tensors by parameter name
-    state: dict[str, Any]  # JSON values; state["step"] names the folder
+    state: State
     adapter: lora.Adapter | None = None
+
+
+class OptimizerFile(msgspec.Struct, frozen=True):
+    """optimizer.pt."""
+
+    parameters: dict[str, dict[str, Tensor]]  # by parameter name
+    scaler: dict[str, float]  # of torch.amp.GradScaler; {} but in float16
 
 
 def save(out_dir: Path, snapshot: Snapshot) -> Path:
@@ -46,7 +56,7 @@ def save(out_dir: Path, snapshot: Snapshot) -> Path:
     Raises OSError if the folder exists or the disk refuses the files, and then leaves none of them.
     """
     remove_leftovers(out_dir)
-    folder = out_dir / f"step_{snapshot.state['step']:06d}"
+    folder = out_dir / f"step_{snapshot.state.step:06d}"
     if folder.exists():  # replacing it takes two renames, with a moment when neither is there
         raise OSError(f"could not save a checkpoint: {folder} already exists")
     with atomic_folder(folder) as partial:
@@ -91,7 +101,7 @@ def load(
     """
     folder = tokenizer_folder = find(where)
     if is_adapter(folder) and not (folder / "tokenizer.json").exists():
-        tokenizer_folder = adapters.base_folder(folder, adapters.read_adapter(folder)[0])
+        tokenizer_folder = adapters.base_folder(folder, adapters.describe(folder))
     tokenizer = Tokenizer.load(tokenizer_folder)
     model = load_model(folder, block_size=block_size, dropout=dropout, merged=merged)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -122,22 +132,21 @@ def load_model(
     try:
         adapters.add_adapter(model, adapter, tensors)
     except UserError as error:
-        raise UserError(f"{folder} is not an adapter for {base}: {error}") from None
+        file = folder / ADAPTER_WEIGHTS
+        raise UserError(f"{file} is not an adapter for {base}: {error}") from None
     if merged:
         lora.merge(model)
+        check_finite(model.weights(), folder / ADAPTER_WEIGHTS)
     return model
 
 
 def load_plain(folder: Path, block_size: int | None, dropout: float) -> GPT:
     """The model of a folder that is not an adapter."""
-    config = read_config(folder, block_size, dropout)
+    config, files = read_config(folder, block_size, dropout), weight_files(folder)
     saved = read_weights(folder)
     if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
         config = replace(config, bias=True)  # trained elsewhere since, where biases always train
-    weights = from_file_layout(saved, config, folder)
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"{folder} holds weights that are NaN or infinite")
-    return GPT.from_weights(config, weights)
+    return GPT.from_weights(config, from_file_layout(saved, config, files[0]))
 
 
 def write_optimizer(folder: Path, optimizer: dict[str, Any]) -> None:
@@ -152,17 +161,15 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     """The content of optimizer.pt. Raises UserError if it is missing or damaged, or is a pickle
     with code in it."""
     path = folder / "optimizer.pt"
+    if not path.exists():
+        raise UserError(f"{folder} has no optimizer.pt: a run can start from it, but not resume")
+    size_of(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no optimizer.pt: a run can start from it, but not resume"
-        ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0][:150]
         raise UserError(f"{path} is damaged, or holds code: not loaded ({reason})") from None
-    if not isinstance(saved, dict) or not {"parameters", "scaler"} <= saved.keys():
-        raise UserError(f"{path} was not written by train.py")
+    as_record(saved, OptimizerFile, str(path), "a run can start from its model, but not resume")
     return saved

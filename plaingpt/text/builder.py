@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
+from plaingpt.text.dataset import SplitEntries, SplitEntry
 from plaingpt.text.documents import Bad, Encoded, End, Part, Reading, Record, Stream, encoded
-from plaingpt.text.progress import Progress
+from plaingpt.text.progress import NAME, Progress, SplitNotes, SplitsNotes
 from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -41,16 +41,18 @@ class SplitWriter:
     """A split being written: its shards, plus the digest, tokens and bytes of each document."""
 
     def __init__(
-        self, folder: Path, name: str, shard_tokens: int, masked: bool, notes: dict[str, Any]
+        self, folder: Path, name: str, shard_tokens: int, masked: bool, notes: SplitNotes
     ) -> None:
-        self.documents = notes.get("documents", 0)
-        self.tokens = notes.get("tokens", 0)
-        self.bytes = notes.get("bytes", 0)
-        self.open = notes.get("open", [0, 0])  # tokens and bytes of the unfinished document
-        self.shards = ShardWriter(folder, name, shard_tokens, masked, notes.get("shards"))
+        self.documents, self.tokens, self.bytes = notes.documents, notes.tokens, notes.bytes
+        self.open = notes.open  # tokens and bytes of the unfinished document
+        self.shards = ShardWriter(folder, name, shard_tokens, masked, notes.shards)
         self.path = folder / f"{name}.documents"
         self.path.touch()
         self._file = reopen(self.path, DOCUMENT.itemsize * self.documents)
+        known = np.fromfile(self.path, DOCUMENT)
+        counted = (known["tokens"].sum() + self.open[0], known["bytes"].sum() + self.open[1])
+        if counted != (self.tokens, self.bytes):
+            raise UserError(f"{self.path} does not match {NAME}: --overwrite starts over")
 
     @property
     def in_document(self) -> bool:
@@ -60,25 +62,34 @@ class SplitWriter:
         self.shards.write(ids, mask)
         self.tokens += len(ids)
         self.bytes += size
-        self.open = [self.open[0] + len(ids), self.open[1] + size]
+        self.open = (self.open[0] + len(ids), self.open[1] + size)
 
     def end_document(self, digest: int) -> None:
         self._file.write(pack_document(digest, *self.open))
         self.documents += 1
-        self.open = [0, 0]
+        self.open = (0, 0)
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> SplitNotes:
         """Flush everything to disk; return what the next writer of this split needs."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        names = ("documents", "tokens", "bytes", "open")
-        return {"shards": self.shards.sync()} | {name: getattr(self, name) for name in names}
+        return SplitNotes(
+            shards=self.shards.sync(),
+            documents=self.documents,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            open=self.open,
+        )
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> SplitEntry:
         """The split's part of the manifest."""
         self._file.close()
-        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-        return counts | {"shards": self.shards.close()}
+        return SplitEntry(
+            documents=self.documents,
+            bytes=self.bytes,
+            tokens=self.tokens,
+            shards=self.shards.close(),
+        )
 
 
 class SplitBuilder:
@@ -94,13 +105,16 @@ class SplitBuilder:
     ) -> None:
         self.progress, self.tokenizer, self.streams = progress, tokenizer, streams
         self.reading, self.limits, self.validation = reading, limits, reading.validation
-        splits, masked = progress.notes.get("splits", {}), reading.template != "text"
+        masked, splits = reading.template != "text", progress.notes.splits
         self.train, self.val = (
-            SplitWriter(progress.folder, name, limits.shard_tokens, masked, splits.get(name, {}))
-            for name in ("train", "val")
+            SplitWriter(progress.folder, name, limits.shard_tokens, masked, notes)
+            for name, notes in (("train", splits.train), ("val", splits.val))
         )
-        for stream, notes in zip(streams, progress.notes.get("streams", [])):
-            stream.restore(notes)
+        before = progress.notes.streams
+        if before and len(before) != len(streams):
+            raise UserError(f"{progress.folder / NAME}: other sources; --overwrite starts over")
+        for stream, known in zip(streams, before):
+            stream.restore(known)
         self.saved = self.began = time.monotonic()
         self.began_tokens, self.began_bytes = self.tokens, self.bytes
         sizes = [stream.source.size for stream in streams]
@@ -226,8 +240,8 @@ class SplitBuilder:
             self.bar.write(f"skipped {bad.where}: {bad.reason}", file=sys.stderr)
 
     def save(self) -> None:
-        splits = {"train": self.train.notes(), "val": self.val.notes()}
-        self.progress.save(splits, [stream.notes() for stream in self.streams])
+        splits = SplitsNotes(self.train.notes(), self.val.notes())
+        self.progress.save(splits, tuple(stream.notes() for stream in self.streams))
         self.saved = time.monotonic()
         seconds = max(self.saved - self.began, 1e-9)
         mb_per_s = (self.bytes - self.began_bytes) / seconds / 1e6
@@ -239,13 +253,13 @@ class SplitBuilder:
             refresh=False,
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> SplitEntries:
         """Close the shards; take documents that are trained on out of the validation split."""
-        splits = {"train": self.train.close(), "val": self.val.close()}
+        train, val = self.train.close(), self.val.close()
         both = in_both(self.train.path, self.val.path)
         if both.any():
-            splits["val"] = without_documents(self.progress.folder, self.val, both)
-        return {name: split for name, split in splits.items() if split["documents"] or both.any()}
+            return SplitEntries(train, without_documents(self.progress.folder, self.val, both))
+        return SplitEntries(train if train.documents else None, val if val.documents else None)
 
 
 def in_both(train: Path, val: Path) -> np.ndarray:
@@ -258,7 +272,7 @@ def in_both(train: Path, val: Path) -> np.ndarray:
     return found & (wanted != CUT)
 
 
-def without_documents(partial: Path, split: SplitWriter, left_out: np.ndarray) -> dict[str, Any]:
+def without_documents(partial: Path, split: SplitWriter, left_out: np.ndarray) -> SplitEntry:
     """Write the validation split again, to the folder KEPT, without some of its documents; return
     its new part of the manifest."""
     known = np.fromfile(split.path, DOCUMENT)
@@ -274,10 +288,10 @@ def without_documents(partial: Path, split: SplitWriter, left_out: np.ndarray) -
             end = min(start + (1 << 20), stop)
             writer.write(whole.tokens(start, end), whole.flags(start, end))
     kept = known[~left_out]
-    return {
-        "documents": len(kept),
-        "bytes": int(kept["bytes"].sum()),
-        "tokens": int(kept["tokens"].sum()),
-        "trained_on": int(left_out.sum()),  # documents left out because they are trained on
-        "shards": writer.close(),
-    }
+    return SplitEntry(
+        documents=len(kept),
+        bytes=int(kept["bytes"].sum()),
+        tokens=int(kept["tokens"].sum()),
+        trained_on=int(left_out.sum()),
+        shards=writer.close(),
+    )

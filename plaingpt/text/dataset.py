@@ -4,15 +4,66 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from configurator import UserError
 from plaingpt import files
-from plaingpt.text.shards import Split, mask_path, shard_paths
+from plaingpt.files import Count, Settings
+from plaingpt.text.shards import ShardEntry, Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 
 MANIFEST = "dataset.json"
 PARTIAL = ".partial"  # folder in which prepare.py builds the files of a data folder
+SplitName = Literal["train", "val"]
+
+
+class SplitEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    documents: Count
+    bytes: Count  # of text
+    tokens: Count
+    trained_on: Count = 0  # documents left out because they are trained on
+    shards: tuple[ShardEntry, ...]
+
+    def __post_init__(self) -> None:
+        if self.tokens != sum(shard.tokens for shard in self.shards):
+            raise ValueError("tokens is not the sum of those of its shards")
+
+
+class SplitEntries(msgspec.Struct, frozen=True, omit_defaults=True):
+    train: SplitEntry | None = None
+    val: SplitEntry | None = None
+
+    def items(self) -> list[tuple[SplitName, SplitEntry]]:
+        """Those that there are, by name."""
+        found: list[tuple[SplitName, SplitEntry]] = []
+        if self.train:
+            found.append(("train", self.train))
+        if self.val:
+            found.append(("val", self.val))
+        return found
+
+
+class SourceEntry(msgspec.Struct, frozen=True):
+    source: str
+    documents: Count
+    tokens: Count
+    dropped: dict[str, tuple[Count, str]]  # reason → how many, where the first is
+    ended: bool  # whether it was read to its end
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """dataset.json: what prepare.py made, and from what."""
+
+    format: int = 1
+    settings: Settings | None = None  # prepare.py's; None if something else wrote the file
+    template: str | None = None
+    vocab_size: Count | None = None
+    tokenizer: str | None = None  # its fingerprint
+    splits: SplitEntries
+    sources: tuple[SourceEntry, ...] = ()
+    inputs: str | None = None  # `progress.digest_of` the local files
 
 
 @dataclass(frozen=True)
@@ -20,7 +71,7 @@ class Dataset:
     """An opened data folder."""
 
     folder: Path
-    manifest: dict[str, Any]  # {} where others wrote the shards
+    manifest: Manifest | None  # None where others wrote the shards
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -42,27 +93,36 @@ class Dataset:
         print(f"{self.folder} has no tokenizer.json: taking its ids for GPT-2's")
         return Tokenizer.gpt2()
 
-    def split(self, name: str) -> Split:
+    def split(self, name: SplitName) -> Split:
         """Open "train" or "val". Raises UserError for missing and truncated shards."""
-        return Split(name, self._shard_paths(name), self.tokenizer.vocab_size)
+        split = Split(name, self._shard_paths(name), self.tokenizer.vocab_size)
+        for entry, shard, path in zip(self._entries(name), split.shards, split.paths):
+            if len(shard) != entry.tokens:
+                counts = f"has {len(shard):,} tokens, but {MANIFEST} counts {entry.tokens:,}"
+                raise UserError(f"{path} {counts}: prepare the data again")
+        return split
 
-    def _shard_paths(self, name: str) -> list[Path]:
+    def _entries(self, name: SplitName) -> tuple[ShardEntry, ...]:
+        split = getattr(self.manifest.splits, name) if self.manifest else None
+        return split.shards if split else ()
+
+    def _shard_paths(self, name: SplitName) -> list[Path]:
         """The shards that the manifest lists, or all that are found without a manifest."""
         paths = shard_paths(self.folder, name)
         if self.manifest:
-            entries = self.manifest.get("splits", {}).get(name, {}).get("shards", [])
+            entries = self._entries(name)
             for entry in entries:
-                path = self.folder / entry["file"]
+                path = self.folder / entry.file
                 if path not in paths:
                     raise UserError(
-                        f"{self.folder}/{MANIFEST} lists {entry['file']}, which is missing"
+                        f"{self.folder}/{MANIFEST} lists {entry.file}, which is missing"
                     )
                 mask = mask_path(path)
-                if "mask_sha256" in entry and not mask.exists():
+                if entry.mask_sha256 and not mask.exists():
                     raise UserError(
                         f"{mask} is missing: without it every token would count in the loss"
                     )
-            paths = [self.folder / entry["file"] for entry in entries]
+            paths = [self.folder / entry.file for entry in entries]
         if not paths:
             raise UserError(f"{self.folder} has no {name} shards ({name}_000000.bin, …)")
         return paths
@@ -73,20 +133,19 @@ class Dataset:
 
         Made from the hashes in the manifest; without one, from names and sizes of the shards.
         """
-        entries = self.manifest.get("splits", {}).get("train", {}).get("shards")
-        if entries is None:
+        if self.manifest:
+            known = [entry.sha256 + (entry.mask_sha256 or "") for entry in self._entries("train")]
+        else:
             paths = shard_paths(self.folder, "train")
             known = [f"{path.name} {path.stat().st_size}" for path in paths]
-        else:
-            known = [entry["sha256"] + entry.get("mask_sha256", "") for entry in entries]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
     @property
     def statistics(self) -> dict[str, dict[str, int]]:
         """Documents, bytes and tokens of each split, as the manifest counts them."""
-        splits = self.manifest.get("splits", {})
+        splits = self.manifest.splits.items() if self.manifest else []
         names = ("documents", "bytes", "tokens")
-        return {name: {key: split[key] for key in names} for name, split in splits.items()}
+        return {name: {key: getattr(split, key) for key in names} for name, split in splits}
 
     def bytes_per_token(self, split: Split) -> float | None:
         """Bytes of UTF-8 text per token of a split; None without a manifest, and where a mask
@@ -103,12 +162,12 @@ def open_dataset(data_dir: Path | str) -> Dataset:
     return Dataset(folder, read_manifest(folder))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a folder, {} where others wrote the shards. Raises as `open_dataset`."""
+def read_manifest(folder: Path) -> Manifest | None:
+    """`dataset.json` of a folder, None where others wrote the shards. Raises as `open_dataset`."""
     if not folder.is_dir():
         raise UserError(f"there is no data in {folder}; prepare.py --data_dir={folder} makes it")
     if (folder / MANIFEST).exists():
-        return files.read_json(folder / MANIFEST)
+        return files.read_json(folder / MANIFEST, Manifest, "prepare the data again")
     if (folder / PARTIAL).exists():
         raise UserError(f"{folder} is half prepared: run its prepare.py command again")
-    return {}
+    return None

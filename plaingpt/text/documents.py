@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from configurator import UserError
+from plaingpt.text.dataset import SourceEntry
+from plaingpt.text.progress import StreamNotes
 from plaingpt.text.records import Row
 from plaingpt.text.sources import Position, Source, find_source
 from plaingpt.text.templates import FIELDS, Segment, TemplateName, segments
@@ -49,25 +51,23 @@ class Stream:
     ended: bool = False
     documents: int = 0
     tokens: int = 0
-    dropped: dict[str, list[Any]] = field(default_factory=dict)  # reason → [count, where first]
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)  # reason → count, first
 
     def drop(self, reason: str, where: str) -> None:
-        known = self.dropped.setdefault(reason, [0, where])
-        known[0] += 1
+        count, first = self.dropped.get(reason, (0, where))
+        self.dropped[reason] = (count + 1, first)
 
-    def notes(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON can carry it."""
-        names = ("position", "ended", "documents", "tokens", "dropped")
-        return {name: getattr(self, name) for name in names}
+    def notes(self) -> StreamNotes:
+        """What `restore` needs."""
+        return StreamNotes(self.position, self.ended, self.documents, self.tokens, self.dropped)
 
-    def restore(self, notes: dict[str, Any]) -> None:
-        for name, value in notes.items():
-            setattr(self, name, value)
-        self.position = Position(*notes["position"])
+    def restore(self, notes: StreamNotes) -> None:
+        for name in notes.__struct_fields__:
+            setattr(self, name, getattr(notes, name))
 
-    def summary(self) -> dict[str, Any]:
-        names = ("documents", "tokens", "dropped", "ended")
-        return {"source": self.source.name} | {name: getattr(self, name) for name in names}
+    def summary(self) -> SourceEntry:
+        name = self.source.name
+        return SourceEntry(name, self.documents, self.tokens, self.dropped, self.ended)
 
 
 def open_streams(

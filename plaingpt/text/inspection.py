@@ -2,19 +2,18 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configurator import UserError
-from plaingpt.text.dataset import open_dataset
+from plaingpt.text.dataset import Manifest, SplitName, open_dataset
 from plaingpt.text.shards import Split, mask_path, sha256_of, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 
 BEGINNING = 300  # tokens of a split that are shown
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(folder: Path) -> Manifest | None:
     """Print a folder's summary, check all hashes and ids, show how the splits begin; return the
     manifest.
 
@@ -25,9 +24,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     if manifest:
         report(manifest)
         check_hashes(folder, manifest)
-        if tokenizer.fingerprint != manifest["tokenizer"]:
+        if tokenizer.fingerprint != manifest.tokenizer:
             raise UserError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
-    for name in ("train", "val"):
+    names: tuple[SplitName, ...] = ("train", "val")
+    for name in names:
         if not shard_paths(folder, name):
             continue
         split = data.split(name)
@@ -39,36 +39,36 @@ def inspect(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def report(manifest: dict[str, Any]) -> None:
+def report(manifest: Manifest) -> None:
     """Print what each source gave, and how much each split holds."""
-    for source in manifest.get("sources", []):
-        rest = "" if source["ended"] else ", not read to the end"
-        counts = f"{source['documents']:,} documents, {source['tokens']:,} tokens"
-        print(f"{source['source']}: {counts}{rest}")
-        for reason, (count, where) in source["dropped"].items():
+    for source in manifest.sources:
+        rest = "" if source.ended else ", not read to the end"
+        print(f"{source.source}: {source.documents:,} documents, {source.tokens:,} tokens{rest}")
+        for reason, (count, where) in source.dropped.items():
             print(f"  skipped {count:,}: {reason} (the first: {where})")
-    for name, split in manifest["splits"].items():
-        rate = split["bytes"] / max(1, split["tokens"])
+    splits = manifest.splits
+    for name, split in splits.items():
+        rate = split.bytes / max(1, split.tokens)
         print(
-            f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
-            f"{split['tokens']:,} tokens ({rate:.2f} bytes per token)"
+            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, "
+            f"{split.tokens:,} tokens ({rate:.2f} bytes per token)"
         )
-        if split.get("trained_on"):
-            print(f"  {split['trained_on']:,} documents left out because they are trained on")
-    missing = {"train": "more documents", "val": "--val_fraction or --val_sources"}
-    for name, remedy in missing.items():
-        if not manifest["splits"].get(name, {}).get("tokens"):
-            print(f"{name}: empty, but train.py needs some: use {remedy}")
+        if split.trained_on:
+            print(f"  {split.trained_on:,} documents left out because they are trained on")
+    if not (splits.train and splits.train.tokens):
+        print("train: empty, but train.py needs some: use more documents")
+    if not (splits.val and splits.val.tokens):
+        print("val: empty, but train.py needs some: use --val_fraction or --val_sources")
 
 
-def check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+def check_hashes(folder: Path, manifest: Manifest) -> None:
     """Raises UserError for a shard or mask whose hash is not that in the manifest."""
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            path = folder / shard["file"]
-            hashes = {path: shard["sha256"]}
-            if "mask_sha256" in shard:
-                hashes[mask_path(path)] = shard["mask_sha256"]
+    for _, split in manifest.splits.items():
+        for shard in split.shards:
+            path = folder / shard.file
+            hashes = {path: shard.sha256}
+            if shard.mask_sha256:
+                hashes[mask_path(path)] = shard.mask_sha256
             for each, wanted in hashes.items():
                 if sha256_of(each) != wanted:
                     raise UserError(f"{each} has changed since it was written (sha256)")

@@ -5,13 +5,57 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from configurator import UserError
 from plaingpt import files
-from plaingpt.text.sources import find_source
+from plaingpt.files import Count, Settings
+from plaingpt.text.shards import ShardsSoFar
+from plaingpt.text.sources import Position, find_source
 
 NAME = "progress.json"
+
+Inputs = dict[str, tuple[int, int] | str | None]  # `inputs_of`, and a hash per dataset of the hub
+
+
+class SplitNotes(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a split has been written."""
+
+    shards: ShardsSoFar = ShardsSoFar()
+    documents: Count = 0
+    tokens: Count = 0
+    bytes: Count = 0
+    open: tuple[Count, Count] = (0, 0)  # tokens and bytes of the unfinished document
+
+    def __post_init__(self) -> None:
+        written = self.shards.filled + sum(shard.tokens for shard in self.shards.shards)
+        if self.tokens != written:
+            raise ValueError("tokens is not the sum of those of its shards")
+
+
+class SplitsNotes(msgspec.Struct, frozen=True):
+    train: SplitNotes = SplitNotes()
+    val: SplitNotes = SplitNotes()
+
+
+class StreamNotes(msgspec.Struct, frozen=True):
+    """How far a source has been read."""
+
+    position: Position
+    ended: bool
+    documents: Count
+    tokens: Count
+    dropped: dict[str, tuple[Count, str]]
+
+
+class Notes(msgspec.Struct, frozen=True):
+    """The content of progress.json."""
+
+    settings: Settings
+    inputs: Inputs
+    splits: SplitsNotes = SplitsNotes()
+    streams: tuple[StreamNotes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,37 +63,33 @@ class Progress:
     """What a run has saved in its folder, and saves there."""
 
     folder: Path
-    settings: dict[str, Any]
-    inputs: dict[str, Any]  # as `inputs_of`, and the hash of each dataset of the hub
-    notes: dict[str, Any]  # `splits` and `streams` of an earlier run; {} to start anew
+    notes: Notes  # of an earlier run; without streams to start anew
 
-    def save(self, splits: dict[str, Any], streams: list[dict[str, Any]]) -> None:
-        header = {"settings": self.settings, "inputs": self.inputs}
-        files.write_json(self.folder / NAME, header | {"splits": splits, "streams": streams})
+    def save(self, splits: SplitsNotes, streams: tuple[StreamNotes, ...]) -> None:
+        notes = Notes(self.notes.settings, self.notes.inputs, splits, streams)
+        files.write_json(self.folder / NAME, notes)
 
     @property
     def was_saved(self) -> bool:
         return (self.folder / NAME).exists()
 
 
-def read_progress(
-    folder: Path, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
-) -> Progress:
+def read_progress(folder: Path, settings: Settings, inputs: Inputs, overwrite: bool) -> Progress:
     """The progress of an earlier run with the same settings and inputs.
 
     Raises UserError if they differ; with `overwrite` the run starts anew instead.
     """
-    fresh = Progress(folder, settings, inputs, {})
+    fresh = Progress(folder, Notes(settings, inputs))
     if not fresh.was_saved:
         return fresh
     try:
-        notes = files.read_json(folder / NAME)
-        before = notes["settings"]
+        notes = files.read_json(folder / NAME, Notes, "--overwrite starts over")
+        before = notes.settings
         if settings["bad_records"] == "skip":  # none was refused so far, so nothing changes
             before = before | {"bad_records": "skip"}
         check_settings_unchanged(folder.parent, "was begun", before, settings)
-        for path in sorted(inputs.keys() | notes["inputs"].keys()):
-            if inputs.get(path) != notes["inputs"].get(path):
+        for path in sorted(inputs.keys() | notes.inputs.keys()):
+            if inputs.get(path) != notes.inputs.get(path):
                 raise UserError(
                     f"{path} is new, has changed or has gone since {folder.parent} was begun: "
                     "--overwrite starts over"
@@ -58,12 +98,10 @@ def read_progress(
         if overwrite:
             return fresh
         raise
-    return Progress(folder, settings, inputs, notes)
+    return Progress(folder, msgspec.structs.replace(notes, settings=settings))
 
 
-def check_settings_unchanged(
-    folder: Path, what: str, old: dict[str, Any], now: dict[str, Any]
-) -> None:
+def check_settings_unchanged(folder: Path, what: str, old: Settings, now: Settings) -> None:
     """Raises a UserError that names the settings that differ."""
     changed = [
         f"{name} was {old.get(name)!r}, is now {now[name]!r}"
@@ -77,12 +115,12 @@ def check_settings_unchanged(
         )
 
 
-def inputs_of(sources: tuple[str, ...]) -> dict[str, list[int]]:
+def inputs_of(sources: tuple[str, ...]) -> Inputs:
     """Size and time of change of every local file that the sources read."""
     found = [find_source(name) for name in sources]
     stats = {file.path: os.stat(file.path) for source in found for file in source.files}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in sorted(stats.items())}
 
 
-def digest_of(inputs: dict[str, list[int]]) -> str:
+def digest_of(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]

@@ -11,14 +11,32 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated
 
+import msgspec
 import numpy as np
 
 from configurator import UserError
+from plaingpt.files import Count, open_regular, size_of
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 BUFFER = 1 << 20  # bytes between two writes of a file
+
+
+class ShardEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A complete shard."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^(train|val)_\d{6,}\.bin$")]
+    tokens: Count
+    sha256: str
+    mask_sha256: str | None = None
+
+
+class ShardsSoFar(msgspec.Struct, frozen=True):
+    """Where a ShardWriter continues."""
+
+    shards: tuple[ShardEntry, ...] = ()  # complete
+    filled: Count = 0  # tokens in the open shard
 
 
 # --- the format
@@ -35,7 +53,7 @@ def decode_header(path: Path) -> int | None:
 
     Raises UserError for a header that is cut off or of another version.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(HEADER_BYTES)
     header = np.frombuffer(content[: len(content) // 4 * 4], dtype="<i4")
     if len(header) == 0 or header[0] != MAGIC:
@@ -57,7 +75,7 @@ def shard_paths(folder: Path, name: str) -> list[Path]:
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -146,7 +164,7 @@ class Split:
 
 def open_shard(path: Path) -> np.ndarray:
     """Map the tokens of a shard. Raises UserError if its length contradicts its header."""
-    size, tokens = path.stat().st_size, decode_header(path)
+    size, tokens = size_of(path), decode_header(path)
     if tokens is None:
         if size == 0 or size % 2:
             raise UserError(f"{path} has {size} bytes, which is not a whole number of uint16 ids")
@@ -162,8 +180,9 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def open_mask(path: Path, tokens: int) -> np.ndarray:
-    if path.stat().st_size != tokens:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes for {tokens:,} tokens")
+    if (size := size_of(path)) != tokens:
+        shard = path.name.replace(".mask.bin", ".bin")
+        raise UserError(f"{path} has {size:,} bytes for the {tokens:,} tokens of {shard}")
     return np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
 
 
@@ -183,17 +202,18 @@ class ShardWriter:
         name: str,
         shard_tokens: int,
         masked: bool = False,
-        state: dict[str, Any] | None = None,
+        state: ShardsSoFar | None = None,
     ) -> None:
         """Raises UserError if files are shorter than `state` says."""
         assert shard_tokens < 2**31
         self.folder, self.name, self.shard_tokens, self.masked = folder, name, shard_tokens, masked
-        state = state or {"shards": [], "filled": 0}
-        self.shards: list[dict[str, Any]] = list(state["shards"])
-        self.filled: int = state["filled"]  # tokens in the open shard
+        state = state or ShardsSoFar()
+        if state.filled >= shard_tokens:
+            raise UserError(f"{folder}: a shard has {state.filled:,} tokens of {shard_tokens:,}")
+        self.shards, self.filled = state.shards, state.filled
         self._file: IO[bytes] | None = None
         self._mask_file: IO[bytes] | None = None
-        kept = {shard["file"] for shard in self.shards}
+        kept = {shard.file for shard in self.shards}
         for path in folder.glob(f"{name}_*.bin"):
             if path.name.replace(".mask.bin", ".bin") not in kept | {self._path.name}:
                 path.unlink()
@@ -224,15 +244,15 @@ class ShardWriter:
             if self.filled == self.shard_tokens:
                 self._finish()
 
-    def sync(self) -> dict[str, Any]:
+    def sync(self) -> ShardsSoFar:
         """Flush everything to disk; return the state from which a later writer continues."""
         for file in (self._file, self._mask_file):
             if file:
                 file.flush()
                 os.fsync(file.fileno())
-        return {"shards": self.shards, "filled": self.filled}
+        return ShardsSoFar(self.shards, self.filled)
 
-    def close(self) -> list[dict[str, Any]]:
+    def close(self) -> tuple[ShardEntry, ...]:
         """Finish the last shard; return the manifest's entries of all shards."""
         if self.filled:
             self._finish()
@@ -240,17 +260,17 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._file
-        path, entry = self._path, {"file": self._path.name, "tokens": self.filled}
+        path, mask_hash = self._path, None
         self._file.seek(0)
         self._file.write(encode_header(self.filled))
         self.sync()
         self._file.close()
-        entry["sha256"] = sha256_of(path)
         if self._mask_file:
             self._mask_file.close()
-            entry["mask_sha256"] = sha256_of(mask_path(path))
+            mask_hash = sha256_of(mask_path(path))
+        entry = ShardEntry(path.name, self.filled, sha256_of(path), mask_hash)
         self._file = self._mask_file = None
-        self.shards, self.filled = [*self.shards, entry], 0
+        self.shards, self.filled = (*self.shards, entry), 0
 
 
 def reopen(path: Path, size: int) -> IO[bytes]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
+from plaingpt.files import Count
 from plaingpt.text.hub import HubDataset, Mark, hub_rows, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
 from plaingpt.text.text_files import TextFile, is_text, suffix
@@ -31,9 +32,9 @@ WEIGHT = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
 class Position(NamedTuple):
     """A place in a source."""
 
-    items: int = 0  # read completely
-    characters: int = 0  # read of the next item, a text file
-    read: int = 0  # bytes on disk so far, roughly
+    items: Count = 0  # read completely
+    characters: Count = 0  # read of the next item, a text file
+    read: Count = 0  # bytes on disk so far, roughly
     mark: Mark | None = None  # of a streamed dataset
 
 

@@ -3,18 +3,18 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from configurator import UserError
+from plaingpt.files import Settings
 from plaingpt.text import progress
 from plaingpt.text.builder import KEPT
-from plaingpt.text.dataset import MANIFEST, PARTIAL, read_manifest
+from plaingpt.text.dataset import MANIFEST, PARTIAL, Manifest, read_manifest
 from plaingpt.text.progress import check_settings_unchanged
 from plaingpt.text.shards import mask_path
 
 
-def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The manifest in `folder`, or {} if it has none.
+def check_target(folder: Path, settings: Settings, overwrite: bool) -> Manifest | None:
+    """The manifest in `folder`, or None if it has none.
 
     Raises UserError if writing there would destroy files that prepare.py did not make, or, without
     `overwrite`, data that was prepared with other settings.
@@ -22,7 +22,7 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"data_dir {folder} is a file")
-        return {}
+        return None
     if not (folder / MANIFEST).exists():
         foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]
         if foreign and not (folder / PARTIAL).exists():
@@ -30,30 +30,30 @@ def check_target(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
                 f"{folder} holds {min(foreign).name}, which prepare.py did not make: "
                 "use another data_dir"
             )
-        return {}
+        return None
     old = read_manifest(folder)
-    if "settings" not in old:
+    if old is None or old.settings is None:
         raise UserError(f"{folder}/{MANIFEST} was not made by prepare.py: use another data_dir")
     if not overwrite:
-        check_settings_unchanged(folder, "was prepared", old["settings"], settings)
+        check_settings_unchanged(folder, "was prepared", old.settings, settings)
     return old
 
 
-def check_inputs(manifest: dict[str, Any], sources: tuple[str, ...], folder: Path) -> None:
+def check_inputs(manifest: Manifest, sources: tuple[str, ...], folder: Path) -> None:
     """Raises UserError if files have changed since they were prepared. Files that have gone
     since then cannot be compared."""
     try:
         now = progress.digest_of(progress.inputs_of(sources))
     except (UserError, OSError):
         return
-    if manifest.get("inputs", now) != now:
+    if manifest.inputs not in (None, now):
         raise UserError(
-            f"files of {', '.join(manifest['settings']['sources'])} have changed since {folder} "
-            "was prepared: --overwrite prepares it again"
+            f"files of {', '.join(sources)} have changed since {folder} was prepared: --overwrite "
+            "prepares it again"
         )
 
 
-def only_install_left(partial: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+def only_install_left(partial: Path, settings: Settings, overwrite: bool) -> bool:
     """Whether an earlier run with these settings did everything but move its files.
 
     Raises UserError if its settings were others; with `overwrite` its files are removed.
@@ -61,8 +61,9 @@ def only_install_left(partial: Path, settings: dict[str, Any], overwrite: bool) 
     if not (partial / MANIFEST).exists():
         return False
     try:
-        old = read_manifest(partial)["settings"]
-        check_settings_unchanged(partial.parent, "was begun", old, settings)
+        old = read_manifest(partial)
+        before = old.settings if old else None
+        check_settings_unchanged(partial.parent, "was begun", before or {}, settings)
     except UserError:
         if not overwrite:
             raise
@@ -72,15 +73,16 @@ def only_install_left(partial: Path, settings: dict[str, Any], overwrite: bool) 
     return True
 
 
-def install(partial: Path, folder: Path) -> dict[str, Any]:
+def install(partial: Path, folder: Path) -> Manifest:
     """Move the finished files from `partial` to `folder`, the manifest last; return it.
 
     A kill in the middle leaves `partial` but no manifest: such a folder cannot be opened, and
     prepare.py finishes the move.
     """
     manifest = read_manifest(partial)
-    names = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]
-    masks = [mask_path(Path(name)).name for name in names] * (manifest["template"] != "text")
+    assert manifest
+    names = [shard.file for _, split in manifest.splits.items() for shard in split.shards]
+    masks = [mask_path(Path(name)).name for name in names] * (manifest.template != "text")
     names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
     (folder / MANIFEST).unlink(missing_ok=True)
     if (partial / KEPT).is_dir():

@@ -11,21 +11,26 @@ out `<|endoftext|>`, it gets the ids of the letters.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tiktoken
 
 from configurator import UserError
-from plaingpt import files
+from plaingpt.text.tokenizer_json import (
+    END_OF_TEXT,
+    MAX_VOCAB_SIZE,
+    ChatTemplate,
+    Vocabulary,
+    read_vocabulary,
+    unspell,
+    write_vocabulary,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 # GPT-2's: contractions, letters, numbers, other signs, each with a leading space; white space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same after a split at each digit, as in StarCoder and SmolLM.
@@ -50,7 +55,8 @@ class Tokenizer:
         digits: bool = False,
     ) -> None:
         self.ranks, self.eot, self.digits = ranks, eot, digits
-        self.chat_template: str | None = None  # Jinja, for models of conversations
+        self.merges: Sequence[tuple[bytes, bytes]] | None = None  # as the file lists them
+        self.chat_template: ChatTemplate | None = None  # Jinja, for models of conversations
         self.special = special or {END_OF_TEXT: len(ranks)}
         self.eot_id = self.special[eot]
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
@@ -141,48 +147,11 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into an existing folder."""
-        vocab = {spell(token): rank for token, rank in self.ranks.items()}
-        vocab |= {name: number for name, number in self.special.items() if name not in vocab}
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        }
-        one_digit = {"type": "Digits", "individual_digits": True}
-        both = {"type": "Sequence", "pretokenizers": [one_digit, byte_level]}
-        no_flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tokenizer = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": number, "content": name, **no_flags, "special": True}
-                for name, number in sorted(self.special.items(), key=lambda item: item[1])
-            ],
-            "normalizer": None,
-            "pre_tokenizer": both if self.digits else byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "vocab": vocab,
-                "merges": [[spell(a), spell(b)] for a, b in merges_of(self.ranks)],
-            },
-        }
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.eot,
-            "eos_token": self.eot,
-            "unk_token": self.eot,  # as in GPT-2's own; never used, but CTranslate2 wants one
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # text never encodes to one, as here
-        }
-        if self.chat_template:  # in transformers it renders eos_token after answers as text
-            config |= {"chat_template": self.chat_template, "split_special_tokens": False}
-        for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-            text = json.dumps(value, ensure_ascii=False, indent=1)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+        merges = list(merges_of(self.ranks)) if self.merges is None else self.merges
+        vocabulary = Vocabulary(
+            self.ranks, self.special, self.eot, self.digits, merges, self.chat_template
+        )
+        write_vocabulary(folder, vocabulary)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
@@ -191,81 +160,10 @@ class Tokenizer:
 
         Raises UserError if there is none, or one that would not give the same ids here.
         """
-        path = Path(folder)
-        path = path if path.is_file() else path / "tokenizer.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            vocab = content["model"]["vocab"]
-            added = content.get("added_tokens") or []
-            special = {token["content"]: token["id"] for token in added}
-            special |= {name: id for name, id in vocab.items() if name == END_OF_TEXT}
-            words = sorted(vocab.items(), key=lambda item: item[1])
-            ranks = {unspell(word): rank for word, rank in words if word not in special}
-            merged = [unspell(a) + unspell(b) for a, b in merges_in(content)]
-            digits = splits_digits(content)
-            largest = max(*ranks.values(), *special.values(), 0)
-        except FileNotFoundError:
-            raise UserError(f"{folder} has no tokenizer.json") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a byte-level BPE, or damaged ({error})") from None
-        if digits is None:
-            raise UserError(f"{path}: it does not split text as GPT-2 does")
-        singles = {bytes([byte]) for byte in range(256)}
-        learned = [token for token in ranks if token not in singles]
-        in_order = learned == list(dict.fromkeys(merged))
-        if not singles <= ranks.keys() or not in_order or len(set(ranks.values())) < len(ranks):
-            raise UserError(f"{path}: it must have all 256 bytes, and ids in the order of merges")
-        if largest >= MAX_VOCAB_SIZE:
-            raise UserError(
-                f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
-            )
-        config_path = path.with_name("tokenizer_config.json")
-        config = files.read_json(config_path) if config_path.exists() else {}
-        loaded = cls(ranks, special, end_of_text(path, config, special), digits)
-        loaded.chat_template = config.get("chat_template")
-        jinja = path.with_name("chat_template.jinja")  # where transformers writes it
-        if jinja.exists():
-            loaded.chat_template = jinja.read_text(encoding="utf-8", errors="replace")
+        found = read_vocabulary(Path(folder))
+        loaded = cls(found.ranks, found.special, found.eot, found.digits)
+        loaded.merges, loaded.chat_template = found.merges, found.chat_template
         return loaded
-
-
-def merges_in(content: dict[str, Any]) -> list[list[str]]:
-    """The pairs of a tokenizer.json's merges, which older files write as one string."""
-    merges = content["model"]["merges"]
-    return [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
-
-
-def splits_digits(content: dict[str, Any]) -> bool | None:
-    """Whether a tokenizer.json makes every digit a token; None where it does not split text as
-    GPT-2 does otherwise."""
-    split = content["pre_tokenizer"]
-    parts = split.get("pretokenizers", [split])
-    digits = [part for part in parts if part["type"] == "Digits"]
-    rest = [part for part in parts if part["type"] != "Digits"]
-    in_text = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    like_gpt2 = (
-        [part["type"] for part in rest] == ["ByteLevel"]
-        and rest[0] is parts[-1]
-        and rest[0].get("use_regex", True)
-        and not rest[0].get("add_prefix_space")
-        and all(part.get("individual_digits") for part in digits)
-        and not content.get("normalizer")
-        and not in_text
-    )
-    return bool(digits) if like_gpt2 else None
-
-
-def end_of_text(path: Path, config: dict[str, Any], special: dict[str, int]) -> str:
-    """The special token that ends a document. Raises UserError if it cannot be told."""
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if eos in special:
-        return eos
-    for name in (END_OF_TEXT, *special):
-        if name in special and (name == END_OF_TEXT or len(special) == 1):
-            return name
-    names = ", ".join(special) or "none"
-    raise UserError(f"{path}: which special token ends a text? (it has {names}, but no eos_token)")
 
 
 @contextmanager
@@ -310,25 +208,3 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
                 assert pairs[at] < rank, f"token {rank} is not a merge of earlier tokens"
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             yield parts[0], parts[1]
-
-
-# --- tokenizer.json spells each byte as a printable character (GPT-2, encoder.py)
-
-
-def byte_to_char() -> dict[int, str]:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    chars = {byte: chr(byte) for byte in printable}
-    return chars | {byte: chr(256 + place) for place, byte in enumerate(others)}
-
-
-BYTE_TO_CHAR = byte_to_char()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
-def spell(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[byte] for byte in token)
-
-
-def unspell(word: str) -> bytes:
-    return bytes(CHAR_TO_BYTE[char] for char in word)

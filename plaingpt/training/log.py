@@ -5,15 +5,33 @@ import re
 import time
 from typing import Any
 
+import msgspec
 import torch
 
+from plaingpt.files import Count
 from plaingpt.runtime import Runtime, peak_memory_gib
 from plaingpt.training.plan import Plan
 from plaingpt.training.state import TrainState
 
-# One step: step, loss, lr, grad_norm, skipped (steps so far), tokens, tokens_per_s, dt_ms, mfu,
-# peak_mem_gib; after an evaluation also val_loss and val_bpb.
-Record = dict[str, Any]
+Record = dict[str, Any]  # of one step: the fields of Metrics, and others that a newer version adds
+
+
+class Metrics(msgspec.Struct, frozen=True):
+    """A line of metrics.jsonl; null is a number that was not finite."""
+
+    step: Count
+    loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    skipped: Count = 0  # steps so far
+    tokens: Count = 0
+    tokens_per_s: float | None = None
+    dt_ms: float | None = None
+    mfu: float | None = None
+    peak_mem_gib: float | None = None
+    val_loss: float | None = None  # after an evaluation
+    val_bpb: float | None = None
+
 
 # Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
 PEAK_TFLOPS = {

@@ -207,14 +207,15 @@ def load_optimizer_state(
     """Restore what `optimizer_state` returned. Settings such as the learning rate are not part of
     it: they are this run's own.
 
-    Raises UserError if `saved` belongs to other parameters, shapes or another optimizer.
+    Raises UserError if `saved` belongs to other parameters, shapes or another optimizer, or is
+    damaged.
     """
     if not saved:  # from before the first finite step
         return
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     foreign = sorted(set(saved) - set(names.values()))
     if foreign:
-        raise UserError(f"the saved optimizer state has parameters not here, such as {foreign[0]}")
+        raise UserError(f"it has saved a parameter that the model lacks: {foreign[0][:100]}")
     for each in optimizers:
         for parameter in each.parameters():
             state = dict(saved.get(names[parameter], {}))
@@ -232,13 +233,19 @@ def check_state(
     if isinstance(optimizer, Muon):
         wanted = {"momentum_buffer"}
     if set(state) != wanted:
+        there, needed = ", ".join(sorted(state))[:60], ", ".join(sorted(wanted))
         raise UserError(
-            f"the saved optimizer state of {name} holds {sorted(state)}, this run's "
-            f"{type(optimizer).__name__} needs {sorted(wanted)}: keep the optimizer setting"
+            f"the saved state of {name} is {there or 'missing'}; this run's "
+            f"{type(optimizer).__name__} needs {needed}: keep the optimizer setting"
         )
     for key, value in state.items():
-        if key != "step" and value.shape != parameter.shape:
+        shape = () if key == "step" else tuple(parameter.shape)
+        if value.shape != shape:
             raise UserError(
-                f"the saved {key} of {name} has shape {tuple(value.shape)}, "
-                f"the parameter {tuple(parameter.shape)}"
+                f"the saved {key} of {name} has shape {tuple(value.shape)}, not {shape}"
             )
+        plain = value.layout == torch.strided and not value.is_meta
+        if not (plain and value.dtype == torch.float32):
+            raise UserError(f"the saved {key} of {name} is not a float32 tensor")
+        if not value.isfinite().all() or (key in ("step", "exp_avg_sq") and value.min() < 0):
+            raise UserError(f"the saved {key} of {name} holds NaN, infinite or negative values")

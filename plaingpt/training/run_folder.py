@@ -10,12 +10,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from configurator import UserError
 from plaingpt import runtime
 from plaingpt.checkpoint import folders
-from plaingpt.files import atomic_file, remove_folder, write_json
+from plaingpt.checkpoint.folders import RunStart
+from plaingpt.files import (
+    Settings,
+    as_record,
+    atomic_file,
+    open_regular,
+    parse_json,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from plaingpt.runtime import Runtime
-from plaingpt.training.log import Record, finite
+from plaingpt.training.log import Metrics, Record, finite
 
 
 class RunLog:
@@ -42,42 +54,43 @@ class RunLog:
 
 
 def begin_run(
-    out_dir: Path, starts: list[dict[str, Any]], tracker: str | None, splits: dict[str, Any]
+    out_dir: Path, starts: tuple[RunStart, ...], tracker: str | None, splits: dict[str, Any]
 ) -> RunLog:
     """Create or continue a run folder and write its run.json: `starts`, the current one last.
     `splits` are the statistics of the data, for the tracker.
 
     Raises UserError if the tracker cannot be started.
     """
-    start = starts[-1]
+    path, start = out_dir / "run.json", starts[-1]
     out_dir.mkdir(parents=True, exist_ok=True)
     running = None
     if tracker:
-        name = f"{out_dir.name}-{starts[0]['time']}"
-        running = Tracker(tracker, name, out_dir, start | {"splits": splits})
-    if start["step"] == 0:
+        name = f"{out_dir.name}-{starts[0].time}"
+        about = msgspec.to_builtins(start) | {"splits": splits}
+        running = Tracker(tracker, name, out_dir, about)
+    if start.step == 0:
         for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
             remove_folder(folder)
-    write_json(out_dir / "run.json", {"starts": starts})
-    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start["step"] or -1), running)
+    # Earlier starts as they are in the file, with fields that this version may not know.
+    earlier = read_json(path, dict[str, Any])["starts"] if len(starts) > 1 else []
+    write_json(path, {"starts": [*earlier, start]})
+    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start.step or -1), running)
 
 
-def describe_start(
-    settings: dict[str, Any], rt: Runtime, step: int, fingerprint: str
-) -> dict[str, Any]:
+def describe_start(settings: Settings, rt: Runtime, step: int, fingerprint: str) -> RunStart:
     """What it takes to repeat a run, for run.json and the tracker."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime()),
-        "step": step,
-        "command": shlex.join(sys.argv),
-        "settings": settings,
-        "data": fingerprint,
-        "device": str(rt.device),
-        "dtype": str(rt.dtype),
-        "world_size": rt.world_size,
-        "versions": runtime.versions(),
-        "revision": runtime.revision(),
-    }
+    return RunStart(
+        time=time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime()),
+        step=step,
+        command=shlex.join(sys.argv),
+        settings=settings,
+        data=fingerprint,
+        device=str(rt.device),
+        dtype=str(rt.dtype),
+        world_size=rt.world_size,
+        versions=runtime.versions(),
+        revision=runtime.revision(),
+    )
 
 
 class MetricsLog:
@@ -102,18 +115,21 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that a kill cut short."""
+    """The records of a metrics.jsonl, without a last line that a kill cut short. Raises UserError
+    for a damaged line."""
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines) - 1:
-                raise UserError(f"{path}:{number + 1} is not a metrics record") from None
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = parse_json(line, dict[str, Any], f"{path}:{number}")
+                as_record(record, Metrics, f"{path}:{number}")
+            except UserError:
+                if line.endswith(b"\n"):
+                    raise
+                break
+            records.append(record)
     return records
 
 

@@ -3,6 +3,7 @@
 Settings come as a dict of TrainConfig's fields, which is how a checkpoint remembers them.
 """
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt import lora
 from plaingpt.checkpoint import adapters, folders, store
+from plaingpt.checkpoint.folders import State
 from plaingpt.text.dataset import Dataset
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")  # what a checkpoint decides
@@ -82,6 +84,9 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset) ->
     another shape than settings that differ from their `defaults`.
     """
     where, out_dir = settings["init_from"], Path(settings["out_dir"])
+    word = difflib.get_close_matches(where.lower(), ("scratch", "resume"), n=1, cutoff=0.8)
+    if word and not Path(where).exists():
+        raise UserError(f"init_from={where!r}: did you mean {word[0]!r}?")
     folder = folders.find(where)
     model = open_model(folder, settings, dataset, merged=True)
     other = [
@@ -124,20 +129,23 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
     ]
     if changed:
         raise UserError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
-    if state["data"] != dataset.fingerprint:
+    if state.data != dataset.fingerprint:
         raise UserError(f"cannot resume {folder} on other data than it was trained on")
     adapter = None
     if config := lora_config(settings):
-        adapter = replace(adapters.read_adapter(folder)[0], config=config)
+        adapter = replace(adapters.describe(folder), config=config)
     optimizer = store.read_optimizer(folder)
-    return Start(model, folder, adapter, state["step"], state.get("skipped", 0), optimizer)
+    if not optimizer["parameters"] and state.skipped < state.step:
+        raise UserError(
+            f"{folder}/optimizer.pt is empty: a run can start from {folder}, not resume"
+        )
+    return Start(model, folder, adapter, state.step, state.skipped, optimizer)
 
 
-def saved_settings(state: dict[str, Any], defaults: Settings) -> Settings:
+def saved_settings(state: State, defaults: Settings) -> Settings:
     """The settings in the state.json of a checkpoint; the `defaults` of those newer than it."""
-    saved = state["settings"]
-    known = defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+    saved = state.settings
+    return defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
 
 
 def shape_of(start: Start, settings: Settings, vocab_size: int) -> Settings:

@@ -12,6 +12,7 @@ from configurator import UserError
 from model import GPT
 from plaingpt import lora
 from plaingpt.checkpoint import store
+from plaingpt.checkpoint.folders import State
 from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import optim, parallel
@@ -50,7 +51,10 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
     optimizers = optim.build_optimizers(model, plan.optimizer)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if start.optimizer:
-        optim.load_optimizer_state(model, optimizers, start.optimizer["parameters"])
+        try:
+            optim.load_optimizer_state(model, optimizers, start.optimizer["parameters"])
+        except UserError as error:
+            raise UserError(f"{start.source}/optimizer.pt: {error}") from None
         if start.optimizer["scaler"]:  # {} if the run had another dtype
             scaler.load_state_dict(start.optimizer["scaler"])
         start.optimizer.clear()  # it is up to twice as large as the model
@@ -118,9 +122,9 @@ def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt
     if not rt.is_main:
         return
     optimizer = {"parameters": parameters, "scaler": state.scaler.state_dict()}
-    about = {"step": state.step, "world_size": rt.world_size, "skipped": state.skipped} | about
+    saved = State(step=state.step, world_size=rt.world_size, skipped=state.skipped, **about)
     snapshot = store.Snapshot(
-        model.config, weights, state.tokenizer, optimizer, about, state.adapter
+        model.config, weights, state.tokenizer, optimizer, saved, state.adapter
     )
     folder = store.save(out_dir, snapshot)
     print(f"step {state.step}: saved {folder}")

@@ -18,6 +18,7 @@ import sample
 from model import GPT
 from plaingpt import lora
 from plaingpt.checkpoint import adapters, store
+from plaingpt.checkpoint.folders import State
 from plaingpt.text.tokenizer import Tokenizer
 
 
@@ -25,7 +26,8 @@ def save(folder: Path, base: Path, model: GPT) -> Path:
     adapter = adapters.adapter_for(base, str(base), folder, store.load_model(base), CONFIG)
     adapters.keep_base(base, folder)
     weights = lora.adapter_tensors(model.weights())
-    snapshot = store.Snapshot(SHAPE, weights, Tokenizer.bytes(), {}, {"step": 1}, adapter)
+    state = State(step=1, data="", settings={})
+    snapshot = store.Snapshot(SHAPE, weights, Tokenizer.bytes(), {}, state, adapter)
     return store.save(folder, snapshot)
 
 
@@ -93,8 +95,9 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     assert "bias='all' is more than plain LoRA" in refused(bias="all")
     assert "peft_type is 'IA3'" in refused(peft_type="IA3")
     assert "LoRA's rank must be at least 1, not 0" in refused(r=0)
-    assert "is damaged" in refused(lora_alpha=None)
-    assert "is damaged" in refused(r=float("inf"))
+    assert "lora_alpha: expected a number, got null" in refused(lora_alpha=None)
+    assert "is damaged: Infinity is not a finite number" in refused(r=float("inf"))
+    assert "LoRA's alpha must be above 0 and below 1e30" in refused(lora_alpha=1e308)
     safetensors.torch.save_file({name: each / 0 for name, each in tensors.items()}, file)
     assert "holds NaN, infinite or non-float values" in refused()
     safetensors.torch.save_file({name: each.int() for name, each in tensors.items()}, file)

@@ -9,6 +9,7 @@ from test_hugging_face import in_the_wild  # noqa: F401
 from test_store import IDX, save
 
 from configurator import UserError
+from plaingpt import files
 from plaingpt.checkpoint import folders, store
 from plaingpt.text.tokenizer import Tokenizer
 
@@ -30,6 +31,31 @@ def test_find_takes_the_newest_step_or_the_folder_itself(tmp_path):
         folders.find(tmp_path / "empty")
 
 
+def test_a_folder_that_is_no_checkpoint_leads_to_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def advice(where) -> str:
+        with pytest.raises(UserError) as caught:
+            folders.find(where)
+        return str(caught.value)
+
+    assert advice("nope") == "nope does not exist; train.py makes checkpoints"
+    data = tmp_path / "data" / "tales"
+    data.mkdir(parents=True)
+    (data / "dataset.json").touch()
+    assert advice("data/tales") == (
+        "data/tales is a data folder, not a checkpoint; "
+        "train.py --data_dir=data/tales --out_dir=out/tales trains one"
+    )
+    for name in ("tales", "more"):
+        save(tmp_path / "out" / name)
+        start = folders.RunStart(settings={"init_from": "x", "data_dir": f"data/{name}"})
+        files.write_json(tmp_path / "out" / name / "run.json", folders.Run((start,)))
+    assert advice("data/tales").endswith("not a checkpoint; trained on it: out/tales")
+    assert advice("out/tale") == "out/tale does not exist; did you mean out/tales?"
+    assert advice("nope") == "nope does not exist; there is out/more, out/tales"
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, loss in enumerate([5.0, 2.0, None, 3.0, 4.0], start=1):
         save(tmp_path, step, val_loss=loss)
@@ -47,15 +73,27 @@ def test_folders_of_others_are_not_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"step": "abc"}, {"data": None}, {"settings": []}, {"val_loss": "low"}, {"versions": 3}],
+    ("change", "message"),
+    [
+        ({"step": "abc"}, "step: expected a whole number, got a string"),
+        ({"step": -5}, "step: expected a whole number >= 0"),
+        ({"step": 10**30}, "step: expected a whole number <= "),
+        ({"step": 7}, "step is 7, in a folder named step_000001"),
+        ({"skipped": "none"}, "skipped: expected a whole number"),
+        ({"data": None}, "data: expected a string, got null"),
+        ({"settings": []}, "settings: expected an object, got a list"),
+        ({"settings": {"seed": [[1]]}}, "settings[…][0]: expected a string"),
+        ({"val_loss": "low"}, "val_loss: expected a number or null, got a string"),
+        ({"versions": 3}, "versions: expected an object"),
+    ],
 )
-def test_a_state_of_another_kind_is_refused(tmp_path, change):
+def test_a_state_of_another_kind_is_refused(tmp_path, change, message):
     _, folder = save(tmp_path)
-    state = folders.read_state(folder)
-    (folder / "state.json").write_text(json.dumps(state | change))
-    with pytest.raises(UserError, match=r"state\.json is damaged: "):
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as caught:
         folders.read_state(folder)
+    assert str(caught.value).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -63,9 +101,9 @@ def test_a_state_of_another_kind_is_refused(tmp_path, change):
     ["{}", '{"starts": 1}', '{"starts": [1]}', '{"starts": [{"settings": {}}]}', "[]", "{"],
 )
 def test_a_damaged_record_of_starts_is_refused(tmp_path, content):
-    assert folders.read_starts(tmp_path) == []
+    assert folders.read_starts(tmp_path) == ()
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match=r"run\.json is damaged: "):
+    with pytest.raises(UserError, match=r"run\.json(: | is damaged: )"):
         folders.read_starts(tmp_path)
 
 

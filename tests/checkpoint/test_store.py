@@ -150,9 +150,13 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch, name):
 
 
 def test_any_damage_of_the_optimizer_file_is_one_error(tmp_path):
-    for other in ([1, 2], {"x": 1}):
+    for other, message in (
+        ([1, 2], "expected an object, got a list"),
+        ({"x": 1}, "missing field parameters"),
+        ({"parameters": {"a": {"step": 1}}, "scaler": {}}, r"parameters.*: expected Tensor, got a"),
+    ):
         torch.save(other, tmp_path / "optimizer.pt")
-        with pytest.raises(UserError, match="was not written by train.py"):
+        with pytest.raises(UserError, match=r"optimizer\.pt: .*" + message):
             store.read_optimizer(tmp_path)
     parameters = {"a": {"step": torch.ones(3)}}
     torch.save({"parameters": parameters, "scaler": {}}, tmp_path / "optimizer.pt")

@@ -7,8 +7,9 @@ import pytest
 from conftest import positions, write_shard
 
 from configurator import UserError
+from plaingpt import files
 from plaingpt.text import dataset, shards
-from plaingpt.text.dataset import open_dataset
+from plaingpt.text.dataset import Manifest, SplitEntries, SplitEntry, open_dataset
 
 
 def refusal(folder, name="train") -> str:
@@ -19,6 +20,11 @@ def refusal(folder, name="train") -> str:
 
 def fingerprint(folder) -> str:
     return open_dataset(folder).fingerprint
+
+
+def write_manifest(folder, train):
+    split = SplitEntry(documents=1, bytes=50, tokens=50, shards=train)
+    files.write_json(folder / "dataset.json", Manifest(splits=SplitEntries(split)))
 
 
 # --- what is refused
@@ -52,11 +58,22 @@ def test_a_half_prepared_folder_is_refused(shard_folder):
     assert refusal(folder) == f"{folder} is half prepared: run its prepare.py command again"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3", b"{}"])
 def test_a_damaged_manifest_is_refused(shard_folder, content):
     folder = shard_folder(train=[positions(9)])
     (folder / "dataset.json").write_bytes(content)
-    assert refusal(folder).startswith(f"{folder}/dataset.json is damaged")
+    assert refusal(folder).startswith(f"{folder}/dataset.json")
+    assert refusal(folder).endswith("; prepare the data again")
+
+
+def test_a_damaged_field_of_the_manifest_is_named(shard_folder):
+    folder = shard_folder(train=[positions(9), positions(9)])
+    path = folder / "dataset.json"
+    path.write_text(path.read_text().replace('"tokens": 9', '"tokens": "9"', 1))
+    assert refusal(folder) == (
+        f"{path}: splits.train.shards[0].tokens: expected a whole number, got a string; "
+        "prepare the data again"
+    )
 
 
 # --- the manifest
@@ -100,15 +117,11 @@ def test_the_manifest_is_read_once(shard_folder):
 def test_a_missing_mask_is_not_a_mask_of_ones(tmp_path):
     writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
     writer.write(positions(50), np.zeros(50, np.uint8))
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"splits": {"train": {"shards": writer.close()}}})
-    )
+    write_manifest(tmp_path, writer.close())
     before = fingerprint(tmp_path)
     (tmp_path / "train_000000.mask.bin").unlink()
     assert "train_000000.mask.bin is missing" in refusal(tmp_path)
     writer = shards.ShardWriter(tmp_path, "train", 100, masked=True)
     writer.write(positions(50), np.ones(50, np.uint8))
-    (tmp_path / "dataset.json").write_text(
-        json.dumps({"splits": {"train": {"shards": writer.close()}}})
-    )
+    write_manifest(tmp_path, writer.close())
     assert fingerprint(tmp_path) != before

@@ -58,7 +58,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_and_the_file_stays(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, '{"step": 1}', '{"ste', '{"step": 3}')
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a metrics record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged: "):
         run_folder.MetricsLog(path, 10)
     assert path.read_bytes() == before
 
