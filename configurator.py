@@ -11,7 +11,7 @@ A config file is plain Python whose public names are settings. It sees the value
 """
 
 import ast
-import difflib
+import contextlib
 import inspect
 import io
 import math
@@ -24,11 +24,15 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from plaingpt.advice import similar_config, unknown, unnamed
+from plaingpt.wording import shorten, shown
+
 Config = TypeVar("Config")
 Saved = Callable[[Any], dict[str, Any]]  # a config → what replaces its defaults
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
 INVALID = object()  # returned by `check` and `parse` for a value that does not fit its type
+MAX_LINE, MAX_PROBLEMS = 2000, 20  # characters of a line, and lines, of an error message
 
 
 class UserError(ValueError):
@@ -58,6 +62,10 @@ NonNegativeFloat = Annotated[
 Fraction = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
 FractionBelow1 = Annotated[float, Range("in [0, 1)", lambda value: 0 <= value < 1)]
 NonEmpty = Annotated[str, Range("non-empty", bool)]
+A_PATH = Range("a path", bool)  # where ~ stands for the home folder
+A_FOLDER = Range("a folder", lambda value: os.path.isdir(value) or not os.path.exists(value))
+PathName = Annotated[str, A_PATH]
+Folder = Annotated[str, A_PATH, A_FOLDER]  # that may not exist yet
 FractionAbove0 = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -84,11 +92,11 @@ def command(
         run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
         if sys.stdout:  # None if it was closed
             sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return drop_output()
     except (UserError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        lines = [shorten(line, MAX_LINE) for line in str(problem).splitlines()]
+        print("error:", "\n".join(lines), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
@@ -99,6 +107,17 @@ def command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def drop_output() -> int:
+    """Discard what is left to print, after its reader left, as with `| head`; return status 141."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    return 141
 
 
 def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) -> Config:
@@ -115,7 +134,8 @@ def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) ->
     for name, where in origin.items():
         value = getattr(config, name)
         if value != defaults[name] and os.environ.get("RANK", "0") == "0":
-            print(f"{name} = {value!r} (default {defaults[name]!r}, {where})", file=sys.stderr)
+            line = f"{name} = {shown(value)} (default {shown(defaults[name])}, {where})"
+            print(shorten(line, MAX_LINE), file=sys.stderr)
     return config
 
 
@@ -152,7 +172,7 @@ def resolve(
     cls: type[Config], argv: list[str], saved: dict[str, Any] | None = None
 ) -> tuple[Config, dict[str, str]]:
     """The config, and where each value that was given comes from; raises as `configure` does."""
-    hints = get_type_hints(cls)
+    hints, kinds = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     values = defaults_of(cls)
     origin: dict[str, str] = {}
     problems: list[str] = []
@@ -162,10 +182,11 @@ def resolve(
         if checked is INVALID:
             wanted = describe(hints[name])
             huge = type(value) is int and abs(value) >= 2**63  # repr() may refuse it
-            given = "an integer beyond 64 bits" if huge else repr(value)
+            given = "an integer beyond 64 bits" if huge else shown(value)
             problems.append(f"{where}: {name} expects {wanted}, not {given}")
         else:
-            values[name], origin[name] = checked, where
+            values[name] = with_home(checked) if has_path(kinds[name]) else checked
+            origin[name] = where
 
     for name, value in (saved or {}).items():
         put(name, value, "the resumed run")
@@ -179,7 +200,9 @@ def resolve(
     for name, value in pairs:
         put(name, value, "command line")
     if problems:
-        raise UserError("\n       ".join(problems))
+        lines = [shorten(problem, MAX_LINE) for problem in problems[:MAX_PROBLEMS]]
+        more = [f"and {len(problems) - MAX_PROBLEMS:,} more"] * (len(problems) > MAX_PROBLEMS)
+        raise UserError("\n       ".join(lines + more))
     return cls(**values), origin
 
 
@@ -193,20 +216,15 @@ def split_arguments(
     hints = get_type_hints(cls)
     files: list[str] = []
     pairs: list[tuple[str, Any]] = []
+    bare: list[str] = []  # neither
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(help_text(cls))
+            print(help_text(cls), flush=True)
             raise SystemExit(0)
         if not argument.startswith("--"):
-            if argument.endswith(".py"):
-                files.append(argument)
-            else:
-                problems.append(
-                    f"command line: {argument!r} is neither a config file (*.py) nor --key=value "
-                    "(quote a value that contains spaces or *)"
-                )
+            (files if argument.endswith(".py") else bare).append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
@@ -233,6 +251,8 @@ def split_arguments(
             text = rest.pop(0)
         value = parse(text, hints[name])
         pairs.append((name, text if value is INVALID else value))
+    if bare:
+        problems.append(f"command line: {unnamed(bare, hints, dict(pairs))}")
     return files, pairs
 
 
@@ -243,29 +263,37 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
     """
     space = {**values, "__name__": "config", "__file__": path}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             exec(compile(file.read(), path, "exec"), space)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        where = path
-        if isinstance(error, SyntaxError):
-            where += f":{error.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == path:
-                where = f"{path}:{frame.lineno}"
-        reason = getattr(error, "strerror", None) or error
-        problems.append(f"{where}: {type(error).__name__}: {reason}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code may raise anything
+        problems.append(failure(path, error))
         return {}
-    assigned = {}
-    for name, value in space.items():
-        private = name.startswith("_") or isinstance(value, ModuleType) or callable(value)
-        if not private and (name not in values or value is not values[name]):
-            assigned[name] = value
-    return assigned
+    return {
+        name: value
+        for name, value in space.items()
+        if isinstance(name, str)
+        and not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
+        and (name not in values or value is not values[name])
+    }
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+def failure(path: str, error: BaseException) -> str:
+    """The message for an exception that a config file raised: its line, kind and reason."""
+    where = path
+    if isinstance(error, SyntaxError) and error.lineno:
+        where += f":{error.lineno}"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == path:
+            where = f"{path}:{line}"
+    said = f"{where}: {type(error).__name__}"
+    if isinstance(error, OSError) and error.filename == path:
+        similar = similar_config(path) if isinstance(error, FileNotFoundError) else None
+        return f"{said}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
+    with contextlib.suppress(Exception):  # one of the file's own may have no str()
+        said += f": {error}".removesuffix(": ")
+    return said
 
 
 # --- values: which ones a type allows, and how they are written on a command line
@@ -288,7 +316,7 @@ def check(value: Any, hint: Any) -> Any:
     options = options_of(hint)
     for option in options:
         if get_origin(option) is Literal:
-            if any(value == word and type(value) is type(word) for word in get_args(option)):
+            if any(type(value) is type(word) and value == word for word in get_args(option)):
                 return value
         elif get_origin(option) is tuple:
             if isinstance(value, (tuple, list)):
@@ -328,7 +356,10 @@ def parse(text: str, hint: Any) -> Any:
 
 
 def parse_tuple(text: str, item_hint: Any) -> Any:
-    """The tuple that `a,b` or Python's own `("a", "b")` means, or INVALID."""
+    """The tuple that `a,b`, Python's own `("a", "b")`, or the name of an existing file with a comma
+    in it means, or INVALID."""
+    if item_hint is str and os.path.exists(os.path.expanduser(text)):
+        return (text,)
     if text.startswith(("(", "[")):
         try:
             return check(ast.literal_eval(text), tuple[item_hint, ...])
@@ -336,6 +367,18 @@ def parse_tuple(text: str, item_hint: Any) -> Any:
             return INVALID  # the last three: [{[]}], and brackets nested too deeply
     items = tuple(parse(item.strip(), item_hint) for item in text.split(",") if item.strip())
     return INVALID if any(item is INVALID for item in items) else items
+
+
+def has_path(hint: Any) -> bool:
+    """Whether a type, with its Annotated parts, is or holds a path."""
+    return hint == A_PATH or any(map(has_path, get_args(hint)))
+
+
+def with_home(value: Any) -> Any:
+    """`value`, a string or a tuple of them, with ~ replaced by the home folder."""
+    if isinstance(value, tuple):
+        return tuple(map(with_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def describe(hint: Any) -> str:
@@ -358,31 +401,43 @@ def answer_help(cls: type, argv: list[str] | None = None) -> None:
 
     Commands call this before they import torch, which takes seconds.
     """
-    split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
+    try:
+        split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
+    except BrokenPipeError:
+        sys.exit(drop_output())
 
 
 def help_text(cls: type) -> str:
-    """The docstring of the command, then a line per setting: name, comment, type, default.
+    """The docstring of the command, then a line per setting (name, comment, type, default) under
+    the headings of the dataclass.
 
     A command's own settings come before those that it inherits.
     """
     hints, comments, defaults = get_type_hints(cls), comments_of(cls), defaults_of(cls)
-    lines = [inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""), "", "settings:"]
-    for name in sorted(defaults, key=lambda name: name not in cls.__annotations__):
+    lines = [inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")]
+    above = ""
+    for name in dict.fromkeys([*cls.__annotations__, *defaults]):
+        heading, comment = comments.get(name, ("settings", ""))
+        if heading != above:
+            lines += ["", f"{heading}:"]
+            above = heading
         kind = f"{describe(hints[name])}, default {defaults[name]!r}"
-        lines += [f"  --{name:<18} {comments.get(name, '')} ({kind})"]
+        lines += [f"  --{name:<18} {comment} ({kind})"]
     return "\n".join(lines)
 
 
-def comments_of(cls: type) -> dict[str, str]:
-    """The comment behind each field, read from the source of the dataclass and its bases."""
-    comments: dict[str, str] = {}
+def comments_of(cls: type) -> dict[str, tuple[str, str]]:
+    """The heading above each field (a comment on a line of its own) and the comment behind it, read
+    from the source of the dataclass and its bases."""
+    comments: dict[str, tuple[str, str]] = {}
     for each in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
-        name = ""
+        name, heading = "", "settings"
         for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(each)).readline):
-            before = token.line[: token.start[1]]
+            before, text = token.line[: token.start[1]], token.string.lstrip("# ")
             if token.type == tokenize.NAME and not before.strip():
                 name = token.string
             elif token.type == tokenize.COMMENT and before.strip():
-                comments[name] = token.string.lstrip("# ")
+                comments[name] = heading, text
+            elif token.type == tokenize.COMMENT:
+                heading = text
     return comments

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import configurator
-from configurator import FractionBelow1, NonEmpty, NonNegativeInt, PositiveInt, Range
+from configurator import Folder, FractionBelow1, NonNegativeInt, PathName, PositiveInt, Range
 from plaingpt.text.templates import TemplateName
 
-Sources = Annotated[tuple[str, ...], Range("non-empty", bool)]
+Sources = Annotated[tuple[PathName, ...], Range("non-empty", bool)]
 VocabSize = Annotated[int, Range("from 257 to 65,536", lambda value: 257 <= value <= 65_536)]
 ShardTokens = Annotated[int, Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)]
 
@@ -29,7 +29,7 @@ ShardTokens = Annotated[int, Range("from 1 to 2**31 - 1", lambda value: 1 <= val
 class PrepareConfig:
     # text
     sources: Sources = ("stdlib",)  # stdlib, files, folders, patterns, hf:…; …=0.3: weight
-    val_sources: tuple[str, ...] = ()  # what to validate on; empty: a share of sources
+    val_sources: tuple[PathName, ...] = ()  # what to validate on; empty: a share of sources
     template: TemplateName = "text"  # how a record becomes text: text, alpaca, chat, synth
     text_field: str = "text"  # the record's field that template=text takes
     bad_records: Literal["refuse", "skip"] = "refuse"  # what to do with malformed ones
@@ -40,15 +40,15 @@ class PrepareConfig:
     max_tokens: PositiveInt | None = None  # tokens to take from sources; None: all
     max_documents: PositiveInt | None = None  # documents to take from sources; None: all
     # tokens
-    tokenizer: NonEmpty = "bpe"  # bpe (trained on the text), bytes, gpt2, a tokenizer.json
+    tokenizer: PathName = "bpe"  # bpe (trained on the text), bytes, gpt2, a tokenizer.json
     vocab_size: VocabSize = 4096  # of a trained bpe, at most 65,536
     # output
-    data_dir: NonEmpty = "data/stdlib"  # where the shards go
+    data_dir: Folder = "data/stdlib"  # where the shards go
     shard_tokens: ShardTokens = 100_000_000  # tokens per shard
     seed: NonNegativeInt = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
     workers: NonNegativeInt = 0  # threads that tokenize; 0: one more than the cores
-    inspect: str | None = None  # a data_dir to describe and check; nothing is prepared
+    inspect: Folder | None = None  # a data_dir to describe and check; nothing is prepared
 
 
 if __name__ == "__main__":
@@ -58,8 +58,6 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-
-from tqdm import tqdm
 
 from configurator import UserError
 from plaingpt.files import Settings, write_json
@@ -74,6 +72,7 @@ from plaingpt.text.target import check_inputs, check_target, install, only_insta
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
+from plaingpt.wording import byte_size
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
 
@@ -85,9 +84,9 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
     or the network. The same command then resumes from the last saved progress; if nothing was saved
     yet, nothing is left behind.
     """
+    configurator.validate(cfg)
     if cfg.inspect is not None:
         return inspect(Path(cfg.inspect))
-    configurator.validate(cfg)
     folder = Path(cfg.data_dir)
     partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
@@ -199,8 +198,8 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
         needed = per_byte * sum(sizes)
     else:
         return
-    wanted, available = (tqdm.format_sizeof(size, "B") for size in (needed, free))
-    print(f"about {wanted} of shards to write, {available} free in {folder}", file=sys.stderr)
+    room = f"{byte_size(free)} free in {folder}"
+    print(f"about {byte_size(needed)} of shards to write, {room}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,11 +23,12 @@ from typing import Any, Literal
 import configurator
 from configurator import (
     DType,
+    Folder,
     Fraction,
     FractionBelow1,
-    NonEmpty,
     NonNegativeFloat,
     NonNegativeInt,
+    PathName,
     PositiveFloat,
     PositiveInt,
     UserError,
@@ -39,10 +40,12 @@ from plaingpt.training.schedule import ScheduleName
 @dataclass(frozen=True)
 class TrainConfig:
     # data and folders
-    data_dir: NonEmpty = "data/stdlib"  # what prepare.py wrote
-    out_dir: NonEmpty = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
+    data_dir: Folder = "data/stdlib"  # what prepare.py wrote
+    out_dir: Folder = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
     overwrite: bool = False  # start over in an out_dir that already has checkpoints
-    init_from: str = "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a checkpoint folder
+    init_from: PathName = (
+        "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a checkpoint folder
+    )
     # the model; init_from=FOLDER takes its shape from there
     n_layer: PositiveInt = 3  # blocks
     n_head: PositiveInt = 2  # attention heads per block

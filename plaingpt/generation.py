@@ -13,6 +13,7 @@ from model import GPT
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
 
 Pick = Callable[[Tensor], Tensor]  # logits (B, V) → ids (B,)
 
@@ -102,5 +103,5 @@ def prompt_ids(
         at = bisect_left(fewer, True, key=lambda oldest: len(without(oldest)[0]) <= room)
         ids, kept = without(fewer[min(at, len(fewer) - 1)])
     if len(ids) > room:
-        raise UserError(f"too long: {len(ids):,} tokens where {room:,} fit")
+        raise UserError(f"too long: {quantity(len(ids), 'token')} where {room:,} fit")
     return ids, kept

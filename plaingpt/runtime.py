@@ -24,6 +24,7 @@ from torch import Tensor
 from configurator import DType, UserError
 from model import GPT
 from plaingpt import cpu
+from plaingpt.wording import quantity
 
 
 @dataclass(frozen=True)
@@ -220,14 +221,15 @@ def best_device() -> str:
 
 
 def check_device(name: str) -> None:
-    available = {"cpu": True, "cuda": torch.cuda.is_available()}
-    available["mps"] = torch.backends.mps.is_available()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     kind, _, index = name.partition(":")
-    if not available.get(kind) or not re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,2}))?", name):
-        here = ", ".join(kind for kind, usable in available.items() if usable)
+    if not counts.get(kind) or not re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,2}))?", name):
+        here = ", ".join(kind for kind, number in counts.items() if number)
         raise UserError(f"device {name!r} is not on this machine, which has: {here}")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
+    if index and int(index) >= counts[kind]:
+        nouns = {"cpu": "CPU device", "cuda": "GPU", "mps": "GPU"}
+        raise UserError(f"device {name!r}: this machine has {quantity(counts[kind], nouns[kind])}")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ Temperature = Annotated[
 
 @dataclass(frozen=True)
 class Sampling:
+    # how tokens are drawn
     max_new_tokens: PositiveInt = 200  # tokens to write, unless the text ends before
     temperature: Temperature = 0.8  # below 1 is safer, above is wilder; 0: the likeliest token
     top_k: PositiveInt | None = None  # draw from the k likeliest tokens only

@@ -14,11 +14,13 @@ import prepare
 import sample
 import train
 from configurator import (
+    Folder,
     Fraction,
     FractionAbove0,
     FractionBelow1,
     NonNegativeFloat,
     NonNegativeInt,
+    PathName,
     PositiveFloat,
     PositiveInt,
     UserError,
@@ -276,6 +278,89 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert problems(str(latin)).startswith(f"{latin}: UnicodeDecodeError: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise ValueError('one\\ntwo')", ":1: ValueError: one two"),
+        ("raise ValueError", ":1: ValueError"),
+        ("import sys\nsys.exit(3)", ":2: SystemExit: 3"),
+        ("def f(): f()\nf()", ":1: RecursionError: maximum recursion depth exceeded"),
+        ("class E(BaseException): pass\nraise E('x')", ":2: E: x"),
+        ("class E(Exception):\n  def __str__(self): 1/0\nraise E", ":3: E"),
+        ("steps = [[10**5000]]", ": steps expects int, not a value of type list"),
+        ("globals()[3] = 3\nlr = 'x'", ": lr expects float, not 'x'"),
+        ("class A:\n  def __eq__(self, other): 1/0\nmode = A()", ": mode expects slow or quick"),
+        ("x" * 10**6 + " = 3", ": unknown setting 'xxx"),
+    ],
+)
+def test_whatever_a_file_does_is_one_line(config_file, text, message):
+    path = config_file(text)
+    said = problems(path)
+    assert said.startswith(f"{path}{message}") and len(said.splitlines()) == 1 and len(said) < 1000
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(config_file):
+    assert resolve(config_file("\ufeffsteps = 3")).steps == 3
+
+
+def test_an_interrupted_file_interrupts_the_command(config_file):
+    path = config_file("raise KeyboardInterrupt")
+    assert configurator.command(Settings, pytest.fail, [path]) == 130
+
+
+def test_of_many_problems_the_first_are_listed(config_file):
+    path = config_file("for _n in range(1000): globals()[f'x{_n}'] = 1")
+    lines = problems(path).splitlines()
+    assert len(lines) == 21 and lines[-1].strip() == "and 980 more"
+
+
+def test_long_values_are_shortened(capsys):
+    long = "x" * 10**6
+    for argv in (["--name", long], ["--files", long], ["--mode", long], [f"--{long}"], [long]):
+        configurator.command(Settings, lambda cfg: Path(cfg.name).read_text(), argv)
+        assert 0 < len(capsys.readouterr().err) < 5000
+
+
+# --- paths
+
+
+@dataclass(frozen=True)
+class Paths:
+    path: PathName = "a"  # a path
+    paths: tuple[PathName, ...] = ()  # several
+    folder: Folder | None = None  # a folder
+    text: str = ""  # not a path
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--path=~/a", "--paths=~/b,c,~", "--folder=~", "--text=~/d"]
+    assert configurator.resolve(Paths, argv)[0] == Paths(
+        "/home/me/a", ("/home/me/b", "c", "/home/me"), "/home/me", "~/d"
+    )
+    (tmp_path / "x.py").write_text("paths = ['~/b']")
+    assert configurator.resolve(Paths, [str(tmp_path / "x.py")])[0].paths == ("/home/me/b",)
+
+
+def test_the_name_of_a_file_may_hold_a_comma(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "(c).txt"):
+        (tmp_path / name).touch()
+        assert configurator.resolve(Paths, [f"--paths={name}"])[0].paths == (name,)
+    assert configurator.resolve(Paths, ["--paths=a,c.txt"])[0].paths == ("a", "c.txt")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    configurator.validate(Paths(folder=str(tmp_path)))
+    configurator.validate(Paths(folder=str(tmp_path / "new")))
+    with pytest.raises(UserError) as caught:
+        configurator.validate(Paths(path="", folder=str(tmp_path / "file")))
+    assert str(caught.value) == (
+        f"path must be a path, not ''; folder must be a folder, not '{tmp_path}/file'"
+    )
+
+
 # --- ranges
 
 
@@ -368,12 +453,27 @@ def test_help_is_every_setting_with_its_comment(capsys):
     assert "how to go (slow or quick, default 'slow')" in "\n".join(lines)
 
 
+def test_help_has_the_headings_of_the_source(capsys):
+    with pytest.raises(SystemExit):
+        configurator.resolve(train.TrainConfig, ["--help"])
+    sections = capsys.readouterr().out.split("\n\n")
+    titles = {section.splitlines()[0]: section for section in sections}
+    assert "  --batch_size " in titles["the steps and the optimizer:"]
+    assert "  --seed " in titles["the machine:"] and "  --plan " not in titles["the machine:"]
+    assert "settings:" not in titles
+    with pytest.raises(SystemExit):
+        configurator.resolve(sample.SampleConfig, ["--help"])
+    *_, own, inherited = capsys.readouterr().out.strip().split("\n\n")
+    assert own.startswith("settings:\n  --checkpoint ") and "  --top_k " not in own
+    assert inherited.startswith("how tokens are drawn:\n  --max_new_tokens ")
+
+
 @pytest.mark.parametrize(
     "cls", [prepare.PrepareConfig, train.TrainConfig, sample.SampleConfig], ids=lambda c: c.__name__
 )
 def test_every_setting_of_a_command_has_a_comment(cls):
     comments = configurator.comments_of(cls)
-    assert [f.name for f in dataclasses.fields(cls) if not comments.get(f.name)] == []
+    assert [f.name for f in dataclasses.fields(cls) if not comments.get(f.name, ("", ""))[1]] == []
 
 
 # --- command
@@ -455,6 +555,15 @@ def test_other_errors_keep_their_traceback(kind):
 
     with pytest.raises(kind, match="a bug"):
         configurator.command(Settings, run, [])
+
+
+def test_a_reader_of_the_help_that_left_is_not_an_error():
+    command = [sys.executable, "prepare.py", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
 
 
 def test_a_closed_output_is_not_an_error(monkeypatch):

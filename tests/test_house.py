@@ -13,6 +13,12 @@ COMMANDS = {"train", "prepare", "sample"} | {
     f"tools.{name}" for name in ("eval", "export", "serve", "bench")
 }
 MAX_PARAMETERS = 6
+LEAVES = {  # what the files at the root of all imports may import of ours
+    "model": set(),
+    "configurator": {"plaingpt.advice", "plaingpt.wording"},
+    "plaingpt.advice": {"plaingpt.wording"},
+    "plaingpt.wording": set(),
+}
 
 
 def module_of(path: Path) -> str:
@@ -72,8 +78,7 @@ def test_imports_point_inwards(module):
     if module.startswith("plaingpt"):
         outside = {name for name in names if not name.startswith("plaingpt")}
         assert outside <= {"model", "configurator"}
-    if module in ("model", "configurator"):
-        assert not names
+    assert names <= LEAVES.get(module, set(FILES))
 
 
 def test_no_imports_go_in_circles():

@@ -481,7 +481,7 @@ def test_a_bad_file_among_good_ones_leaves_nothing(texts, target, capsys):
 def test_a_data_dir_that_is_a_file_is_refused(texts, target, capsys):
     target.write_text("mine")
     assert command(texts, target) == 2
-    assert f"error: data_dir {target} is a file" in capsys.readouterr().err
+    assert f"error: data_dir must be a folder, not '{target}'" in capsys.readouterr().err
     assert command(texts, target / "below") == 2
     assert target.read_text() == "mine"
 

@@ -416,7 +416,8 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"seed": 2**63}, "seed must be below"),
         ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate"),
-        ({"data_dir": ""}, "data_dir must be non-empty"),
+        ({"data_dir": ""}, "data_dir must be a path, not ''"),
+        ({"data_dir": __file__}, "data_dir must be a folder, not '.*test_train.py'"),
         ({"n_head": 3}, "is not divisible by n_head=3"),
         ({"block_size": 8000}, "one window takes block_size"),
         ({"block_size": 1000}, "the val split has"),
@@ -432,6 +433,11 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, 
     with pytest.raises(ValueError, match=message):
         train.train(replace(cfg, out_dir=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_out_dir_is_refused_before_anything_else(cfg):
+    with pytest.raises(ValueError, match="^out_dir must be a folder, not '.*test_train.py'$"):
+        train.train(replace(cfg, out_dir=__file__, data_dir="nowhere", device="nothing"))
 
 
 def test_broken_shards_are_refused_and_foreign_ids_end_the_run(cfg, tmp_path):
@@ -586,6 +592,16 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     again = re.escape(f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}")
     assert re.search(rf"stopped by SIGTERM; {again} continues from step \d+\n", out)
     assert len(folders.step_folders(tmp_path / "parts")) == 1
+
+
+def test_a_reader_that_leaves_ends_a_run_quietly(cfg, tmp_path, monkeypatch, capsys):
+    """As in `python train.py | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        assert train.main(command(cfg, tmp_path / "run")[2:]) == 141
+    assert all(" (default " in line for line in capsys.readouterr().err.splitlines())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import configurator
-from configurator import NonNegativeInt, PositiveFloat, PositiveInt, Range, UserError
+from configurator import (
+    Folder,
+    NonNegativeInt,
+    PathName,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UserError,
+)
 from plaingpt import threads
 
 WARMUP_STEPS = 3  # of each training, which do not count
@@ -28,8 +36,8 @@ class PrepareBench:
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # as in prepare.py
     workers: NonNegativeInt = 0  # threads of prepare.py and of tiktoken; 0: prepare.py's default
     repeats: PositiveInt = 3  # measurements of each, in turn
-    folder: str | None = None  # for the corpus and the shards; None: a temporary one
-    output: str = "out/bench_prepare.json"  # where the figures go
+    folder: Folder | None = None  # for the corpus and the shards; None: a temporary one
+    output: PathName = "out/bench_prepare.json"  # where the figures go
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,11 @@ class TrainBench:
     settings: str = "config/gpt2_124m.py --batch_size=2 --micro_batch_size=2"  # for train.py
     steps: Steps = 8  # per run; the first three do not count
     repeats: PositiveInt = 3  # runs
-    nanogpt: str | None = None  # a folder with nanoGPT, to run in turn on the same shape and data
-    folder: str | None = None  # for the data and the runs; None: a temporary one
-    output: str = "out/bench_train.json"  # where the figures go
+    nanogpt: Folder | None = (
+        None  # a folder with nanoGPT, to run in turn on the same shape and data
+    )
+    folder: Folder | None = None  # for the data and the runs; None: a temporary one
+    output: PathName = "out/bench_train.json"  # where the figures go
 
 
 def answer_help(arguments: list[str]) -> None:
@@ -48,8 +58,8 @@ def answer_help(arguments: list[str]) -> None:
         configurator.answer_help(PrepareBench, arguments[1:])
     elif arguments[:1] == ["train"]:
         configurator.answer_help(TrainBench, arguments[1:])
-    elif arguments[:1] in (["-h"], ["--help"]):
-        print(inspect.cleandoc(__doc__))
+    elif "-h" in arguments or "--help" in arguments:
+        print(inspect.cleandoc(__doc__ or ""))
         raise SystemExit(0)
 
 
@@ -83,6 +93,7 @@ from plaingpt.text import sources
 from plaingpt.text.documents import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import log, run_folder
+from plaingpt.wording import byte_size, quantity
 
 REPO = Path(__file__).parents[1]
 # Not runtime.peak_memory_gib: it imports torch, which prepare.py does without.
@@ -110,7 +121,7 @@ def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = Path(name)
         source, size = write_corpus(folder, cfg)
-        print(f"{source.name}: {size / 1e6:,.0f} MB of text, {threads} threads")
+        print(f"{source.name}: {byte_size(size)} of text, {quantity(threads, 'thread')}")
         # The first run warms up and leaves the tokenizer.
         measure_prepare(source, folder / "data", cfg.tokenizer, threads)
         tokenizer = Tokenizer.load(folder / "data")
@@ -307,7 +318,9 @@ def run_python(name: str, arguments: list[str], folder: str | Path) -> str:
 def typical(name: str, values: list[float]) -> float:
     """The median after the warm-up. Raises UserError if `name` reported too few steps."""
     if len(values) <= WARMUP_STEPS:
-        raise UserError(f"{name} reported {len(values)} steps; {WARMUP_STEPS} are only warm-up")
+        raise UserError(
+            f"{name} reported {quantity(len(values), 'step')}; {WARMUP_STEPS} are only warm-up"
+        )
     return statistics.median(values[WARMUP_STEPS:])
 
 

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import configurator
-from configurator import DType, NonEmpty, PositiveInt, UserError
+from configurator import DType, Folder, PathName, PositiveInt, UserError
 from plaingpt import threads
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
-    data_dir: NonEmpty = "data/stdlib"  # what prepare.py wrote
+    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    data_dir: Folder = "data/stdlib"  # what prepare.py wrote
     tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
     limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -55,6 +55,7 @@ from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
+from plaingpt.wording import quantity
 
 EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
 EXAMPLES = 3  # answers to print
@@ -104,7 +105,7 @@ def perplexity(
         found["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
         text += f", {found['bits_per_byte']:.4f} bits per byte"
     of_answers = " of answers" if split.has_mask else ""
-    print(f"{text} ({tokens:,} tokens{of_answers})")
+    print(f"{text} ({quantity(tokens, 'token')}{of_answers})")
     return found
 
 
@@ -128,7 +129,8 @@ def answers(
             print(f"--- {tokenizer.decode(question).strip()}")
             print(f"> {given.strip()}\n= {wanted.strip()}")
     found = {"exact": float(np.mean(exact)), "f1": float(np.mean(overlaps)), "answers": len(exact)}
-    print(f"answers: {found['exact']:.1%} equal, F1 {found['f1']:.3f} ({len(exact):,} questions)")
+    asked = quantity(len(exact), "question")
+    print(f"answers: {found['exact']:.1%} equal, F1 {found['f1']:.3f} ({asked})")
     return found
 
 

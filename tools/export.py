@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import configurator
-from configurator import NonEmpty, UserError
+from configurator import PathName, UserError
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
-    out_dir: str = "out/exported"  # the new folder
+    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    out_dir: PathName = "out/exported"  # the new folder
     push_to_hub: str | None = None  # upload the folder to OWNER/NAME on the hub
     private: bool = False  # make that repository private if it is new
     dry_run: bool = False  # show the model card that would be uploaded, and write nothing
@@ -33,6 +33,7 @@ from plaingpt.files import atomic_folder
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import run_folder
+from plaingpt.wording import quantity
 
 
 def export(cfg: ExportConfig) -> Path:
@@ -131,9 +132,9 @@ def model_card(where: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> st
     lines = [
         f"# {Path(where).name}",
         "",
-        f"A GPT-2 of {model.num_params():,} parameters ({config.n_layer} layers, {config.n_head} "
-        f"heads, {config.n_embd} wide, context {config.block_size:,}, vocabulary "
-        f"{tokenizer.vocab_size:,})" + (", trained with plainGPT." if by_us else "."),
+        f"A GPT-2 of {model.num_params():,} parameters ({quantity(config.n_layer, 'layer')}, "
+        f"{quantity(config.n_head, 'head')}, {config.n_embd} wide, context {config.block_size:,}, "
+        f"vocabulary {tokenizer.vocab_size:,})" + (", trained with plainGPT." if by_us else "."),
         "",
         *(training_section(folder) if by_us else []),
         "## Use",
@@ -213,7 +214,7 @@ def data_of(data_dir: str, fingerprint: str) -> str | None:
     names = given if isinstance(given, tuple) else ()
     sources = ", ".join(str(without_local_path(name)) for name in names)
     tokens = data.statistics.get("train", {}).get("tokens")
-    return f"{sources} ({tokens:,} tokens)" if sources and tokens else None
+    return f"{sources} ({quantity(tokens, 'token')})" if sources and tokens else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import configurator
-from configurator import DType, NonEmpty, PositiveInt, Range, UserError
+from configurator import DType, NonEmpty, PathName, PositiveInt, Range, UserError
 from plaingpt import threads
 from plaingpt.sampling import Sampling
 
@@ -22,7 +22,7 @@ Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)
 
 @dataclass(frozen=True)
 class ServeConfig(Sampling):
-    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     host: NonEmpty = "127.0.0.1"  # this machine; 0.0.0.0: open to the network, without password
     port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 2  # answers at a time; further requests get status 503

@@ -95,6 +95,8 @@ def missing(folder: Path) -> str:
         makes = f"train.py --data_dir={folder} --out_dir=out/{folder.name} trains one"
         hint = f"trained on it: {', '.join(trained[:3])}" if trained else makes
         return f"is a data folder, not a checkpoint; {hint}"
+    if os.path.isfile(folder):
+        return "is a file, but a checkpoint is a folder"
     problem = "holds no checkpoint" if os.path.exists(folder) else "does not exist"
     names = [str(run) for run in found]
     if close := difflib.get_close_matches(str(folder), names, n=1):

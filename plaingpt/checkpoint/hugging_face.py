@@ -15,6 +15,7 @@ from torch import Tensor
 from configurator import UserError
 from model import EPSILON, GPT, INIT_STD, GPTConfig
 from plaingpt.files import read_json, size_of
+from plaingpt.wording import quantity
 
 # GPT-2's Conv1D stores these as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -144,7 +145,7 @@ def from_file_layout(saved: dict[str, Tensor], config: GPTConfig, file: Path) ->
     beyond = f"h.{config.n_layer}.ln_1.weight"
     for name, expected, words in ((last, True, "fewer"), (beyond, False, "more")):
         if (name in saved or f"transformer.{name}" in saved) != expected:
-            layers = f"the {config.n_layer:,} layers of its config.json"
+            layers = f"the {quantity(config.n_layer, 'layer')} of its config.json"
             raise UserError(f"{file} has {words} than {layers}")
     with torch.device("meta"):
         model = GPT(config)

@@ -19,6 +19,7 @@ from plaingpt.text.documents import Bad, Encoded, End, Part, Reading, Record, St
 from plaingpt.text.progress import NAME, Progress, SplitNotes, SplitsNotes
 from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
+from plaingpt.wording import byte_size, quantity
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
 pack_document = struct.Struct("<3Q").pack  # the same, much faster than an array of one
@@ -183,7 +184,7 @@ class SplitBuilder:
         for item, ids, mask in reader:
             stream.position = item.after
             if isinstance(item, Record) and len(ids) > limit:
-                item = Bad(f"more than {limit:,} tokens", item.where, item.after)
+                item = Bad(f"more than {quantity(int(limit), 'token')}", item.where, item.after)
             if isinstance(item, Bad):
                 self.drop(stream, item)
                 return
@@ -246,10 +247,9 @@ class SplitBuilder:
         seconds = max(self.saved - self.began, 1e-9)
         mb_per_s = (self.bytes - self.began_bytes) / seconds / 1e6
         mtok_per_s = (self.tokens - self.began_tokens) / seconds / 1e6
-        written = tqdm.format_sizeof(2 * self.tokens, "B")
         self.bar.set_postfix_str(
-            f"{mb_per_s:.1f} MB/s, {mtok_per_s:.2f}M tok/s, {self.tokens:,} tokens, "
-            f"{written} written",
+            f"{mb_per_s:.1f} MB/s, {mtok_per_s:.2f}M tok/s, {quantity(self.tokens, 'token')}, "
+            f"{byte_size(2 * self.tokens)} written",
             refresh=False,
         )
 

@@ -13,6 +13,7 @@ from plaingpt import files
 from plaingpt.files import Count, Settings
 from plaingpt.text.shards import ShardEntry, Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
 
 MANIFEST = "dataset.json"
 PARTIAL = ".partial"  # folder in which prepare.py builds the files of a data folder
@@ -98,7 +99,8 @@ class Dataset:
         split = Split(name, self._shard_paths(name), self.tokenizer.vocab_size)
         for entry, shard, path in zip(self._entries(name), split.shards, split.paths):
             if len(shard) != entry.tokens:
-                counts = f"has {len(shard):,} tokens, but {MANIFEST} counts {entry.tokens:,}"
+                found = quantity(len(shard), "token")
+                counts = f"has {found}, but {MANIFEST} counts {entry.tokens:,}"
                 raise UserError(f"{path} {counts}: prepare the data again")
         return split
 

@@ -9,6 +9,7 @@ from configurator import UserError
 from plaingpt.text.dataset import Manifest, SplitName, open_dataset
 from plaingpt.text.shards import Split, mask_path, sha256_of, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
 
 BEGINNING = 300  # tokens of a split that are shown
 
@@ -33,7 +34,7 @@ def inspect(folder: Path) -> Manifest | None:
         split = data.split(name)
         split.check_ids()
         checked = "all hashes match" if manifest else "no manifest to check against"
-        print(f"\n{name}: {len(split):,} tokens, {checked}; it begins")
+        print(f"\n{name}: {quantity(len(split), 'token')}, {checked}; it begins")
         if len(split):
             print(beginning(split, tokenizer))
     return manifest
@@ -43,18 +44,20 @@ def report(manifest: Manifest) -> None:
     """Print what each source gave, and how much each split holds."""
     for source in manifest.sources:
         rest = "" if source.ended else ", not read to the end"
-        print(f"{source.source}: {source.documents:,} documents, {source.tokens:,} tokens{rest}")
+        documents, tokens = quantity(source.documents, "document"), quantity(source.tokens, "token")
+        print(f"{source.source}: {documents}, {tokens}{rest}")
         for reason, (count, where) in source.dropped.items():
             print(f"  skipped {count:,}: {reason} (the first: {where})")
     splits = manifest.splits
     for name, split in splits.items():
         rate = split.bytes / max(1, split.tokens)
         print(
-            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, "
-            f"{split.tokens:,} tokens ({rate:.2f} bytes per token)"
+            f"{name}: {quantity(split.documents, 'document')}, {quantity(split.bytes, 'byte')}, "
+            f"{quantity(split.tokens, 'token')} ({rate:.2f} bytes per token)"
         )
         if split.trained_on:
-            print(f"  {split.trained_on:,} documents left out because they are trained on")
+            left_out = quantity(split.trained_on, "document")
+            print(f"  {left_out} left out: in the training split as well")
     if not (splits.train and splits.train.tokens):
         print("train: empty, but train.py needs some: use more documents")
     if not (splits.val and splits.val.tokens):

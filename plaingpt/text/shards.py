@@ -18,6 +18,7 @@ import numpy as np
 
 from configurator import UserError
 from plaingpt.files import Count, open_regular, size_of
+from plaingpt.wording import quantity
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 BUFFER = 1 << 20  # bytes between two writes of a file
@@ -167,12 +168,15 @@ def open_shard(path: Path) -> np.ndarray:
     size, tokens = size_of(path), decode_header(path)
     if tokens is None:
         if size == 0 or size % 2:
-            raise UserError(f"{path} has {size} bytes, which is not a whole number of uint16 ids")
+            raise UserError(
+                f"{path} has {quantity(size, 'byte')}, which is not a whole number of uint16 ids"
+            )
         return np.memmap(path, dtype="<u2", mode="r")
     if size != HEADER_BYTES + 2 * tokens:
         raise UserError(
-            f"{path} has {size:,} bytes, but its header promises {tokens:,} tokens = "
-            f"{HEADER_BYTES + 2 * tokens:,} bytes: it was cut off or overwritten"
+            f"{path} has {quantity(size, 'byte')}, but its header promises "
+            f"{quantity(tokens, 'token')} = {quantity(HEADER_BYTES + 2 * tokens, 'byte')}: "
+            "it was cut off or overwritten"
         )
     if tokens == 0:
         return np.empty(0, dtype="<u2")
@@ -182,7 +186,8 @@ def open_shard(path: Path) -> np.ndarray:
 def open_mask(path: Path, tokens: int) -> np.ndarray:
     if (size := size_of(path)) != tokens:
         shard = path.name.replace(".mask.bin", ".bin")
-        raise UserError(f"{path} has {size:,} bytes for the {tokens:,} tokens of {shard}")
+        found, wanted = quantity(size, "byte"), quantity(tokens, "token")
+        raise UserError(f"{path} has {found} for the {wanted} of {shard}")
     return np.memmap(path, dtype=np.uint8, mode="r") if tokens else np.empty(0, np.uint8)
 
 
@@ -209,7 +214,8 @@ class ShardWriter:
         self.folder, self.name, self.shard_tokens, self.masked = folder, name, shard_tokens, masked
         state = state or ShardsSoFar()
         if state.filled >= shard_tokens:
-            raise UserError(f"{folder}: a shard has {state.filled:,} tokens of {shard_tokens:,}")
+            filled = quantity(state.filled, "token")
+            raise UserError(f"{folder}: a shard has {filled} of {shard_tokens:,}")
         self.shards, self.filled = state.shards, state.filled
         self._file: IO[bytes] | None = None
         self._mask_file: IO[bytes] | None = None

@@ -26,7 +26,7 @@ from plaingpt.text.hub import HubDataset, Mark, hub_rows, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
 from plaingpt.text.text_files import TextFile, is_text, suffix
 
-WEIGHT = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
+WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
 
 
 class Position(NamedTuple):
@@ -80,7 +80,7 @@ def find_source(text: str) -> Source:
     weight = None
     if (weighed := WEIGHT.fullmatch(text)) and not os.path.exists(text):
         text, weight = weighed[1], float(weighed[2])
-        if weight == 0:
+        if weight <= 0:
             raise UserError(f"source {text!r}: a weight must be above 0")
     if text.startswith("hf:"):
         return Source(text, weight, hub=parse_address(text))

@@ -20,8 +20,6 @@ def check_target(folder: Path, settings: Settings, overwrite: bool) -> Manifest 
     `overwrite`, data that was prepared with other settings.
     """
     if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"data_dir {folder} is a file")
         return None
     if not (folder / MANIFEST).exists():
         foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]

@@ -17,6 +17,7 @@ import msgspec
 from configurator import UserError
 from plaingpt import files
 from plaingpt.files import Count
+from plaingpt.wording import quantity
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
@@ -90,7 +91,8 @@ def read_vocabulary(where: Path) -> Vocabulary:
         raise UserError(f"{path}: it does not split text as GPT-2 does")
     vocab = content.model.vocab
     if len(vocab) > MAX_VOCAB_SIZE:
-        raise UserError(f"{path} has {len(vocab):,} tokens; shards allow {MAX_VOCAB_SIZE:,}")
+        tokens = quantity(len(vocab), "token")
+        raise UserError(f"{path} has {tokens}; shards allow {MAX_VOCAB_SIZE:,}")
     special = {token.content: token.id for token in content.added_tokens or ()}
     special |= {name: id for name, id in vocab.items() if name == END_OF_TEXT}
     words = sorted(vocab.items(), key=lambda item: item[1])

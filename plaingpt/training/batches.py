@@ -16,6 +16,7 @@ from configurator import UserError
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
+from plaingpt.wording import quantity
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss mask, each (B, T)
 
@@ -134,7 +135,7 @@ def check_length(split: Split, block_size: int) -> None:
     """Raises UserError if a split holds less than one window."""
     if len(split) < block_size + 1:
         raise UserError(
-            f"the {split.name} split has {len(split):,} tokens, but one window takes "
+            f"the {split.name} split has {quantity(len(split), 'token')}, but one window takes "
             f"block_size + 1 = {block_size + 1:,}: use more text or a smaller --block_size"
         )
 

@@ -11,6 +11,7 @@ from plaingpt import runtime
 from plaingpt.lora import LoRAConfig
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.schedule import Every, LearningRate
+from plaingpt.wording import quantity
 
 
 class Sizes(NamedTuple):
@@ -109,14 +110,16 @@ def sentences(plan: Plan) -> list[str]:
     processes = f"{plan.world_size} processes × " if plan.world_size > 1 else ""
     needed, available = memory_gib(plan), runtime.device_memory_gib(plan.device)
     lines = [
-        f"Model: {sizes.total:,} parameters; {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide, context {config.block_size:,}, vocabulary {config.vocab_size:,}.",
+        f"Model: {sizes.total:,} parameters; {quantity(config.n_layer, 'layer')}, "
+        f"{quantity(config.n_head, 'head')}, {config.n_embd} wide, context "
+        f"{config.block_size:,}, vocabulary {config.vocab_size:,}.",
         *lora_sentence(plan),
-        f"Step: {plan.batch_size:,} sequences × {config.block_size:,} = "
-        f"{plan.tokens_per_step:,} tokens, in {processes}{micro_steps:,} micro-step(s) of "
-        f"{plan.micro_batch_size:,} sequences.",
-        f"Run: {plan.max_steps:,} steps, {tokens:,} tokens, {tokens / sizes.total:.1f} per "
-        "parameter" + (f", {plan.epochs:.2f} epochs." if plan.epochs else "."),
+        f"Step: {quantity(plan.batch_size, 'sequence')} × {config.block_size:,} = "
+        f"{quantity(plan.tokens_per_step, 'token')}, in {processes}"
+        f"{quantity(micro_steps, 'micro-step')} of {quantity(plan.micro_batch_size, 'sequence')}.",
+        f"Run: {quantity(plan.max_steps, 'step')}, {quantity(tokens, 'token')}, "
+        f"{tokens / sizes.total:.1f} per parameter"
+        + (f", {plan.epochs:.2f} epochs." if plan.epochs else "."),
         f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
         f"on {plan.device} in {str(plan.dtype).removeprefix('torch.')}, {plan.optimizer.name}.",
         f"Memory: about {needed:.1f} GiB"

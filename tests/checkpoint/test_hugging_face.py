@@ -254,7 +254,7 @@ def test_more_or_fewer_layers_than_the_config_says_are_refused(tmp_path):
     said = json.loads((folder / "config.json").read_text())
     for layers, word in ((1, "more"), (3, "fewer")):
         (folder / "config.json").write_text(json.dumps(said | {"n_layer": layers}))
-        with pytest.raises(UserError, match=f"has {word} than the {layers} layers"):
+        with pytest.raises(UserError, match=f"has {word} than the {layers} layers?\\b"):
             store.load_model(folder)
     (folder / "config.json").write_text("[" * 50_000)
     with pytest.raises(UserError, match="config.json is damaged"):

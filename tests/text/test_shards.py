@@ -10,6 +10,7 @@ from conftest import positions, split_of, write_shard
 
 from configurator import UserError
 from plaingpt.text import shards
+from plaingpt.wording import quantity
 
 
 def refusal(folder) -> str:
@@ -90,7 +91,7 @@ def test_a_mask_of_an_empty_shard_is_empty(shard_folder):
 def test_a_mask_of_another_length_is_refused(shard_folder):
     folder = shard_folder(train=[positions(6)])
     (folder / "train_000000.mask.bin").write_bytes(bytes(5))
-    assert f"{folder}/train_000000.mask.bin has 5 bytes for 6 tokens" in refusal(folder)
+    assert f"{folder}/train_000000.mask.bin has 5 bytes for the 6 tokens of" in refusal(folder)
 
 
 # --- what is refused
@@ -126,7 +127,7 @@ def test_another_version_is_refused(shard_folder):
 @pytest.mark.parametrize("size", [0, 1, 3, 1001])
 def test_a_file_with_half_an_id_or_none_is_refused(tmp_path, size):
     (tmp_path / "train.bin").write_bytes(bytes(size))
-    assert refusal(tmp_path).startswith(f"{tmp_path}/train.bin has {size} bytes")
+    assert refusal(tmp_path).startswith(f"{tmp_path}/train.bin has {quantity(size, 'byte')},")
 
 
 # --- ids

@@ -145,6 +145,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         ("missing.txt", "matches no file of these kinds"),
         ("hf:justaname extra", "write hf:OWNER/NAME"),
         ("stdlib=0", "above 0"),
+        ("README.md=-1", "source 'README.md': a weight must be above 0"),
     ],
 )
 def test_a_source_that_leads_nowhere_is_refused(text, said):

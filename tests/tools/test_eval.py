@@ -86,7 +86,7 @@ def test_learned_answers_match(taught, capsys):
     assert "### User:\nsky?" in out and "> blue\n= blue\n" in out
     assert "tokens of answers)" in out and "bits per byte" not in out
     assert eval.main([*command, "--tasks=answers", "--limit=1", "--device=cpu"]) == 0
-    assert "(1 questions)" in capsys.readouterr().out
+    assert "(1 question)" in capsys.readouterr().out
 
 
 def test_words_are_compared_as_for_squad():

@@ -114,7 +114,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
     }
     many = {name: run_of(name, **changes) for name, changes in variants.items()}
     out = workers.run_all(2, tmp_path, [arguments(run) for run in many.values()])
-    assert out.count("not finite") == 4 and "in 2 processes × 2 micro-step(s) of 1" in out
+    assert out.count("not finite") == 4 and "in 2 processes × 2 micro-steps of 1 sequence." in out
     for name, run in many.items():
         if "nan" not in name:
             alone = replace(run, out_dir=f"{run.out_dir}_alone", fsdp=False, micro_batch_size=None)

@@ -78,7 +78,7 @@ def test_a_plan_that_does_not_fit_says_so(monkeypatch):
     for gib in (40.0, 50.0):
         monkeypatch.setattr(runtime, "device_memory_gib", lambda device, gib=gib: gib)
         lines = "\n".join(sentences(plan_of(XL, 8)))
-        assert "= 65,536 tokens, in 8 processes × 1 micro-step(s) of 8" in lines
+        assert "= 65,536 tokens, in 8 processes × 1 micro-step of 8 sequences." in lines
         assert f"Memory: about 45.5 GiB of the {gib:.0f} GiB of cpu." in lines
         assert ("This will not fit. --micro_batch_size=4 takes " in lines) == (gib == 40)
     assert "--fsdp has no effect with one process." in sentences(plan_of(replace(XL, fsdp=True)))
