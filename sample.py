@@ -10,22 +10,24 @@ Text goes to stdout as it is drawn, everything else to stderr.
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import get_type_hints
 
 import configurator
-from configurator import DType, NonEmpty, NonNegativeInt, PositiveInt, UserError
+from configurator import DType, NonNegativeInt, PathName, PositiveInt, UserError
 from plaingpt import threads
 from plaingpt.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
-    checkpoint: NonEmpty = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
-    num_samples: PositiveInt = 1  # how many texts to write, drawn together as one batch
+    num_samples: PositiveInt = 1  # how many texts to write, drawn 32 at a time
     seed: NonNegativeInt = 1337  # the same seed draws the same text
     stream: bool = True  # print a single sample as it is drawn
     chat: bool = False  # hold a conversation with a model that was trained for it
@@ -43,13 +45,28 @@ from torch import Tensor
 from model import GPT
 from plaingpt import generation, runtime
 from plaingpt.checkpoint import store
-from plaingpt.generation import Pick
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 
+BATCH_SIZE = 32  # samples that are drawn together
+SETTINGS = [field.name for field in fields(Sampling)]  # that a conversation may change
+MEMORY_COMMANDS = """\
+/reset            starts over
+/system TEXT      starts over, and says how to answer
+"""
+COMMANDS = f"""\
+/NAME VALUE       changes a setting: {", ".join(SETTINGS)}
+/exit             ends the conversation, as Ctrl-D does; Ctrl-C ends an answer"""
+
 
 def sample(cfg: SampleConfig) -> list[str]:
-    """Print and return the samples, each with its prompt; with `chat` the answers.
+    """The result of `samples`, as a list."""
+    return list(samples(cfg))
+
+
+def samples(cfg: SampleConfig) -> Iterator[str]:
+    """Print and yield the samples, each with its prompt; with `chat` the answers. However many
+    they are, they take the memory of BATCH_SIZE.
 
     Raises UserError for settings out of range, or a checkpoint that cannot be opened.
     """
@@ -58,26 +75,29 @@ def sample(cfg: SampleConfig) -> list[str]:
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
     rt.place(model, rt.dtype).eval()
-    pick = generation.picker(cfg, tokenizer, rt.device)
     if cfg.chat:
-        return converse(model, tokenizer, pick, cfg.max_new_tokens)
+        yield from converse(model, tokenizer, cfg)
+        return
 
+    pick = generation.picker(cfg, tokenizer, rt.device)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    tokens = generation.continuations(
-        model, tokenizer, ids, cfg.max_new_tokens, pick, cfg.num_samples
-    )
     if cfg.num_samples == 1 and cfg.stream:
         pieces = [prompt]
         print(prompt, end="", flush=True)
+        tokens = generation.continuations(model, tokenizer, ids, cfg.max_new_tokens, pick)
         print_stream(tokens, tokenizer, pieces)
-        return ["".join(pieces)]
-    drawn = torch.stack(list(tokens), dim=1).tolist()  # (num_samples, tokens)
-    texts = [prompt + tokenizer.decode(until(row, tokenizer.eot_id)) for row in drawn]
-    for number, text in enumerate(texts, start=1):
-        if cfg.num_samples > 1:
-            print(f"--- sample {number} of {len(texts)}")
-        print(text)
-    return texts
+        yield "".join(pieces)
+        return
+    for first in range(0, cfg.num_samples, BATCH_SIZE):
+        count = min(BATCH_SIZE, cfg.num_samples - first)
+        tokens = generation.continuations(model, tokenizer, ids, cfg.max_new_tokens, pick, count)
+        drawn = torch.stack(list(tokens), dim=1).tolist()  # (count, tokens)
+        for number, row in enumerate(drawn, start=first + 1):
+            text = prompt + tokenizer.decode(until(row, tokenizer.eot_id))
+            if cfg.num_samples > 1:
+                print(f"--- sample {number:,} of {cfg.num_samples:,}")
+            print(text)
+            yield text
 
 
 def check_settings(cfg: SampleConfig) -> None:
@@ -94,7 +114,9 @@ def read_prompt(start: str) -> str:
         except UnicodeEncodeError:
             raise UserError("start is not UTF-8") from None
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = Path(start.removeprefix("FILE:")).expanduser()
+    if not path.name:
+        raise UserError("start=FILE: names no file: write --start=FILE:prompt.txt")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -118,8 +140,8 @@ def until(ids: Iterable[int], stop_id: int) -> Iterator[int]:
 # --- conversations
 
 
-def converse(model: GPT, tokenizer: Tokenizer, pick: Pick, max_new_tokens: int) -> list[str]:
-    """Answer what is typed until Ctrl-D or Ctrl-C; return the answers.
+def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[str]:
+    """Answer what is typed until /exit, Ctrl-D or Ctrl-C; yield the answers.
 
     When the context is full, the oldest turns of the conversation are dropped.
     """
@@ -128,37 +150,73 @@ def converse(model: GPT, tokenizer: Tokenizer, pick: Pick, max_new_tokens: int) 
             "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
             "alpaca or synth): this one's tokenizer has no such chat_template"
         )
-    remembers = tokenizer.chat_template != templates.INSTRUCTION
-    if remembers:
-        print("/reset starts over, /system TEXT says how to answer, Ctrl-D ends", file=sys.stderr)
-    else:
-        print("each question is answered on its own; Ctrl-D ends", file=sys.stderr)
+    if tokenizer.chat_template == templates.INSTRUCTION:
+        print("each question is answered on its own", file=sys.stderr)
+    print("/help lists the commands, Ctrl-D ends", file=sys.stderr)
+    device, block_size = model.lm_head.weight.device, model.config.block_size
+    pick = generation.picker(sampling, tokenizer, device)
     messages: list[dict[str, str]] = []
-    answers: list[str] = []
     for line in typed_lines():
-        if line == "/reset":
-            messages.clear()
-        elif line.startswith("/system ") and not remembers:
-            print(templates.NO_SYSTEM, file=sys.stderr)
-        elif line.startswith("/system "):
-            messages[:] = [{"role": "system", "content": line.removeprefix("/system ")}]
-        elif line.startswith("/"):
-            print(f"no command {line.split()[0]}: /reset or /system TEXT", file=sys.stderr)
-        elif line:
-            asked = [*messages, {"role": "user", "content": line}]
-            try:
-                ids, messages = generation.prompt_ids(
-                    asked, tokenizer, model.config.block_size, max_new_tokens
-                )
-            except UserError as error:
-                print(error, file=sys.stderr)
+        try:
+            if line == "/exit":
+                return
+            if line.startswith("/"):
+                if changed := obey(line, messages, tokenizer, sampling):
+                    sampling = changed
+                    pick = generation.picker(sampling, tokenizer, device)
                 continue
-            if messages != asked:
-                print("(the context is full: the oldest turns are dropped)", file=sys.stderr)
-            tokens = generation.continuations(model, tokenizer, ids, max_new_tokens, pick)
-            answers.append(print_answer(tokens, tokenizer))
-            messages.append({"role": "assistant", "content": answers[-1]})
-    return answers
+            if not line:
+                continue
+            asked = [*messages, {"role": "user", "content": line}]
+            max_new_tokens = sampling.max_new_tokens
+            ids, messages = generation.prompt_ids(asked, tokenizer, block_size, max_new_tokens)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        if messages != asked:
+            print("(the context is full: the oldest turns are dropped)", file=sys.stderr)
+        tokens = generation.continuations(model, tokenizer, ids, max_new_tokens, pick)
+        answer = print_answer(tokens, tokenizer)
+        messages.append({"role": "assistant", "content": answer})
+        yield answer
+
+
+def obey(
+    line: str, messages: list[dict[str, str]], tokenizer: Tokenizer, sampling: Sampling
+) -> Sampling | None:
+    """Carry out a command, on `messages` or by returning a changed `sampling`.
+
+    Raises UserError for an unknown command or a wrong value.
+    """
+    name, _, text = line[1:].partition(" ")
+    text, remembers = text.strip(), tokenizer.chat_template != templates.INSTRUCTION
+    if name == "help":
+        print(MEMORY_COMMANDS * remembers + COMMANDS, file=sys.stderr)
+    elif name == "reset":
+        messages.clear()
+    elif name == "system" and not remembers:
+        raise UserError(templates.NO_SYSTEM)
+    elif name == "system" and not text:
+        raise UserError("/system needs a text: /system TEXT says how to answer")
+    elif name == "system":
+        messages[:] = [{"role": "system", "content": text}]
+    elif name in SETTINGS:
+        return changed_setting(sampling, name, text)
+    else:
+        raise UserError(f"no command /{name}: /help lists them")
+    return None
+
+
+def changed_setting(sampling: Sampling, name: str, text: str) -> Sampling:
+    """Raises UserError for a value of another type or out of range."""
+    hint = get_type_hints(Sampling)[name]
+    value = configurator.check(configurator.parse(text, hint), hint)
+    if value is configurator.INVALID:
+        raise UserError(f"/{name} expects {configurator.describe(hint)}, not {text!r}")
+    changed = replace(sampling, **{name: value})
+    configurator.validate(changed)
+    print(f"{name} = {value}", file=sys.stderr)
+    return changed
 
 
 def typed_lines() -> Iterator[str]:
@@ -182,7 +240,7 @@ def print_answer(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return configurator.command(SampleConfig, sample, argv)
+    return configurator.command(SampleConfig, lambda cfg: deque(samples(cfg), maxlen=0), argv)
 
 
 if __name__ == "__main__":

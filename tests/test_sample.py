@@ -60,6 +60,25 @@ def test_samples_are_one_batch_that_a_seed_repeats(folder, capsys):
     assert outs[0].count("--- sample ") == 3
 
 
+def test_many_samples_are_drawn_and_printed_batch_by_batch(folder, capsys, monkeypatch):
+    """So that a hundred million of them start at once, in little memory."""
+    really, drawn = GPT.generate, []
+
+    def noted(self, idx, *args, **kwargs):
+        drawn.append(len(idx))
+        return really(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "generate", noted)
+    cfg = sample.SampleConfig(
+        checkpoint=str(folder), device="cpu", num_samples=10**8, max_new_tokens=3
+    )
+    texts = itertools.islice(sample.samples(cfg), 2 * sample.BATCH_SIZE)
+    assert len(set(texts)) > sample.BATCH_SIZE and drawn == [sample.BATCH_SIZE] * 2
+    assert "--- sample 64 of 100,000,000\n" in capsys.readouterr().out
+    assert run(folder, f"--num_samples={sample.BATCH_SIZE + 1}", "--max_new_tokens=1") == 0
+    assert drawn[2:] == [sample.BATCH_SIZE, 1]
+
+
 def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
     model = store.load_model(folder)
     with torch.no_grad():  # every logit but that of <|endoftext|> is about 0
@@ -71,7 +90,7 @@ def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
     assert capsys.readouterr().out == expected
 
 
-def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys):
+def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompt.txt").write_text("Über alles", encoding="utf-8")
     assert run(folder, f"--start=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=1") == 0
     assert capsys.readouterr().out.startswith("Über alles")
@@ -79,6 +98,12 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys):
     assert run(folder, f"--start=FILE:{tmp_path}/prompt.txt") == 2
     assert run(folder, "--start=FILE:nowhere.txt") == 2
     assert "nowhere.txt" in capsys.readouterr().err
+    assert run(folder, "--start=FILE:") == 2
+    assert "names no file: write --start=FILE:prompt.txt" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_text("At home")
+    assert run(folder, "--start=FILE:~/prompt.txt", "--max_new_tokens=1") == 0
+    assert capsys.readouterr().out.startswith("At home")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +115,9 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys):
         (["--num_samples=0"], "num_samples must be at least 1"),
         (["--tempreture=1"], "did you mean 'temperature'"),
         (["--device=tpu"], "device 'tpu' is not on this machine"),
-        (["hello"], "neither a config file"),
+        (["--device=cpu:1"], "device 'cpu:1': this machine has 1 CPU device"),
+        (["hello"], "neither a config file (*.py) nor --key=value; write --start=hello"),
+        ([f"--checkpoint={__file__}"], f"{__file__} is a file, but a checkpoint is a folder"),
     ],
 )
 def test_bad_settings_are_one_line_and_status_2(folder, capsys, arguments, message):
@@ -171,6 +198,50 @@ def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
             f"{word}?\n\n### Response:\n" for word in ("One", "Two", "Three")
         ]
     assert "no command /nothing" in err
+
+
+def test_commands_change_how_tokens_are_drawn(talker, monkeypatch, capsys):
+    settings = []
+    really = generation.picker
+
+    def noted(sampling, *args):
+        settings.append(sampling)
+        return really(sampling, *args)
+
+    monkeypatch.setattr(generation, "picker", noted)
+    lines = ["/temperature 0", "One?", "/temperature 0.5", "/top_k none", "/max_new_tokens 3"]
+    lines += ["/seed 7", "/reset", "Two?", "/seed 7", "/reset", "/help", "Two?", "/exit", "Three?"]
+    answers = talk(monkeypatch, talker, *lines)
+    assert len(answers) == 3 and answers[1] == answers[2] and len(answers[1].encode()) <= 9
+    assert (settings[1].temperature, settings[1].max_new_tokens) == (0.0, 30)
+    last = settings[-1]
+    assert (last.temperature, last.max_new_tokens, last.seed) == (0.5, 3, 7)
+    err = capsys.readouterr().err
+    assert "temperature = 0.5\n" in err and "/NAME VALUE " in err
+    assert ("/system TEXT " in err) == ("chat" in str(talker))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/temperature", "/temperature expects float, not ''"),
+        ("/temperature hot", "/temperature expects float, not 'hot'"),
+        ("/temperature -1", "temperature must be 0, or at least 0.001, not -1.0"),
+        ("/top_p 1.5", "top_p must be above 0 and at most 1, not 1.5"),
+        ("/checkpoint out", "no command /checkpoint: /help lists them"),
+        ("/", "no command /: /help lists them"),
+    ],
+)
+def test_a_wrong_command_changes_nothing(talker, monkeypatch, capsys, line, said):
+    assert talk(monkeypatch, talker, line, "One?") == talk(monkeypatch, talker, "One?")
+    assert said in capsys.readouterr().err.splitlines()
+
+
+def test_a_system_message_needs_a_text(talker, monkeypatch, capsys):
+    talk(monkeypatch, talker, "/system", "/system ")
+    remembers = "chat" in str(talker)
+    said = "/system needs a text" if remembers else "trained without system messages"
+    assert capsys.readouterr().err.count(said) == 2
 
 
 def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
