@@ -10,10 +10,19 @@ Arguments: a checkpoint folder (ours or any GPT-2), a data folder, an output fol
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
+if __name__ == "__main__" and len(sys.argv) != 5:  # before the imports, which take seconds
+    print(__doc__.strip())
+    sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+
+try:
+    import accelerate  # noqa: F401  (which Trainer needs)
+    import torch
+    from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install transformers accelerate")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from configurator import UserError
 from plaingpt.text.dataset import open_dataset
 
 
@@ -37,18 +46,24 @@ class Windows(torch.utils.data.Dataset):
 
 
 def main(checkpoint: str, data_dir: str, out_dir: str, steps: str) -> None:
+    """Raises UserError for data that cannot be opened, OSError for a missing checkpoint."""
+    if not steps.isdecimal() or int(steps) == 0:
+        raise UserError(f"steps must be a positive integer, not {steps!r}")
     model = GPT2LMHeadModel.from_pretrained(checkpoint)
     arguments = TrainingArguments(
         out_dir, max_steps=int(steps), per_device_train_batch_size=8, learning_rate=1e-4
     )
     windows = {name: Windows(data_dir, name, model.config.n_positions) for name in ("train", "val")}
     trainer = Trainer(model, arguments, train_dataset=windows["train"], eval_dataset=windows["val"])
-    print("before:", trainer.evaluate()["eval_loss"])
+    print("before:", trainer.evaluate()["eval_loss"], flush=True)
     trainer.train()
-    print("after:", trainer.evaluate()["eval_loss"])
+    print("after:", trainer.evaluate()["eval_loss"], flush=True)
     trainer.save_model(out_dir)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(out_dir)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -41,8 +41,11 @@ def main(llama_cpp: str, where: str, out_file: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
-        raise SystemExit(__doc__)
+        print(__doc__.strip())
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     try:
         main(*sys.argv[1:])
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: llama.cpp's converter needs {error.name}: pip install {error.name}")

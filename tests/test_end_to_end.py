@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +17,15 @@ import pytest
 import to_gguf
 import torch.distributed.run
 import yaml
+from conftest import save_checkpoint
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import configurator
 import prepare
 import sample
 import train
+from model import GPT, GPTConfig
+from plaingpt.text.tokenizer import Tokenizer
 from tools import bench, eval, export, serve
 
 REPO = Path(__file__).parents[1]
@@ -119,24 +124,57 @@ def check(program: str, arguments: list[str]) -> None:
         assert program in OTHERS, f"{program} {arguments}"
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / script), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+OTHER_PACKAGES = "transformers accelerate peft starlette uvicorn wandb trackio pytest gguf openai"
+
+
+def run(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """A command in a process of its own that has only what requirements.txt installs, and no
+    network; stdout and stderr share a pipe."""
+    (cwd / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({OTHER_PACKAGES.split()}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{cwd}{os.pathsep}{REPO}", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    script = [str(REPO / command)] if command.endswith(".py") else ["-m", command]
+    return subprocess.run(
+        [sys.executable, *script, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+    )
 
 
 def test_from_nothing_to_text_with_the_default_paths(tmp_path):
-    """The quick start, with a smaller vocabulary, model and number of steps."""
+    """The quick start, with a smaller vocabulary, model and number of steps: all that it prints
+    comes in order."""
     tiny = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --max_steps=6 --eval_tokens=2000"
+    training = r"step 3/6.*validation loss.*saved.*step 6/6.*validation loss.*saved"
     steps = [
-        ("prepare.py", ["--vocab_size=300", "--max_tokens=500_000"]),
-        ("train.py", [*tiny.split(), "--eval_interval=3"]),
-        ("train.py", [*tiny.split(), "--max_steps=8", "--init_from=resume"]),
-        ("sample.py", ["--start", "def main(", "--max_new_tokens=20"]),
+        (
+            "prepare.py --vocab_size=300 --max_tokens=500_000",
+            "vocab_size = 300 .*about 1 MB of shards.*stdlib: .*train: .*wrote data/stdlib",
+        ),
+        (f"train.py {tiny} --eval_interval=3", f"max_steps = 6 .*Model: .*Memory: .*{training}"),
+        (f"train.py {tiny} --max_steps=8 --init_from=resume", "max_steps = 8 .*Model: .*step 8/8"),
+        (
+            "sample.py --start 'def main(' --max_new_tokens=20",
+            r"max_new_tokens = 20 .*\ndef main\(",
+        ),
+        ("tools.eval --limit=3", r"limit = 3 .*perplexity "),
+        (
+            "tools.export --push_to_hub=me/it --dry_run",
+            "dry_run = True .*would be uploaded to me/it",
+        ),
     ]
-    for script, arguments in steps:
-        done = run(script, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def main(")
+    for command, printed in steps:
+        done = run(*shlex.split(command), cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+        assert re.search(printed, done.stdout, re.DOTALL), done.stdout
     step = tmp_path / "out" / "stdlib" / "step_000008"
     model = GPT2LMHeadModel.from_pretrained(step)
     tokenizer = AutoTokenizer.from_pretrained(step)
@@ -155,9 +193,36 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path, monkeypat
             assert main([]) == 2
             err = capsys.readouterr().err
             assert err.startswith("error: ") and "stdlib" in err and len(err.splitlines()) == 1
-    done = run("sample.py", cwd=tmp_path)  # and as a process
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sample.py", "error: out/stdlib does not exist; "),
+        ("tools.serve", "error: uvicorn is not installed: pip install -r requirements-serve.txt"),
+        ("tools.bench train --repeats=0", "error: repeats must be at least 1, not 0"),
+        (
+            "tools.export --checkpoint={model} --push_to_hub=me/it",
+            "error: could not upload to me/it",
+        ),
+        ("examples/hf_trainer.py a b c 1", "error: accelerate is not installed: pip install "),
+        (
+            "examples/to_gguf.py . {model} x",
+            "error: llama.cpp's converter needs gguf: pip install gguf",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_line_in_a_new_process(tmp_path, tiny_text, command, said):
+    """A checkpoint, a package or the network."""
+    gpt, tokenizer = GPT(GPTConfig(300, 8, 1, 1, 8)), Tokenizer.train([tiny_text], 300)
+    state = {"step": 1, "data": "", "settings": {}}
+    model = save_checkpoint(tmp_path, gpt.init_weights(1), tokenizer, state=state)
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import gguf")
+    began = time.monotonic()
+    done = run(*command.format(model=model).split(), cwd=tmp_path)
+    assert done.returncode in (1, 2) and time.monotonic() - began < 20
+    assert done.stdout.splitlines()[-1].startswith(said) and "Traceback" not in done.stdout
 
 
 @pytest.mark.parametrize("path", CONFIGS)
