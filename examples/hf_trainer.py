@@ -22,7 +22,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install transformers accelerate")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from configurator import UserError
+from configurator import UserError, one_line
+from plaingpt.checkpoint import folders
 from plaingpt.text.dataset import open_dataset
 
 
@@ -46,10 +47,11 @@ class Windows(torch.utils.data.Dataset):
 
 
 def main(checkpoint: str, data_dir: str, out_dir: str, steps: str) -> None:
-    """Raises UserError for data that cannot be opened, OSError for a missing checkpoint."""
+    """Raises UserError for a checkpoint or data that cannot be opened."""
     if not steps.isdecimal() or int(steps) == 0:
         raise UserError(f"steps must be a positive integer, not {steps!r}")
-    model = GPT2LMHeadModel.from_pretrained(checkpoint)
+    folder = folders.find(checkpoint)
+    model = GPT2LMHeadModel.from_pretrained(folder)
     arguments = TrainingArguments(
         out_dir, max_steps=int(steps), per_device_train_batch_size=8, learning_rate=1e-4
     )
@@ -59,11 +61,11 @@ def main(checkpoint: str, data_dir: str, out_dir: str, steps: str) -> None:
     trainer.train()
     print("after:", trainer.evaluate()["eval_loss"], flush=True)
     trainer.save_model(out_dir)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(out_dir)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out_dir)
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except (UserError, OSError) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        sys.exit(f"error: {one_line(error)}")

@@ -91,11 +91,19 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
 def test_the_example_runs(folders, tmp_path, monkeypatch, capsys):
     step, data_dir = folders
     script = REPO / "examples" / "hf_trainer.py"
-    words = [script, step, data_dir, tmp_path / "out", "3"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    words = [str(word) for word in (script, step, data_dir, tmp_path / "out", "3")]
+    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "path", [*sys.path])
     runpy.run_path(str(script), run_name="__main__")
     out = capsys.readouterr().out
     assert "before: " in out and "after: " in out
+    for place, wrong, said in (
+        (1, "nowhere", "error: nowhere does not exist"),
+        (2, "nowhere", "error: there is no data in nowhere"),
+        (4, "many", "error: steps must be a positive integer, not 'many'"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*words[:place], wrong, *words[place + 1 :]])
+        with pytest.raises(SystemExit, match=f"^{said}"):
+            runpy.run_path(str(script), run_name="__main__")
     assert store.load_model(tmp_path / "out").config == SHAPE
     assert Tokenizer.load(tmp_path / "out").vocab_size == 257
