@@ -32,7 +32,7 @@ def examples(checkpoint: str, tokenizer: Tokenizer) -> list[str]:
     found = list(dict.fromkeys(questions(text) if chat else beginnings(text, tokenizer.eot)))
     if len(found) < COUNT:
         return QUESTIONS if chat else TEXTS
-    return [found[place * len(found) // COUNT] for place in range(COUNT)]
+    return [found[(2 * place + 1) * len(found) // (2 * COUNT)] for place in range(COUNT)]
 
 
 def validation_text(checkpoint: str, tokenizer: Tokenizer) -> str:
