@@ -1,31 +1,36 @@
 """
-What tools.serve sends to a browser: page.html, and the answers that the page asks for.
+What tools.serve sends to a browser: page.html, and what the page asks for as JSON.
 
-POST /answer takes JSON: {"messages": [{"role": …, "content": …}, …]} for a model that holds
-conversations, {"text": …} for one that continues texts, and any settings of `Sampling`. The reply
-is JSON lines: how long the prompt is and how much of the input did not fit (messages, or tokens of
-a text), then one line per token.
+GET /model describes the model. POST /answer takes {"messages": [{"role": …, "content": …}, …]} for
+a model that holds conversations, {"text": …} for one that continues texts, or for any model the
+{"ids": […]} of a context, to which a "text" may add, and any settings of `Sampling`. The reply is
+JSON lines: first the "prompt" as [id, text] of each token, how much of it the model cannot see
+("forgotten" messages, or tokens of a text) and the "seed", then one line per token.
+
+POST /score takes {"ids": […]} and returns {"tokens": […]}: the probability of each, and its
+alternatives. POST /attention takes the same and returns the {"weights": …} of the last token by
+layer, head and token. Errors are {"error": …}.
 """
 
 import asyncio
-import codecs
 import contextlib
 import json
+import random
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
-from torch import Tensor
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import configurator
 from configurator import UserError
@@ -34,100 +39,149 @@ from plaingpt import generation
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
+from tools import insight
 
 PAGE = Path(__file__).with_name("page.html")
-ALTERNATIVES = 10  # shown for each token
 MAX_BODY = 1 << 16  # bytes of a request
 MAX_SECONDS = 600  # of an answer, even if nobody reads it
+PATIENCE = 0.25  # seconds to wait for an earlier answer: perhaps its visitor has just left
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
 
-def build_app(
-    model: GPT,
-    tokenizer: Tokenizer,
-    defaults: Sampling,
-    max_requests: int,
-    name: str,
-    hosts: list[str],
-) -> Starlette:
-    """The application that answers `max_requests` at a time with `model`, which it calls `name`.
+@dataclass(frozen=True)
+class Served:
+    """What the page is about."""
 
-    It answers only requests for `hosts`: a foreign page could get in by pointing a name of its own
-    at this machine.
-    """
-    slots = asyncio.Semaphore(max_requests)
+    model: GPT
+    tokenizer: Tokenizer
+    name: str
+    examples: list[str]  # prompts to start with
+
+
+def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list[str]) -> Starlette:
+    """The application that answers `max_requests` at a time, addressed by one of the `hosts`."""
+    model, tokenizer = served.model, served.tokenizer
     block_size = model.config.block_size
-    description = {
-        "name": name,
-        "chat": generation.holds_conversations(tokenizer),
-        "remembers": tokenizer.chat_template == templates.CHAT,
-        "parameters": model.num_params(),
-        "block_size": block_size,
-        "defaults": {each.name: getattr(defaults, each.name) for each in fields(Sampling)},
-    }
+    slots = asyncio.Semaphore(max_requests)
+
+    @contextlib.asynccontextmanager
+    async def slot() -> AsyncIterator[None]:
+        """One of the `max_requests`. Raises HTTPException if none becomes free."""
+        try:
+            await asyncio.wait_for(slots.acquire(), PATIENCE)
+        except asyncio.TimeoutError:
+            raise HTTPException(503, "busy with other answers: try again in a moment") from None
+        try:
+            yield
+        finally:
+            slots.release()
 
     async def describe(request: Request) -> JSONResponse:
-        return JSONResponse(description)
+        return JSONResponse(description(served, defaults))
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
-        if slots.locked():  # perhaps by an answer that has just been sent
-            await asyncio.sleep(0.1)
-        if slots.locked():
-            raise HTTPException(503, "busy with other answers: try again in a moment")
-        await slots.acquire()
-        try:
-            sampling = sampling_of(asked, defaults)
-            count = sampling.max_new_tokens
-            prompt = await run_in_threadpool(prompt_of, asked, tokenizer, block_size, count)
-        except BaseException as error:
-            slots.release()
-            if isinstance(error, UserError):
-                raise HTTPException(400, str(error)) from None
-            raise
-        ids, forgotten = prompt
-        first = {"prompt_tokens": len(ids), "forgotten": forgotten}
-        tokens = with_alternatives(model, tokenizer, ids, sampling)
-        lines = json_lines(first, tokens, request.app.state.stopping)
-        response = StreamingResponse(lines, media_type="application/x-ndjson")
 
         async def respond(*arguments: Any) -> None:
-            """Send the response; a visitor who leaves cancels it, which stops the drawing."""
-            try:
+            """Send the answer; a visitor who leaves cancels it, which stops the drawing."""
+            async with slot():
+                sampling = sampling_of(asked, defaults)
+                count = sampling.max_new_tokens
+                ids, forgotten = await run_in_threadpool(
+                    prompt_of, asked, tokenizer, block_size, count
+                )
+                speller = insight.Speller(tokenizer)
+                prompt = [[token, speller.text(token)] for token in ids]
+                first = {"prompt": prompt, "forgotten": forgotten, "seed": sampling.seed}
+                tokens = insight.drawn(model, speller, ids, sampling)
+                lines = json_lines(first, tokens, request.app.state.stopping)
+                response = StreamingResponse(lines, media_type="application/x-ndjson")
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(response(*arguments), MAX_SECONDS)
-            finally:
-                slots.release()
 
         return respond
+
+    async def score(request: Request) -> JSONResponse:
+        ids = window_of(await read_json(request), tokenizer, block_size)
+        async with slot():
+            tokens = await run_in_threadpool(insight.scored, model, tokenizer, ids)
+        return JSONResponse({"tokens": tokens})
+
+    async def attention(request: Request) -> JSONResponse:
+        ids = window_of(await read_json(request), tokenizer, block_size)
+        async with slot():
+            weights = await run_in_threadpool(insight.attention, model, ids)
+        rows = [[[round(w, 5) for w in head] for head in layer] for layer in weights.tolist()]
+        return JSONResponse({"weights": rows})
 
     app = Starlette(
         routes=[
             Route("/", send_page),
             Route("/model", describe),
             Route("/answer", answer, methods=["POST"]),
+            Route("/score", score, methods=["POST"]),
+            Route("/attention", attention, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={HTTPException: send_error},
+        middleware=[Middleware(OwnPage, hosts=hosts)],
+        exception_handlers={HTTPException: send_error, UserError: send_error},
     )
     app.state.stopping = lambda: False  # whoever runs the server replaces it
     return app
 
 
+def description(served: Served, defaults: Sampling) -> dict[str, Any]:
+    tokenizer = served.tokenizer
+    return {
+        "name": served.name,
+        "chat": generation.holds_conversations(tokenizer),
+        "remembers": tokenizer.chat_template == templates.CHAT,
+        "parameters": served.model.num_params(),
+        "block_size": served.model.config.block_size,
+        "tokenizer": tokenizer.fingerprint,
+        "eot_id": tokenizer.eot_id,
+        "examples": served.examples,
+        "defaults": {each.name: getattr(defaults, each.name) for each in fields(Sampling)},
+    }
+
+
+class OwnPage:
+    """Middleware that answers only the server's own page.
+
+    A page of another site could get in by pointing a name of its own at this machine, which the
+    Host header gives away, or by asking directly, which the Origin header does.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if "*" not in self.hosts and host.partition(":")[0] not in self.hosts:
+                app = JSONResponse({"error": f"this is not {host}"}, 400)
+            elif origin is not None and origin.partition("://")[2] != host:
+                app = JSONResponse({"error": "other sites cannot ask"}, 403)
+        await app(scope, receive, send)
+
+
 async def send_page(request: Request) -> FileResponse:
-    return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+    return FileResponse(PAGE, headers=headers)
 
 
 async def send_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code)
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return JSONResponse({"error": str(error)}, 400)
 
 
 async def json_lines(
-    first: dict[str, int], tokens: Iterator[dict[str, Any]], stopping: Callable[[], bool]
+    first: dict[str, Any], tokens: Iterator[dict[str, Any]], stopping: Callable[[], bool]
 ) -> AsyncIterator[str]:
     yield json.dumps(first) + "\n"
     while not stopping() and (token := await run_in_threadpool(next, tokens, None)):
@@ -159,12 +213,13 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
-    """The settings of a request, on top of `defaults`.
+    """The settings of a request, on top of `defaults`; without a seed a random one, so that the
+    answer can be repeated.
 
     Raises a UserError that lists unknown names, wrong types, and values out of range.
     """
     hints, given, problems = typing.get_type_hints(Sampling), {}, []
-    for name in sorted(asked.keys() - {"messages", "text"}):
+    for name in sorted(asked.keys() - {"messages", "text", "ids"}):
         if name not in hints:
             problems.append(configurator.unknown(name, hints))
             continue
@@ -178,60 +233,46 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
     if sampling.max_new_tokens > defaults.max_new_tokens:
         problems.append(f"max_new_tokens must be at most {defaults.max_new_tokens:,}")
     configurator.validate(sampling, problems)
-    return sampling
+    seed = random.getrandbits(32) if sampling.seed is None else sampling.seed
+    return replace(sampling, seed=seed)
 
 
 def prompt_of(
     asked: dict[str, Any], tokenizer: Tokenizer, block_size: int, max_new_tokens: int
 ) -> tuple[list[int], int]:
-    """The ids of the prompt, and how many messages, or tokens of a text, did not fit.
+    """The ids of the prompt, and how many messages, or of its tokens, the model does not see.
 
-    Raises UserError for messages that are not a conversation, or a text that is missing.
+    Raises UserError for messages that are not a conversation, a text that is missing, and ids that
+    are not the tokenizer's.
     """
-    if generation.holds_conversations(tokenizer):
+    if "ids" not in asked and generation.holds_conversations(tokenizer):
         messages = templates.messages_of(asked)
         ids, kept = generation.prompt_ids(messages, tokenizer, block_size, max_new_tokens)
         return ids, len(messages) - len(kept)
-    ids = tokenizer.encode(templates.field(asked, "text")) or [tokenizer.eot_id]
-    return ids[-block_size:], max(len(ids) - block_size, 0)
+    ids = ids_of(asked, tokenizer) if "ids" in asked else []
+    if "text" in asked or "ids" not in asked:
+        ids = ids + tokenizer.encode(templates.field(asked, "text"))
+    ids = ids or [tokenizer.eot_id]
+    return ids, max(len(ids) - block_size, 0)
 
 
-# --- the answer
+def window_of(asked: dict[str, Any], tokenizer: Tokenizer, block_size: int) -> list[int]:
+    """The ids of a request that has nothing else. Raises UserError if they do not fit the model."""
+    problems = [configurator.unknown(name, ["ids"]) for name in sorted(asked.keys() - {"ids"})]
+    if problems:
+        raise UserError("; ".join(problems))
+    ids = ids_of(asked, tokenizer)
+    if not 1 <= len(ids) <= block_size:
+        raise UserError(f"ids must have from 1 to {block_size:,} tokens, not {len(ids):,}")
+    return ids
 
 
-def with_alternatives(
-    model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
-) -> Iterator[dict[str, Any]]:
-    """Draw the tokens that follow `ids`, and yield what the page shows of each.
-
-    That is the "text" it completes (none within a character of several bytes), its "id", its own
-    text as "token", its "probability", and [id, text, probability] of the likeliest "alternatives".
-    The last has an "end": "stop" if it is <|endoftext|>, "length" otherwise. Probabilities are the
-    model's own, before temperature and filters.
-    """
-    pick = generation.picker(sampling, tokenizer, model.lm_head.weight.device)
-    seen: list[Tensor] = []
-
-    def pick_and_keep(logits: Tensor) -> Tensor:
-        seen.append(logits[:, : tokenizer.vocab_size])
-        return pick(logits)
-
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    drawn = generation.continuations(model, tokenizer, ids, sampling.max_new_tokens, pick_and_keep)
-    for number, token in enumerate(map(int, drawn), start=1):
-        probabilities = seen.pop()[0].softmax(dim=-1)
-        top = probabilities.topk(min(ALTERNATIVES, len(probabilities)))
-        stopped = token == tokenizer.eot_id
-        last = stopped or number == sampling.max_new_tokens
-        content = b"" if stopped else tokenizer.encoding.decode_single_token_bytes(token)
-        found = {
-            "text": decoder.decode(content, final=last),
-            "id": token,
-            "token": tokenizer.decode([token]),
-            "probability": round(probabilities[token].item(), 6),
-            "alternatives": [
-                [other, tokenizer.decode([other]), round(probability, 6)]
-                for probability, other in zip(top.values.tolist(), top.indices.tolist())
-            ],
-        }
-        yield found | ({"end": "stop" if stopped else "length"} if last else {})
+def ids_of(asked: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """Raises UserError for anything but a list of the tokenizer's ids."""
+    ids = asked.get("ids")
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise UserError("ids is not a list of integers")
+    known = {*tokenizer.ranks.values(), *tokenizer.special.values()}
+    if strange := [each for each in ids if each not in known]:
+        raise UserError(f"the tokenizer has no id {str(strange[0])[:20]}")
+    return ids

@@ -1,5 +1,5 @@
 """
-A local page to talk to a model, and to see the alternatives that it had at each token.
+A local page to talk to a model, and to see what it considered and looked at for each token.
 
     pip install -r requirements-serve.txt
     python -m tools.serve                                  # http://127.0.0.1:8000, Ctrl-C ends
@@ -53,7 +53,7 @@ def serve(cfg: ServeConfig) -> None:
     try:
         import uvicorn
 
-        from tools import page
+        from tools import openers, page
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed: pip install -r requirements-serve.txt"
@@ -68,7 +68,9 @@ def serve(cfg: ServeConfig) -> None:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({reason})") from None
     hosts = ["*"] if cfg.host in ("0.0.0.0", "::") else [*LOOPBACK, cfg.host]
-    app = page.build_app(model, tokenizer, cfg, cfg.max_requests, cfg.checkpoint, hosts)
+    examples = openers.examples(cfg.checkpoint, tokenizer)
+    served = page.Served(model, tokenizer, cfg.checkpoint, examples)
+    app = page.build_app(served, cfg, cfg.max_requests, hosts)
     settings = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     server = uvicorn.Server(settings)
     app.state.stopping = lambda: server.should_exit  # ends the answers in progress

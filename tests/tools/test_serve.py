@@ -1,12 +1,7 @@
-"""The local page: what it answers and refuses, and how it looks and works in a real browser.
-
-The browser is chromium (`apt install chromium`), or the one that PLAINGPT_TEST_BROWSER names.
-"""
+"""What the server of the local page answers and refuses."""
 
 import http.client
 import json
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,58 +9,21 @@ import sys
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from conftest import save_checkpoint
+from pages import JSON, SHAPE, Site, ended, slow_down, write
 
 import sample
-from model import GPT, GPTConfig
+from model import GPT
 from plaingpt.checkpoint import store
-from plaingpt.sampling import Sampling
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
-from tools import page as webpage
-from tools import serve
+from tools import insight, page, serve
 
 REPO = Path(__file__).parents[2]
-
-SHAPE = GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=32)
-SAMPLING = Sampling(max_new_tokens=30, temperature=0.0, top_p=None)
-JSON = {"Content-Type": "application/json"}
-
-
-class Site:
-    """A server in a thread of this process."""
-
-    def __init__(self, folder: Path, **changes):
-        model = store.load_model(folder).eval()
-        sampling = replace(SAMPLING, **changes)
-        hosts = list(serve.LOOPBACK)
-        app = webpage.build_app(model, Tokenizer.load(folder), sampling, 2, "tiny", hosts)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, args=[[self.socket]])
-        self.thread.start()
-
-    def ask(self, body, path="/answer", method="POST", headers=JSON) -> tuple[int, list]:
-        """Status, and the lines of JSON."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
-            text = body if isinstance(body, (str, bytes)) else json.dumps(body)
-            connection.request(method, path, text, headers)
-            response = connection.getresponse()
-            lines = response.read().decode().splitlines()
-        return response.status, [json.loads(line) for line in lines if line.startswith("{")]
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join()
-        self.socket.close()
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +38,6 @@ def talker(request, tmp_path_factory):
     return write(tmp_path_factory.mktemp(request.param), CHAT_TEMPLATES[request.param])
 
 
-def write(out_dir: Path, chat_template: str | None = None) -> Path:
-    """A model that writes letters and, once in about 30, an end."""
-    model = GPT(SHAPE).init_weights(1)
-    tokenizer = Tokenizer.bytes()
-    tokenizer.chat_template = chat_template
-    with torch.no_grad():
-        model.transformer.ln_f.bias.fill_(1.0)
-        model.transformer.wte.weight[ord("a") : ord("z")] += 0.5
-        model.transformer.wte.weight[256] += 0.3
-    return save_checkpoint(out_dir, model, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def site(folder):
     with closing(Site(folder)) as found:
@@ -104,36 +50,9 @@ def chat(talker):
         yield found
 
 
-@pytest.fixture(scope="module")
-def talk(tmp_path_factory):
-    folder = write(tmp_path_factory.mktemp("talk"), CHAT_TEMPLATES["chat"])
-    with closing(Site(folder, temperature=1.0, seed=1)) as found:
-        yield found
-
-
 @pytest.fixture
 def slow(monkeypatch):
-    """Tokens take 20 ms; returns the list of all that were drawn."""
-    drawn = []
-    really = GPT.generate
-
-    def slowly(self, *args, **kwargs):
-        for token in really(self, *args, **kwargs):
-            time.sleep(0.02)
-            drawn.append(token)
-            yield token
-
-    monkeypatch.setattr(GPT, "generate", slowly)
-    return drawn
-
-
-def ended(drawn: list) -> int:
-    """How many tokens were drawn, once the drawing has ended."""
-    while True:
-        before = len(drawn)
-        time.sleep(0.3)
-        if len(drawn) == before:
-            return before
+    return slow_down(monkeypatch)
 
 
 # --- answers
@@ -141,7 +60,8 @@ def ended(drawn: list) -> int:
 
 def test_a_text_goes_on_as_in_sample(site, folder):
     status, [start, *tokens] = site.ask({"text": "Once", "max_new_tokens": 20})
-    assert status == 200 and start == {"prompt_tokens": 4, "forgotten": 0}
+    assert status == 200 and start["forgotten"] == 0
+    assert start["prompt"] == [[ord(letter), letter] for letter in "Once"]
     settings = {"temperature": 0.0, "max_new_tokens": 20, "stream": False, "dtype": "float32"}
     [text] = sample.sample(
         sample.SampleConfig(checkpoint=str(folder), start="Once", device="cpu", **settings)
@@ -156,7 +76,7 @@ def test_each_token_has_its_probability_and_alternatives(site, folder):
     ids = list(b"ab")
     for token in tokens[:5]:
         probabilities = model(torch.tensor([ids]))[0, -1].softmax(-1)
-        top = probabilities.topk(webpage.ALTERNATIVES)
+        top = probabilities.topk(insight.ALTERNATIVES)
         id_ = top.indices[0].item()  # the likeliest: the temperature is 0
         assert token["id"] == id_ == token["alternatives"][0][0]
         assert token["token"] == Tokenizer.bytes().decode([id_]) == token["alternatives"][0][1]
@@ -194,7 +114,7 @@ def test_characters_come_out_once_their_bytes_are_in(folder, tmp_path, monkeypat
 
 def test_any_text_that_json_can_carry_is_answered(site):
     status, [start, *tokens] = site.ask({"text": "\ud800 \0", "max_new_tokens": 2})
-    assert status == 200 and start["prompt_tokens"] == 5 and tokens
+    assert status == 200 and len(start["prompt"]) == 5 and tokens
 
 
 def test_a_seed_repeats_an_answer_and_none_does_not(site):
@@ -204,11 +124,72 @@ def test_a_seed_repeats_an_answer_and_none_does_not(site):
 
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text() != text()
+    _, [start, *tokens] = site.ask({"text": "x", "temperature": 1.5})  # it says which it drew
+    assert text(seed=start["seed"]) == "".join(token["text"] for token in tokens)
+
+
+def test_a_context_is_continued_exactly(site, chat):
+    """From any token: the ids of a context, which a text would not give, and a text after them."""
+    _, [start, *tokens] = site.ask({"text": "Once", "temperature": 1.5, "seed": 1})
+    ids = [id_ for id_, _ in start["prompt"]] + [token["id"] for token in tokens[:5]]
+    _, [again, *_] = site.ask({"ids": ids, "max_new_tokens": 1})
+    assert [id_ for id_, _ in again["prompt"]] == ids
+    greedy = site.ask({"ids": ids})[1][1:]
+    assert greedy == site.ask({"ids": ids[:2], "text": bytes(ids[2:]).decode()})[1][1:]
+    _, [start, *_] = site.ask({"ids": [], "text": ""})
+    assert start["prompt"] == [[256, ""]]  # a new text
+    _, [start, *_] = site.ask({"ids": list(b"x") * 300, "max_new_tokens": 1})
+    assert start["forgotten"] == 44 and len(start["prompt"]) == 300
+    status, [start, *_] = chat.ask({"ids": list(b"### User:\nHi")})
+    assert status == 200 and len(start["prompt"]) == 12
+
+
+def test_a_context_may_end_within_a_character(site, monkeypatch):
+    def drawn(self, idx, max_new_tokens, pick, stop_id):
+        pick(torch.zeros(1, 257))
+        yield torch.tensor([0xAC])
+
+    monkeypatch.setattr(GPT, "generate", drawn)
+    _, [start, token] = site.ask({"ids": [0x61, 0xE2, 0x82], "max_new_tokens": 1})
+    assert [text for _, text in start["prompt"]] == ["a", "", ""] and token["text"] == "€"
+
+
+def test_the_tokens_of_a_prompt_are_scored(site, folder):
+    ids = list(b"Once upon a time")
+    status, [found] = site.ask({"ids": ids}, "/score")
+    assert status == 200
+    tokens = found["tokens"]
+    assert [token["id"] for token in tokens] == ids and tokens[1]["token"] == "n"
+    assert tokens[0]["probability"] is None and tokens[0]["alternatives"] == []
+    probabilities = store.load_model(folder)(torch.tensor([ids]))[0].softmax(-1)
+    for place, token in enumerate(tokens[1:]):
+        row = probabilities[place]
+        assert token["probability"] == pytest.approx(row[ids[place + 1]].item(), rel=1e-3)
+        top = row.topk(insight.ALTERNATIVES)
+        assert [id_ for id_, _, _ in token["alternatives"]] == top.indices.tolist()
+    _, [_, drawn] = site.ask({"ids": ids[:4], "max_new_tokens": 1})  # the same as when drawing
+    _, [found] = site.ask({"ids": [*ids[:4], drawn["id"]]}, "/score")
+    assert found["tokens"][-1]["probability"] == pytest.approx(drawn["probability"], rel=1e-3)
+    assert found["tokens"][-1]["alternatives"][0][0] == drawn["id"]
+
+
+def test_attention_is_that_of_transformers(site, folder):
+    transformers = pytest.importorskip("transformers")
+    ids = list(b"def main(arguments):")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager")
+    layers = theirs.eval()(torch.tensor([ids]), output_attentions=True).attentions
+    exact = torch.stack([layer[0, :, -1] for layer in layers])  # (layers, H, T)
+    ours = insight.attention(store.load_model(folder).eval(), ids)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
+    _, [found] = site.ask({"ids": ids}, "/attention")
+    torch.testing.assert_close(torch.tensor(found["weights"]), exact, rtol=0, atol=1e-5)
+    assert ours.sum(-1).sub(1).abs().max() < 1e-6
 
 
 def test_a_conversation(chat, talker):
     status, about = chat.ask("", "/model", "GET")
     assert status == 200 and about[0]["chat"] and about[0]["block_size"] == 256
+    assert about[0]["eot_id"] == 256 and len(about[0]["examples"]) == 4
     messages = [{"role": "user", "content": "Hello?"}]
     _, [start, *tokens] = chat.ask({"messages": messages})
     answer = "".join(token["text"] for token in tokens)
@@ -238,12 +219,60 @@ def test_a_conversation(chat, talker):
         (b"\xff", 400, "the request is not JSON"),
         ("[" * 60_000, 400, "the request is not JSON"),
         ({"text": "x" * 70_000}, 413, "a request may have at most 65,536 bytes"),
+        ('{"text": "x", "temperature": NaN}', 400, "temperature must be 0, or at least 0.001"),
+        ({"text": ["x"]}, 400, "text is not a string"),
+        ({"text": "x", "top_k": 1.5}, 400, "top_k expects int or None, not '1.5'"),
+        ({"text": "x", "top_k": True}, 400, "top_k expects int or None"),
+        ({"ids": "x"}, 400, "ids is not a list of integers"),
+        ({"ids": [True]}, 400, "ids is not a list of integers"),
+        ({"ids": [1.0]}, 400, "ids is not a list of integers"),
+        ({"ids": [0, 257]}, 400, "the tokenizer has no id 257"),
+        ({"ids": [-1]}, 400, "the tokenizer has no id -1"),
+        ({"ids": [10**50]}, 400, "the tokenizer has no id 1000"),
+        ({"ids": [1], "text": None, "min_p": 0}, 400, "min_p must be above 0"),
     ],
 )
-def test_a_bad_request_gets_one_line(site, body, status, message):
+def test_a_bad_request_gets_one_line(site, capfd, body, status, message):
     got, [line] = site.ask(body)
     assert got == status and message in line["error"]
-    assert site.ask({"text": "x"})[0] == 200
+    assert site.ask({"text": "x", "max_new_tokens": 1})[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/score", "/attention"])
+def test_a_bad_window_gets_one_line(site, path):
+    for body, message in [
+        ({}, "ids is not a list of integers"),
+        ({"ids": []}, "ids must have from 1 to 256 tokens, not 0"),
+        ({"ids": [1] * 257}, "ids must have from 1 to 256 tokens, not 257"),
+        ({"ids": [300]}, "the tokenizer has no id 300"),
+        ({"ids": [1], "seed": 1}, "unknown setting 'seed'"),
+        ([], "the request is not a JSON object"),
+    ]:
+        status, [line] = site.ask(body, path)
+        assert status == 400 and message in line["error"]
+    assert site.ask({"ids": [1] * 256}, path)[0] == 200
+    assert site.ask({"ids": [1]}, path)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path, method, status",
+    [("/nothing", "GET", 404), ("/answer", "GET", 405), ("/model", "POST", 405)],
+)
+def test_an_unknown_address_is_an_error_in_json(site, path, method, status):
+    got, [line] = site.ask("", path, method)
+    assert got == status and line["error"]
+
+
+def test_what_is_not_http_is_no_traceback(site, capfd):
+    """A request that breaks off, in the headers or in the body, and bytes that are no request."""
+    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for sent in (head, head + b"Content-Length: 100\r\n\r\n{", b"\x16\x03\x01\x00\xff" * 9):
+        with socket.create_connection(("127.0.0.1", site.port)) as connection:
+            connection.sendall(sent)
+            time.sleep(0.05)
+    assert site.ask({"text": "x", "max_new_tokens": 1})[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -268,6 +297,14 @@ def test_other_sites_cannot_ask(site):
     """Neither a form on another page, nor a name that someone pointed at this machine."""
     assert site.ask({"text": "x"}, headers={"Content-Type": "text/plain"})[0] == 415
     assert site.ask({"text": "x"}, headers={**JSON, "Host": "evil.example"})[0] == 400
+    for host in ("evil.example:8000", "localhost.evil.example", ""):
+        status, [line] = site.ask("", "/model", "GET", headers={"Host": host})
+        assert status == 400 and "error" in line
+    for origin in ("http://evil.example", "null", "http://localhost", "https://evil.example:80"):
+        status, [line] = site.ask({"text": "x"}, headers={**JSON, "Origin": origin})
+        assert status == 403 and line["error"] == "other sites cannot ask"
+    ours = {**JSON, "Origin": site.url.rstrip("/")}
+    assert site.ask({"text": "x", "max_new_tokens": 1}, headers=ours)[0] == 200
     assert site.ask("", "/", "GET", headers={"Host": f"localhost:{site.port}"})[0] == 200
     assert site.ask("", "/../serve.py", "GET")[0] == 404
     with closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
@@ -276,7 +313,8 @@ def test_other_sites_cannot_ask(site):
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
 
 
-def test_requests_beyond_the_limit_are_told_to_wait(site, slow):
+def test_requests_beyond_the_limit_are_told_to_wait(site, slow, monkeypatch):
+    monkeypatch.setattr(page, "PATIENCE", 0.05)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(site.ask({"text": "x", "temperature": 1})))
@@ -290,6 +328,7 @@ def test_requests_beyond_the_limit_are_told_to_wait(site, slow):
         time.sleep(0.01)
     status, [line] = site.ask({"text": "x"})
     assert status == 503 and "busy with other answers" in line["error"]
+    assert site.ask({"ids": [1]}, "/score")[0] == site.ask({"ids": [1]}, "/attention")[0] == 503
     for thread in threads:
         thread.join()
     assert [status for status, _ in found] == [200, 200]
@@ -320,6 +359,7 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
         connection = http.client.HTTPConnection(url.removeprefix("http://"))
         connection.request("GET", "/model")
         assert json.loads(connection.getresponse().read())["parameters"] > 0
+        connection.close()  # the server closes it after five idle seconds
         taken = url.rpartition(":")[2]
         again = subprocess.run([*command[:-1], f"--port={taken}"], capture_output=True, text=True)
         assert again.returncode == 2
@@ -344,189 +384,3 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
 def test_bad_settings_are_one_line(folder, capsys, arguments, message):
     assert serve.main([f"--checkpoint={folder}", "--device=cpu", *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-# --- the page, in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    named = os.environ.get("PLAINGPT_TEST_BROWSER")
-    path = shutil.which(named or "chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("chromium is not installed")
-    # It reaches only this machine.
-    options = ["--no-proxy-server", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
-    with playwright.sync_playwright() as started:
-        sandbox = os.geteuid() != 0
-        try:
-            opened = started.chromium.launch(
-                executable_path=path, args=options, chromium_sandbox=sandbox
-            )
-        except playwright.Error as error:
-            if named:
-                raise
-            pytest.skip(f"{path} does not start: {str(error).splitlines()[0]}")
-        yield opened
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open a site in a page of its own; an error on its console fails the test."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    contexts, problems = [], []
-
-    def opened(site, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        context.set_default_timeout(10_000)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda line: problems.append(line.text) if line.type == "error" else 0)
-        page.goto(site.url)
-        playwright.expect(page.locator("#send")).to_be_enabled()
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [line for line in problems if "status of 4" not in line] == []
-
-
-def send(page, text: str) -> None:
-    page.fill("#text", text)
-    page.keyboard.press("Enter")
-
-
-def test_a_conversation_streams_into_the_page(talk, slow, open_page):
-    page = open_page(talk)
-    send(page, "Hello?")
-    page.wait_for_selector(".answer .token")
-    assert page.locator("#stop").is_visible()  # there is more to come
-    page.wait_for_selector("#send:visible")
-    first = page.inner_text(".answer")
-    assert len(first) > 3 and page.inner_text(".asked") == "Hello?"
-    send(page, "And then?")
-    page.wait_for_selector("#send:visible")
-    assert page.locator(".asked").count() == page.locator(".answer").count() == 2
-    sent = []
-    page.on("request", lambda request: sent.append(request.post_data_json))
-    send(page, "And?")
-    page.wait_for_selector("#send:visible")
-    roles = [message["role"] for message in sent[0]["messages"]]
-    assert roles == ["user", "assistant", "user", "assistant", "user"]
-    assert sent[0]["messages"][1]["content"] == first.removesuffix(" ∎")
-    page.click("#reset")
-    assert page.inner_text("#log") == ""
-
-
-def test_reset_forgets_the_answer_that_is_being_drawn(talk, slow, open_page):
-    page = open_page(talk)
-    send(page, "Secret?")
-    page.wait_for_selector(".answer .token")
-    page.click("#reset")
-    page.wait_for_selector("#send:visible")
-    with page.expect_request("**/answer") as asked:
-        send(page, "Hello?")
-    assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "Hello?"}]
-    assert "Secret" not in page.inner_text("#log")
-
-
-def test_defaults_of_any_size_can_be_sent(folder, open_page):
-    with closing(Site(folder, temperature=0.75, top_p=0.955)) as site:
-        page = open_page(site)
-        send(page, "Once")
-        page.wait_for_selector(".token")
-        page.click("summary")
-        page.fill("#temperature", "-1")
-        page.wait_for_selector("#send:visible")
-        send(page, "upon")
-        page.wait_for_selector(".error")
-        assert "temperature must be 0, or at least 0.001" in page.inner_text(".error")
-
-
-def test_a_click_shows_what_was_considered(talk, open_page):
-    page = open_page(talk)
-    send(page, "Hello?")
-    page.wait_for_selector("#send:visible")
-    token = page.locator(".answer .token").first
-    token.click()
-    rows = page.locator("#considered tr")
-    assert rows.count() >= webpage.ALTERNATIVES
-    assert page.inner_text("#considered tr.chosen td:first-child").strip() == token.inner_text()
-    assert page.inner_text("#considered tr:first-child td:last-child").endswith("%")
-    page.keyboard.press("ArrowRight")
-    second = page.locator(".answer .token").nth(1)
-    assert second.get_attribute("aria-current") == "true"
-    assert page.inner_text("#considered tr.chosen td:first-child").strip() == second.inner_text()
-
-
-def test_a_text_is_continued_and_stopped(site, slow, open_page):
-    page = open_page(site)
-    page.click("summary")
-    page.fill("#temperature", "1.5")
-    send(page, "Once upon")
-    page.wait_for_selector(".token")
-    page.click("#stop")
-    page.wait_for_selector("#send:visible")
-    assert 0 < page.locator(".token").count() < 30
-    assert ended(slow) < 30
-    before = page.inner_text(".continued")
-    send(page, "")
-    page.wait_for_selector("#send:visible")
-    assert page.inner_text(".continued").startswith(before)
-
-
-def test_leaving_the_page_stops_the_work(site, slow, open_page):
-    page = open_page(site)
-    page.click("summary")
-    page.fill("#temperature", "1.5")
-    send(page, "Once")
-    page.wait_for_selector(".token")
-    page.close()
-    assert ended(slow) < 30
-
-
-def test_an_error_is_shown_and_the_question_kept(talk, open_page):
-    page = open_page(talk)
-    page.fill("#text", "long " * 300)
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".error")
-    assert "too long: " in page.inner_text(".error")
-    assert page.input_value("#text").startswith("long ")
-    assert page.locator(".asked").count() == 0
-    send(page, "short")
-    page.wait_for_selector(".answer .token")
-
-
-def test_what_the_model_writes_is_text_not_markup(folder, tmp_path, open_page):
-    model = store.load_model(folder)
-    with torch.no_grad():  # it writes only <
-        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[ord("<")] * 1e4)
-    markup = save_checkpoint(tmp_path, model)
-    with closing(Site(markup)) as site:
-        page = open_page(site)
-        send(page, "<img src=x onerror=alert(1)>")
-        page.wait_for_selector("#send:visible")
-        assert page.inner_text(".continued").startswith("<img src=x onerror=alert(1)><<<<")
-        assert page.locator("img").count() == 0
-
-
-@pytest.mark.parametrize("scheme, paper", [("light", "253, 253, 251"), ("dark", "22, 24, 26")])
-@pytest.mark.parametrize("width, columns", [(375, 1), (1280, 2)])
-def test_light_and_dark_narrow_and_wide(talk, open_page, tmp_path, scheme, paper, width, columns):
-    page = open_page(talk, color_scheme=scheme, viewport={"width": width, "height": 700})
-    send(page, "Hello?")
-    page.wait_for_selector("#send:visible")
-    page.locator(".answer .token").nth(2).click()
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == f"rgb({paper})"
-    columns_there = page.evaluate("getComputedStyle(document.body).gridTemplateColumns").split()
-    assert len(columns_there) == columns
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # fits
-    for part in ("#text", "#considered", "#log", "#send"):
-        box = page.locator(part).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= width, part
-        assert box["y"] >= 0 and box["y"] < 700, part
-    shots = Path(os.environ.get("PLAINGPT_TEST_SHOTS", tmp_path))
-    page.screenshot(path=shots / f"{scheme}_{width}.png")
