@@ -4,9 +4,11 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configurator import UserError
+from plaingpt.text.network import require_answer
 from plaingpt.text.records import BATCH, Row
 
 ADDRESS = re.compile(
@@ -95,6 +97,14 @@ def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
             return splits
         builder.config.columns = wanted
     return builder.as_streaming_dataset()
+
+
+def require_hub(hub: HubDataset) -> None:
+    """Raises ConnectionError soon if the dataset has to come from a hub that does not answer."""
+    from huggingface_hub import constants  # not at the top: it takes a while
+
+    if not constants.HF_HUB_OFFLINE and not Path(hub.path).is_dir():
+        require_answer(constants.ENDPOINT)
 
 
 def hub_builder(hub: HubDataset) -> Any:

@@ -55,9 +55,9 @@ def report(manifest: Manifest) -> None:
         )
         if split.trained_on:
             print(f"  {split.trained_on:,} documents left out because they are trained on")
-    if not (splits.train and splits.train.tokens):
+    if not (splits.train and splits.train.bytes):
         print("train: empty, but train.py needs some: use more documents")
-    if not (splits.val and splits.val.tokens):
+    if not (splits.val and splits.val.bytes):
         print("val: empty, but train.py needs some: use --val_fraction or --val_sources")
 
 
