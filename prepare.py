@@ -70,7 +70,7 @@ from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
-from plaingpt.text.hub import hub_hash, require_hub
+from plaingpt.text.hub import hub_hash, impatient
 from plaingpt.text.inspection import inspect, report
 from plaingpt.text.preview import look_at
 from plaingpt.text.progress import (
@@ -125,15 +125,13 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
     """Write everything to `partial`, from where an earlier run left off."""
     reading = reading_of(cfg)
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
-    for stream in streams:
-        if stream.source.hub:
-            require_hub(stream.source.hub)
     local = inputs_of((*cfg.sources, *cfg.val_sources))
-    hub = {s.source.name: hub_hash(s.source.hub) for s in streams if s.source.hub}
-    progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
-    if not progress.notes.streams:
-        for stream in streams:
-            look_at(stream, reading, folder_of(cfg))
+    with impatient([stream.source.hub for stream in streams if stream.source.hub]):
+        hub = {s.source.name: hub_hash(s.source.hub) for s in streams if s.source.hub}
+        progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
+        if not progress.notes.streams:
+            for stream in streams:
+                look_at(stream, reading, folder_of(cfg))
     existed, repairing = folder.exists(), partial.exists()
     try:
         tokenizer = begin(cfg, progress, streams, reading)

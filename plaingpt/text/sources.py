@@ -103,10 +103,17 @@ def find_source(text: str) -> Source:
 
 
 def find_paths(text: str) -> list[str]:
-    """All files that a path or a pattern leads to."""
+    """All files that a path or a pattern leads to. Raises OSError for a folder that cannot be
+    read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     if os.path.isdir(text):
-        return sorted(str(path) for path in Path(text).rglob("*") if path.is_file())
-    found = [text] if os.path.lexists(text) else glob.glob(text, recursive=True)
+        folders = os.walk(text, onerror=refuse)
+        found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
+    else:
+        found = [text] if os.path.lexists(text) else glob.glob(text, recursive=True)
     return sorted(path for path in found if os.path.isfile(path))
 
 

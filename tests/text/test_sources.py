@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import random
 import socket
 import threading
@@ -157,6 +158,21 @@ def test_a_source_that_leads_nowhere_is_refused(text, said):
         find_source(text)
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "locked").mkdir()
+    really_scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="Permission denied: '.*locked'"):
+        find_source(str(tmp_path))
+
+
 def test_weights_and_files_whose_names_look_weighed(tmp_path):
     (tmp_path / "a=0.5").mkdir()
     (tmp_path / "a=0.5" / "b.txt").write_text("x")
@@ -289,6 +305,32 @@ def test_a_dataset_of_the_hub_resumes_in_the_middle(hub, at):
 def test_what_the_hub_does_not_have(hub, text, said):
     with pytest.raises((ValueError, ConnectionError), match=said):
         items(text)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    ["--sources=hf:owner/name#trian", "--sources=a.txt --val_sources=hf:owner/name#trian"],
+)
+def test_a_misspelt_split_is_said_before_anything_is_written(hub, tmp_path, sources, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    assert prepare.main([*sources.split(), "--tokenizer=bytes"]) == 2
+    assert "no split 'trian', but train, test" in capsys.readouterr().err
+    assert not any(tmp_path.glob("data/*"))
+
+
+def test_at_the_start_a_connection_is_not_tried_for_minutes(hub, tmp_path, monkeypatch):
+    import datasets
+
+    tried = []
+    really_open = hub_module.hub_stream
+
+    def opened(*arguments):
+        tried.append(datasets.config.STREAMING_READ_MAX_RETRIES)
+        return really_open(*arguments)
+
+    monkeypatch.setattr(hub_module, "hub_stream", opened)
+    assert prepare.main(["--sources=hf:owner/name", "--tokenizer=bytes"]) == 0
+    assert tried == [2, 20]
 
 
 def test_a_broken_connection_is_explained(hub, monkeypatch):
