@@ -56,6 +56,9 @@ if __name__ == "__main__":
 
 import math
 import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,9 +68,18 @@ from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
-from plaingpt.text.hub import hub_hash
+from plaingpt.text.hub import hub_hash, impatient
 from plaingpt.text.inspection import inspect, report
-from plaingpt.text.progress import Progress, digest_of, inputs_of, read_progress
+from plaingpt.text.preview import look_at
+from plaingpt.text.progress import (
+    Progress,
+    changed_settings,
+    check_settings_unchanged,
+    digest_of,
+    inputs_of,
+    read_progress,
+)
+from plaingpt.text.sources import folder_for
 from plaingpt.text.target import check_inputs, check_target, install, only_install_left
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
@@ -75,6 +87,7 @@ from plaingpt.text.validation import Validation
 from plaingpt.wording import byte_size
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
+LOG_SECONDS = 5.0  # between two lines of a log while a BPE is trained
 
 
 def prepare(cfg: PrepareConfig) -> Manifest | None:
@@ -84,15 +97,18 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
     or the network. The same command then resumes from the last saved progress; if nothing was saved
     yet, nothing is left behind.
     """
-    configurator.validate(cfg)
+    configurator.validate(cfg, problems_of(cfg))
     if cfg.inspect is not None:
         return inspect(Path(cfg.inspect))
     folder = Path(cfg.data_dir)
     partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
     settings = {name: value for name, value in asdict(cfg).items() if name not in unsaved}
-    old = check_target(folder, settings, cfg.overwrite)
+    old = check_target(folder)
     if old and not cfg.overwrite:
+        if changed_settings(old.settings or {}, settings):
+            open_streams(cfg.sources, cfg.val_sources, reading_of(cfg))  # their mistakes come first
+        check_settings_unchanged(folder, "was prepared", old.settings or {}, settings)
         check_inputs(old, (*cfg.sources, *cfg.val_sources), folder)
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
@@ -106,11 +122,15 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
 
 def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -> None:
     """Write everything to `partial`, from where an earlier run left off."""
-    reading = Reading(cfg.template, cfg.text_field, cfg.bad_records, validation_of(cfg))
+    reading = reading_of(cfg)
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
     local = inputs_of((*cfg.sources, *cfg.val_sources))
-    hub = {s.source.name: hub_hash(s.source.hub) for s in streams if s.source.hub}
-    progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
+    with impatient([stream.source.hub for stream in streams if stream.source.hub]):
+        hub = {s.source.name: hub_hash(s.source.hub) for s in streams if s.source.hub}
+        progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
+        if not progress.notes.streams:
+            for stream in streams:
+                look_at(stream, reading, folder_of(cfg))
     existed, repairing = folder.exists(), partial.exists()
     try:
         tokenizer = begin(cfg, progress, streams, reading)
@@ -135,6 +155,21 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
             elif repairing:  # its presence marks an unfinished data folder
                 partial.mkdir()
         raise
+
+
+def problems_of(cfg: PrepareConfig) -> Iterator[str]:
+    """What `configurator.validate` cannot know."""
+    if cfg.val_sources and cfg.val_fraction not in (0, PrepareConfig.val_fraction):
+        yield "val_fraction is a share of sources: leave it out beside val_sources"
+
+
+def reading_of(cfg: PrepareConfig) -> Reading:
+    return Reading(cfg.template, cfg.text_field, cfg.bad_records, validation_of(cfg))
+
+
+def folder_of(cfg: PrepareConfig) -> str:
+    """The data_dir that was given, or one that suits the sources."""
+    return folder_for(cfg.sources[0]) if cfg.data_dir == PrepareConfig.data_dir else cfg.data_dir
 
 
 def validation_of(cfg: PrepareConfig) -> Validation:
@@ -179,7 +214,7 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     if cfg.tokenizer == "bytes":
         return Tokenizer.bytes()
     if cfg.tokenizer == "bpe":
-        return Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
+        return train_bpe(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
     if not Path(cfg.tokenizer).exists():
         raise UserError(
             f"tokenizer must be bpe, bytes, gpt2, or a folder or file, not {cfg.tokenizer!r}"
@@ -187,8 +222,46 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     return Tokenizer.load(cfg.tokenizer)
 
 
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A BPE of `vocab_size` ids, or of fewer with a line that says why. A terminal shows the
+    library's own bars, a log a line every LOG_SECONDS."""
+    size, phase = 0, "reading"
+
+    def counted() -> Iterator[str]:
+        nonlocal size, phase
+        for text in texts:
+            size += len(text.encode())
+            yield text
+        phase = f"merging up to {vocab_size:,} ids"
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(Tokenizer.train, counted(), vocab_size)
+        while wait([training], timeout=LOG_SECONDS).not_done:
+            if not sys.stderr.isatty():
+                seconds = time.monotonic() - began
+                line = f"BPE: {phase}, {byte_size(size)} of text, {seconds:.0f} s"
+                print(line, file=sys.stderr)
+    tokenizer = training.result()
+    if tokenizer.vocab_size < vocab_size:
+        print(
+            f"BPE: {tokenizer.vocab_size:,} ids, not {vocab_size:,}: the text has no more pairs to "
+            "merge, it is too short or too uniform",
+            file=sys.stderr,
+        )
+    return tokenizer
+
+
 def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
-    """Say how much room the shards will take, where that can be estimated."""
+    """Say which files are left out, and how much room the shards will take, where that can be
+    estimated."""
+    for stream in streams:
+        for reason, (count, where) in stream.dropped.items():
+            left_out = f"left out {count:,}: {reason} (the first: {where})"
+            print(f"{stream.source.name}: {left_out}", file=sys.stderr)
+    if cfg.template != "text" and all(stream.is_plain_text for stream in streams):
+        what = "text files, and all of their text counts in the loss"
+        print(f"--template={cfg.template} is for records: the sources are {what}", file=sys.stderr)
     sizes = [stream.source.size for stream in streams]
     free = shutil.disk_usage(folder).free
     per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # bytes of shards per byte of text, roughly

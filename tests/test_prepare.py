@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import prepare
-from plaingpt.text import builder, dataset, documents, shards, sources, text_files
+from plaingpt.text import builder, cutting, dataset, documents, progress, shards, sources
 from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
 
@@ -331,6 +332,32 @@ def test_other_settings_are_refused_by_name(texts, target, capsys, argument, sai
     assert snapshot(target) == before
 
 
+def test_advice_never_replaces_what_nobody_named(tmp_path, monkeypatch, capsys):
+    """With the data_dir that is not typed, only the same sources may be overwritten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "stdlib_paths", lambda: [json.__file__])
+    (tmp_path / "my novel.txt").write_text(FIRST * 9)
+    (tmp_path / "novel.docx").write_bytes(b"PK")
+    bytes_only = "--tokenizer=bytes"
+    assert PrepareConfig().data_dir == str(progress.DEFAULT)
+    assert prepare.main([bytes_only]) == 0
+    before = snapshot(tmp_path)
+    for arguments, said in (
+        (["--seed=7"], "Use --overwrite to replace it, or another --data_dir"),
+        (["--sources=my novel.txt"], "Use a folder of its own: --data_dir=data/my_novel"),
+        (
+            ["--sources=my novel.txt", "--data_dir=./data/stdlib/../stdlib"],
+            "Use --overwrite to replace it, or another --data_dir",
+        ),
+        (["--sources=novel.docx"], "'novel.docx' is of another kind: only .csv"),
+        (["--sources=nothing.txt"], "'nothing.txt' matches no file"),
+    ):
+        assert prepare.main([bytes_only, *arguments]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert said in line and ("--overwrite" in line) == ("--overwrite" in said)
+        assert snapshot(tmp_path) == before
+
+
 def test_overwrite_replaces_all_shards(run, target):
     run(shard_tokens=20)
     (target / "notes.md").write_text("mine")
@@ -474,7 +501,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path, target, capsys, m
 def test_a_bad_file_among_good_ones_leaves_nothing(texts, target, capsys):
     (texts / "c.txt").write_bytes(b"\xff\xfe")
     assert command(texts, target) == 2
-    assert "c.txt is not UTF-8: byte 0xff at 0" in capsys.readouterr().err
+    assert "c.txt is not UTF-8, but UTF-16: convert it" in capsys.readouterr().err
     assert not target.exists()
 
 
@@ -680,6 +707,55 @@ def test_what_is_trained_on_is_kept_out_of_validation(
         assert bytes((tokens[mask == 1] % 256).tolist()) == b"It is 21.\0It is 22.\0"
 
 
+# --- a BPE
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_said(tmp_path, target, capsys):
+    (tmp_path / "a.txt").write_text("abc abd " * 500)
+    arguments = [f"--sources={tmp_path}/a.txt", f"--data_dir={target}", "--vocab_size=50257"]
+    assert prepare.main(arguments) == 0
+    size = dataset.open_dataset(target).manifest.vocab_size
+    err = capsys.readouterr().err
+    assert f"BPE: {size} ids, not 50,257: the text has no more pairs to merge" in err
+    assert prepare.main([*arguments, "--vocab_size=260", "--overwrite"]) == 0
+    assert " ids, not " not in capsys.readouterr().err
+
+
+def test_a_log_shows_how_far_the_training_of_a_bpe_is(texts, target, monkeypatch, capsys):
+    really_train = Tokenizer.train
+
+    def train(texts, vocab_size):
+        [text] = texts
+        time.sleep(0.1)
+        return really_train([text], vocab_size)
+
+    monkeypatch.setattr(Tokenizer, "train", train)
+    monkeypatch.setattr(prepare, "LOG_SECONDS", 0.03)
+    arguments = [f"--sources={texts}", f"--data_dir={target}", "--vocab_size=260"]
+    assert prepare.main(arguments) == 0
+    wanted = r"BPE: merging up to 260 ids, \d+ bytes of text, 0 s\n"
+    assert len(re.findall(wanted, capsys.readouterr().err)) > 1
+
+
+def test_long_runs_take_seconds_in_files_and_in_records(tmp_path, target):
+    """They would take hours as one word."""
+    signs = (" ", "\n", "\0", "a", "\u0301", "👩\u200d", "7")
+    runs = ["x" + sign * 300_000 + "y" for sign in signs]
+    for number, run in enumerate(runs):
+        (tmp_path / f"{number}.txt").write_bytes(run.encode())
+    records = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in runs])
+    began = time.monotonic()
+    arguments = [f"--sources={tmp_path}/*.txt,{records}", f"--data_dir={target}"]
+    assert prepare.main([*arguments, "--vocab_size=400", "--val_fraction=0"]) == 0
+    assert time.monotonic() - began < 20
+    tokens, tokenizer = tokens_of(target, "train"), Tokenizer.load(target)
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_id) + 1)[:-1]
+    assert [tokenizer.decode(ids[:-1]) == text for ids, text in zip(documents, runs * 2)] == [
+        True
+    ] * 14
+    assert all(np.array_equal(*pair) for pair in zip(documents[:7], documents[7:]))
+
+
 # --- how much
 
 
@@ -765,7 +841,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     if kind == "val_sources":
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
     monkeypatch.setattr(documents, "CHUNK", 5000)
-    monkeypatch.setattr(text_files, "BLOCK", 3000)
+    monkeypatch.setattr(cutting, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepare.prepare(PrepareConfig(data_dir=str(whole), **settings))
     wanted = {path.name: path.read_bytes() for path in whole.iterdir()}
@@ -831,8 +907,8 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
 
     def start(folder):
         script = (
-            "import sys\nimport prepare\nfrom plaingpt.text import builder, documents, text_files\n"
-            "builder.SAVE_SECONDS, documents.CHUNK, text_files.BLOCK = 0.05, 9000, 5000\n"
+            "import sys\nimport prepare\nfrom plaingpt.text import builder, cutting, documents\n"
+            "builder.SAVE_SECONDS, documents.CHUNK, cutting.BLOCK = 0.05, 9000, 5000\n"
             "sys.exit(prepare.main())"
         )
         given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
@@ -861,6 +937,34 @@ def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()
     ]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("existed", [False, True])
+def test_killed_before_the_first_note_leaves_nothing_in_the_way(texts, run, target, existed):
+    if existed:
+        run(seed=3)
+    before = snapshot(target)
+    script = (
+        "import os, sys\nimport prepare\n"
+        "prepare.SplitBuilder.run = lambda *_: os.kill(os.getpid(), 9)\n"
+        "sys.exit(prepare.main())"
+    )
+    arguments = [f"--sources={texts}", f"--data_dir={target}", "--vocab_size=300", "--overwrite"]
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=Path(__file__).parents[1]
+    )
+    assert killed.returncode == -9 and (target / dataset.PARTIAL / "tokenizer.json").exists()
+    if existed:
+        assert before.items() <= snapshot(target).items()
+        run(seed=3)  # as it was
+        assert len(documents_of(target, "train")) == len(documents_of(target, "val")) == 1
+    else:
+        with pytest.raises(ValueError, match=r"half prepared: run its prepare\.py command again"):
+            dataset.open_dataset(target)
+    run(val_fraction=0.0, overwrite=existed)  # other settings
+    assert documents_of(target, "train") == [FIRST.encode(), SECOND.encode()]
+    assert not (target / dataset.PARTIAL).exists()
 
 
 def test_an_interrupted_move_is_not_mistaken_for_another_run(run, texts, target, monkeypatch):
@@ -1009,17 +1113,6 @@ def test_a_weight_on_files_that_another_source_has_is_refused(tmp_path, capsys):
     sources = f"--sources={tmp_path}/notes/=3,{tmp_path}/notes/1.txt=1"
     assert run_in(tmp_path / "data", sources) == 2
     assert "has a weight, but no text of its own" in capsys.readouterr().err
-
-
-def test_a_record_that_the_tokenizer_refuses_is_skipped_like_others(tmp_path, capsys):
-    lines = [json.dumps({"text": text}) for text in ("one", " " * 1_200_000 + "x", "two", "three")]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    bpe = ["--tokenizer=bpe", "--vocab_size=257", f"--sources={tmp_path}/a.jsonl"]
-    assert run_in(tmp_path / "data", *bpe) == 2
-    assert "a.jsonl, line 2: " in capsys.readouterr().err
-    assert run_in(tmp_path / "data", *bpe, "--bad_records=skip") == 0
-    (source,) = dataset.open_dataset(tmp_path / "data").manifest.sources
-    assert source.documents == 3 and sum(n for n, _ in source.dropped.values()) == 1
 
 
 def test_a_folder_of_nanogpt_can_be_inspected(tmp_path, monkeypatch, capsys):

@@ -40,8 +40,8 @@ def validation_text(checkpoint: str, tokenizer: Tokenizer) -> str:
     if folders.on_hub(checkpoint):
         return ""
     try:
-        settings = folders.read_state(folders.find(checkpoint))["settings"]
-        data = dataset.open_dataset(settings.get("data_dir") or "")
+        settings = folders.read_state(folders.find(checkpoint)).settings
+        data = dataset.open_dataset(str(settings.get("data_dir", "")))
         if data.tokenizer.fingerprint != tokenizer.fingerprint:
             return ""
         split = data.split("val")

@@ -8,23 +8,25 @@ whole, because all of it is judged before any of it is written: as one `Record`,
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from configurator import UserError
+from plaingpt.text import cutting
 from plaingpt.text.dataset import SourceEntry
 from plaingpt.text.progress import StreamNotes
 from plaingpt.text.records import Row
 from plaingpt.text.sources import Position, Source, find_source
 from plaingpt.text.templates import FIELDS, Segment, TemplateName, segments
-from plaingpt.text.text_files import TextFile
+from plaingpt.text.text_files import TextFile, is_text
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import HeldOut, Validation
 
+T = TypeVar("T")
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
 # One more than the cores, because the thread that reads and writes often waits.
 DEFAULT_THREADS = (os.cpu_count() or 1) + 1
@@ -53,6 +55,11 @@ class Stream:
     tokens: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)  # reason → count, first
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether there are no records, to which a template could apply."""
+        return not self.source.hub and all(is_text(file.path) for file in self.source.files)
+
     def drop(self, reason: str, where: str) -> None:
         count, first = self.dropped.get(reason, (0, where))
         self.dropped[reason] = (count + 1, first)
@@ -75,30 +82,38 @@ def open_streams(
 ) -> list[Stream]:
     """Look up all sources and choose what to validate on.
 
-    Raises UserError for sources that cannot be read or are empty, and for weights on only some.
-    Empty files are counted as dropped.
+    Raises UserError for sources that are not found, empty or given twice, and for weights on only
+    some. Empty files, and those that are left out for other reasons, are counted as dropped.
     """
     streams: list[Stream] = []
     seen: dict[str, bool] = {}  # path → whether it comes from val_names
     validation = reading.validation
     for given, all_val in ((names, False), (val_names, True)):
-        found: list[Source] = []
+        hold_out = validation.hold_out_all if all_val else validation.hold_out_part
         for source in map(find_source, given):
+            if any(source.name == known.source.name for known in streams):
+                raise UserError(f"source {source.name!r} is given twice")
+            if not source.hub and not source.files:
+                raise UserError(f"there is no text in source {source.name!r}: it is empty")
+            new: list[TextFile] = []
+            old: list[TextFile] = []  # in an earlier source as well
             for file in source.files:
-                if seen.setdefault(os.path.realpath(file.path), all_val) != all_val:
+                path = os.path.realpath(file.path)
+                if seen.get(path, all_val) != all_val:
                     raise UserError(f"{file.path} is in sources and in val_sources")
-            known = {os.path.realpath(file.path) for each in found for file in each.files}
-            new = tuple(file for file in source.files if os.path.realpath(file.path) not in known)
+                (old if path in seen else new).append(file)
+                seen[path] = all_val
             if source.weight and not source.hub and not new:
                 raise UserError(f"source {source.name!r} has a weight, but no text of its own")
-            found.append(replace(source, files=new))
-        if given and not any(source.hub or source.files for source in found):
-            raise UserError(f"there is no text in {', '.join(map(repr, given))}")
-        hold_out = validation.hold_out_all if all_val else validation.hold_out_part
-        streams += [Stream(*hold_out(source), all_val) for source in found]
-    for stream in streams:
-        for path in stream.source.empty:
-            stream.drop("an empty file", path)
+            stream = Stream(*hold_out(replace(source, files=tuple(new))), all_val)
+            for reason, paths in (
+                ("an empty file", source.empty),
+                ("a file of another kind", source.others),
+                ("a file that an earlier source has", [file.path for file in old]),
+            ):
+                for path in paths:
+                    stream.drop(reason, path)
+            streams.append(stream)
     weights = [stream.source.weight for stream in streams if not stream.all_val]
     if None in weights and weights.count(None) < len(weights):
         raise UserError("give a weight to all sources or to none")
@@ -200,7 +215,17 @@ def read_record(row: Row, after: Position, held_out: HeldOut, reading: Reading) 
         size += len(content)
     number = number_of(digest)
     is_held_out = held_out.has_record(after.items, number)
-    return Record(parts, size, is_held_out, number, row.where, after)
+    pieces = [piece for part in parts for piece in pieces_of(part)]
+    return Record(pieces, size, is_held_out, number, row.where, after)
+
+
+def pieces_of(segment: Segment) -> list[Segment]:
+    """A segment, in pieces where it is long: threads share them, and a sample ends behind any."""
+    if len(segment.text) <= cutting.BLOCK:
+        return [segment]
+    *pieces, last = cutting.in_pieces(cutting.blocks_of(segment.text))
+    unended = [Segment(piece, segment.counted, ended=False) for piece in pieces]
+    return [*unended, segment._replace(text=last)]
 
 
 def document_hash(seed: int) -> hashlib.blake2b:
@@ -228,12 +253,17 @@ def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Ite
         order = np.random.default_rng(reading.validation.seed).permutation(len(files))
         shuffled = replace(stream.source, files=tuple(files[index] for index in order))
         taken = 0
-        for item in read_items(replace(stream, source=shuffled), reading):
-            if isinstance(item, Record | Part) and not item.held_out:
-                yield from (segment.text for segment in item.segments)
-                taken += item.bytes
+        for text in training_texts(replace(stream, source=shuffled), reading):
+            yield text
+            taken += len(text.encode())
             if taken >= max_bytes / len(training):
                 break
+
+
+def training_texts(stream: Stream, reading: Reading) -> Iterator[str]:
+    for item in read_items(stream, reading):
+        if isinstance(item, Record | Part) and not item.held_out:
+            yield from (segment.text for segment in item.segments)
 
 
 # --- tokens
@@ -246,21 +276,27 @@ def encoded(
     stream: Stream, reading: Reading, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Encoded]:
     """The items of a stream with their ids, in order; threads encode `ahead` chunks."""
-    waiting: deque[tuple[list[Item], Future]] = deque()
-    for chunk in chunks(read_items(stream, reading)):
-        waiting.append((chunk, pool.submit(encode, chunk, tokenizer, reading.template != "text")))
+    waiting: deque[tuple[list[Item], list[Future]]] = deque()
+    masked = reading.template != "text"
+    for chunk in chunks(read_items(stream, reading), lambda item: item.bytes):
+        parts = [part for item in chunk for part in item.segments]
+        # One share of the threads' work, or several if a record is long.
+        shares = list(chunks(parts, lambda part: len(part.text))) or [[]]
+        futures = [pool.submit(encode, share, tokenizer, masked) for share in shares]
+        waiting.append((chunk, futures))
         if len(waiting) > ahead:
             yield from unpacked(*waiting.popleft())
     while waiting:
         yield from unpacked(*waiting.popleft())
 
 
-def chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    chunk: list[Item] = []
+def chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Groups of items that have CHUNK bytes or more, except the last."""
+    chunk: list[T] = []
     size = 0
     for item in items:
         chunk.append(item)
-        size += item.bytes + 10  # a record costs something even if it is empty
+        size += size_of(item) + 10  # an item costs something even if it is empty
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -269,19 +305,10 @@ def chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
 
 
 def encode(
-    chunk: list[Item], tokenizer: Tokenizer, masked: bool
+    parts: list[Segment], tokenizer: Tokenizer, masked: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Ids of a chunk, their mask, and where each item ends in them.
-
-    A record that the tokenizer refuses becomes a `Bad` in the chunk; for a text file this raises
-    UserError.
-    """
-    parts = [part for item in chunk for part in item.segments]
-    try:
-        ids, ends = tokenizer.encode_joined([part.text for part in parts])
-    except UserError:
-        refuse_unencodable(chunk, tokenizer)
-        return encode(chunk, tokenizer, masked)
+    """Ids of segments, their mask, and the number of ids of each segment."""
+    ids, ends = tokenizer.encode_joined([part.text for part in parts])
     ended = np.array([part.ended for part in parts], dtype=bool)
     lengths = np.diff(ends, prepend=0)
     mask = None
@@ -292,25 +319,15 @@ def encode(
         keep = np.ones(len(ids), dtype=bool)
         keep[ends[~ended] - 1] = False
         ids, mask = ids[keep], None if mask is None else mask[keep]
-    stops = np.append(0, np.cumsum(lengths - ~ended))
-    return ids, mask, stops[np.cumsum([len(item.segments) for item in chunk])]
+    return ids, mask, lengths - ~ended
 
 
-def refuse_unencodable(chunk: list[Item], tokenizer: Tokenizer) -> None:
-    """Replace the records of a chunk that the tokenizer refuses."""
-    for number, item in enumerate(chunk):
-        try:
-            tokenizer.encode_joined([part.text for part in item.segments])
-        except UserError as error:
-            if isinstance(item, Record):
-                chunk[number] = Bad(str(error), item.where, item.after)
-            elif isinstance(item, Part):
-                raise UserError(f"{item.where}: {error}") from None
-
-
-def unpacked(chunk: list[Item], future: Future) -> Iterator[Encoded]:
-    ids, mask, stops = future.result()
+def unpacked(chunk: list[Item], futures: list[Future]) -> Iterator[Encoded]:
+    ids, masks, lengths = zip(*(future.result() for future in futures))
+    all_ids = np.concatenate(ids)
+    mask = None if masks[0] is None else np.concatenate(masks)
+    stops = np.append(0, np.cumsum(np.concatenate(lengths)))
     start = 0
-    for item, stop in zip(chunk, stops.tolist()):
-        yield item, ids[start:stop], None if mask is None else mask[start:stop]
+    for item, stop in zip(chunk, stops[np.cumsum([len(item.segments) for item in chunk])].tolist()):
+        yield item, all_ids[start:stop], None if mask is None else mask[start:stop]
         start = stop

@@ -3,10 +3,13 @@
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configurator import UserError
+from plaingpt.text.network import require_answer
 from plaingpt.text.records import BATCH, Row
 
 ADDRESS = re.compile(
@@ -71,7 +74,7 @@ def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
             "before is a folder, and a folder is a source)"
         ) from None
     except Exception as error:  # no such dataset or config, a private one, …: many kinds
-        raise UserError(f"source {name!r}: {error}") from None
+        raise UserError(f"source {name!r}: {' '.join(str(error).split())}") from None
     wanted = hub.split or "train"
     if wanted in splits:
         return splits[wanted]
@@ -95,6 +98,29 @@ def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
             return splits
         builder.config.columns = wanted
     return builder.as_streaming_dataset()
+
+
+@contextmanager
+def impatient(hubs: list[HubDataset]) -> Iterator[None]:
+    """At the start of a run nobody waits for minutes: within this, a broken connection is tried
+    only once again. Raises ConnectionError if a dataset is on a hub that does not answer."""
+    if not hubs:
+        yield
+        return
+    import datasets  # not at the top: it takes a second
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not all(Path(hub.path).is_dir() for hub in hubs):
+        require_answer(constants.ENDPOINT)
+    names = ("STREAMING_OPEN_MAX_RETRIES", "STREAMING_READ_MAX_RETRIES")
+    usual = {name: getattr(datasets.config, name) for name in names}
+    try:
+        for name in names:
+            setattr(datasets.config, name, 2)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(datasets.config, name, value)
 
 
 def hub_builder(hub: HubDataset) -> Any:

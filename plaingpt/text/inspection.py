@@ -58,9 +58,9 @@ def report(manifest: Manifest) -> None:
         if split.trained_on:
             left_out = quantity(split.trained_on, "document")
             print(f"  {left_out} left out: in the training split as well")
-    if not (splits.train and splits.train.tokens):
+    if not (splits.train and splits.train.bytes):
         print("train: empty, but train.py needs some: use more documents")
-    if not (splits.val and splits.val.tokens):
+    if not (splits.val and splits.val.bytes):
         print("val: empty, but train.py needs some: use --val_fraction or --val_sources")
 
 

@@ -12,9 +12,10 @@ from configurator import UserError
 from plaingpt import files
 from plaingpt.files import Count, Settings
 from plaingpt.text.shards import ShardsSoFar
-from plaingpt.text.sources import Position, find_source
+from plaingpt.text.sources import Position, find_source, folder_for
 
 NAME = "progress.json"
+DEFAULT = Path("data/stdlib")  # the data_dir of whoever names none
 
 Inputs = dict[str, tuple[int, int] | str | None]  # `inputs_of`, and a hash per dataset of the hub
 
@@ -101,18 +102,23 @@ def read_progress(folder: Path, settings: Settings, inputs: Inputs, overwrite: b
     return Progress(folder, msgspec.structs.replace(notes, settings=settings))
 
 
-def check_settings_unchanged(folder: Path, what: str, old: Settings, now: Settings) -> None:
-    """Raises a UserError that names the settings that differ."""
-    changed = [
+def changed_settings(old: Settings, now: Settings) -> list[str]:
+    """The settings that differ, each with both values."""
+    return [
         f"{name} was {old.get(name)!r}, is now {now[name]!r}"
         for name in now
         if old.get(name) != now[name]
     ]
-    if changed:
-        raise UserError(
-            f"{folder} {what} with other settings: {'; '.join(changed)}. "
-            "Use --overwrite, or another --data_dir"
-        )
+
+
+def check_settings_unchanged(folder: Path, what: str, old: Settings, now: Settings) -> None:
+    """Raises a UserError that names the settings that differ, and the way out."""
+    if changed := changed_settings(old, now):
+        advice, sources = "Use --overwrite to replace it, or another --data_dir", now["sources"]
+        if folder == DEFAULT and old.get("sources") != sources:  # nobody chose to replace it
+            assert isinstance(sources, tuple)
+            advice = f"Use a folder of its own: --data_dir={folder_for(sources[0])}"
+        raise UserError(f"{folder} {what} with other settings: {'; '.join(changed)}. {advice}")
 
 
 def inputs_of(sources: tuple[str, ...]) -> Inputs:

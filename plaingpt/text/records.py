@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from configurator import UserError
-from plaingpt.text.text_files import open_bytes, refuse_damaged, suffix, text_lines
+from plaingpt.text.text_files import (
+    open_bytes,
+    refuse_damaged,
+    refuse_foreign,
+    suffix,
+    text_lines,
+)
 
 RECORD_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet"}
 BATCH = 500  # rows of parquet files and of the hub that are read at once
@@ -32,6 +38,7 @@ def rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
         if suffix(path) == ".parquet":
             yield from parquet_rows(path, fields)
         else:
+            refuse_foreign(path)
             yield from read[suffix(path)](path)
 
 
@@ -54,6 +61,10 @@ def json_rows(path: str) -> Iterator[Row]:
     """One array of records, which is held in memory, or a record per line."""
     with open_bytes(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        if start.partition(b"\n")[0].strip() == b"{":
+            raise UserError(f"{path} is one JSON object, not an array of records or one a line")
+        if start.partition(b"\n")[0].strip() == b"{":
+            raise UserError(f"{path} is one JSON object, not an array of records or one a line")
         if not start.startswith(b"["):
             yield from line_rows(path)
             return
@@ -71,11 +82,17 @@ def csv_rows(path: str) -> Iterator[Row]:
     lines = csv.reader(text_lines(path), strict=True)
     names: list[str] = []
     while True:
+        first = lines.line_num + 1  # of the next record
         try:
             values = next(lines)
         except StopIteration:
             return
         except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise UserError(
+                    f"{path}, line {first:,}: the quote that opens in this record is never closed; "
+                    "it would take in the rest of the file"
+                ) from None
             yield Row(f"{path}, line {lines.line_num:,}", None, f"not CSV ({error})")
             continue
         if not names:

@@ -11,11 +11,13 @@ An item is a `TextFile` (one document, however large, read in pieces) or a `Row`
 …). Memory holds one item at a time, but for a .json file that is one array.
 """
 
+import difflib
 import glob
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from plaingpt.text.hub import HubDataset, Mark, hub_rows, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
 from plaingpt.text.text_files import TextFile, is_text, suffix
 
+KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read
 WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
 
 
@@ -46,6 +49,7 @@ class Source:
     weight: float | None
     files: tuple[TextFile, ...] = ()
     empty: tuple[str, ...] = ()  # paths of empty files
+    others: tuple[str, ...] = ()  # paths of files that are not read
     hub: HubDataset | None = None
 
     @property
@@ -84,31 +88,75 @@ def find_source(text: str) -> Source:
             raise UserError(f"source {text!r}: a weight must be above 0")
     if text.startswith("hf:"):
         return Source(text, weight, hub=parse_address(text))
-    paths = stdlib_paths() if text == "stdlib" else find_paths(text)
+    if text == "stdlib":
+        paths, others = stdlib_paths(), []
+    else:
+        found = find_paths(text)
+        paths = [path for path in found if suffix(path) in KINDS]
+        others = [path for path in found if suffix(path) not in KINDS]
+        if not paths:
+            raise UserError(f"source {text!r} {nothing_read(text, others)}")
     real = {os.path.realpath(path): os.path.abspath(path) for path in reversed(paths)}  # once each
     files = tuple(TextFile(path, os.path.getsize(path)) for path in sorted(real.values()))
     empty = tuple(file.path for file in files if not file.size)
-    return Source(text, weight, tuple(file for file in files if file.size), empty)
+    return Source(text, weight, tuple(file for file in files if file.size), empty, tuple(others))
 
 
 def find_paths(text: str) -> list[str]:
-    kinds = ", ".join(sorted({".txt"} | RECORD_SUFFIXES))
-    if os.path.isfile(text):
-        if not readable(text):
-            raise UserError(f"source {text!r}: only {kinds} files are read, or compressed ones")
-        return [text]
+    """All files that a path or a pattern leads to. Raises OSError for a folder that cannot be
+    read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     if os.path.isdir(text):
-        found = [str(path) for path in Path(text).rglob("*") if path.is_file()]
+        folders = os.walk(text, onerror=refuse)
+        found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
     else:
-        found = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
-    paths = sorted(path for path in found if readable(path))
-    if not paths:
-        raise UserError(f"source {text!r} matches no file of these kinds: {kinds}")
-    return paths
+        found = [text] if os.path.lexists(text) else glob.glob(text, recursive=True)
+    return sorted(path for path in found if os.path.isfile(path))
 
 
-def readable(path: str) -> bool:
-    return suffix(path) in RECORD_SUFFIXES | {".txt"}
+def nothing_read(text: str, others: list[str]) -> str:
+    """Why a source string leads to no file that can be read, and what to do about it."""
+    kinds = ", ".join(sorted(KINDS))
+    if others == [text]:
+        return (
+            f"is of another kind: only {kinds} files are read, or compressed ones; "
+            "save it as plain text, with a name that ends with .txt"
+        )
+    if others:
+        return (
+            f"matches no file of these kinds: {kinds}, but {counted_suffixes(others)}; "
+            "save them as plain text, with names that end with .txt"
+        )
+    if os.path.lexists(text) and not os.path.isdir(text):
+        return "is not a file but a pipe, a device or a broken link"
+    if os.path.lexists(text) and not os.path.isdir(text):
+        return "is not a file but a pipe, a device or a broken link"
+    said = f"matches no file of these kinds: {kinds}"
+    if "://" in text:
+        return f"{said}; download it first, or write hf:OWNER/NAME for a dataset of the hub"
+    parent = Path(text).parent
+    known = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    known += ["stdlib"] * (parent == Path())
+    if close := difflib.get_close_matches(Path(text).name, known, n=1):
+        return f"{said}; did you mean {str(parent / close[0])!r}?"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not parent.exists():
+        return f"{said}; for the dataset of the hub write hf:{text}"
+    return said
+
+
+def counted_suffixes(paths: Iterable[str]) -> str:
+    """Such as `12 .pdf, 3 .docx`."""
+    counts = Counter(suffix(path) or "without a suffix" for path in paths)
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(5))
+
+
+def folder_for(source: str) -> str:
+    """A data_dir to propose for a source, such as `data/novel` for `books/novel.txt`."""
+    name = Path(re.sub(r"^hf:|[:@#].*$", "", source)).name.partition(".")[0]
+    return "data/" + (re.sub(r"\W+", "_", name).strip("_") or "mine")
 
 
 def stdlib_paths() -> list[str]:

@@ -13,11 +13,10 @@ from plaingpt.text.progress import check_settings_unchanged
 from plaingpt.text.shards import mask_path
 
 
-def check_target(folder: Path, settings: Settings, overwrite: bool) -> Manifest | None:
+def check_target(folder: Path) -> Manifest | None:
     """The manifest in `folder`, or None if it has none.
 
-    Raises UserError if writing there would destroy files that prepare.py did not make, or, without
-    `overwrite`, data that was prepared with other settings.
+    Raises UserError if writing there would destroy files that prepare.py did not make.
     """
     if not folder.is_dir():
         return None
@@ -32,8 +31,6 @@ def check_target(folder: Path, settings: Settings, overwrite: bool) -> Manifest 
     old = read_manifest(folder)
     if old is None or old.settings is None:
         raise UserError(f"{folder}/{MANIFEST} was not made by prepare.py: use another data_dir")
-    if not overwrite:
-        check_settings_unchanged(folder, "was prepared", old.settings, settings)
     return old
 
 

@@ -14,6 +14,7 @@ answer.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
@@ -64,11 +65,19 @@ INSTRUCTION = (
 )
 CHAT_TEMPLATES = {"chat": CHAT, "synth": CHAT, "alpaca": INSTRUCTION}
 
-FIELDS = {
+FIELDS: dict[TemplateName, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
     "chat": ("messages", "conversations"),
     "synth": ("query", "synthetic_reasoning", "synthetic_answer"),
 }
+
+
+def fits(template: TemplateName, names: Collection[str]) -> bool:
+    """Whether a record with fields of these names has those that a template other than `text`
+    needs."""
+    if template == "chat":
+        return any(name in names for name in FIELDS["chat"])
+    return all(name in names for name in FIELDS[template] if name != "input")
 
 
 class Segment(NamedTuple):
@@ -83,7 +92,7 @@ def segments(record: Any, template: TemplateName, text_field: str) -> list[Segme
     """A record as a document. Raises UserError, in a few words, for an invalid record."""
     if template == "text":
         text = record if isinstance(record, str) else field(record, text_field)
-        if not text:
+        if not text.strip():
             raise UserError("empty")
         return [Segment(text)]
     if template == "chat":

@@ -1,22 +1,28 @@
 """Text files of any size, read in pieces that encode to the same ids as the whole text."""
 
 import codecs
-import re
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from configurator import UserError
+from plaingpt.text import cutting
 
 TEXT_SUFFIXES = {".txt", ".py"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
-BLOCK = 1 << 20  # bytes per read, and roughly the size of a piece
-# Where a text may be cut without changing its ids: GPT-2's pattern ends a token before ASCII
-# white space that follows something else, and between a letter or digit and ASCII punctuation.
-BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\r\n])|(?<=[^\W_])(?=[!-/:-@\[-`{-~])")
+NOT_TEXT = {  # what files begin with that are not text, whatever their names say
+    b"%PDF-": "a PDF: extract its text, as with pdftotext",
+    b"PK\x03\x04": "a zip archive or an Office document: save it as plain text",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x1f\x8b": "compressed: its name must end with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed: its name must end with .zst",
+    b"\xfd7zXZ": "compressed: its name must end with .xz",
+    b"PAR1": "a parquet file: its name must end with .parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class TextFile:
 
         Raises UserError for bytes that are not UTF-8 (in a .py file: not what it declares).
         """
-        return in_pieces(clipped(read_text(self.path), self.start, self.stop))
+        return cutting.in_pieces(clipped(read_text(self.path), self.start, self.stop))
 
 
 def suffix(path: str) -> str:
@@ -54,10 +60,11 @@ def open_bytes(path: str) -> IO[bytes]:
         return open(path, "rb")
     import fsspec  # not at the top: only compressed files need it
 
-    try:
-        return fsspec.open(path, "rb", compression="infer").open()
-    except ValueError as error:  # fsspec knows the codec by name, but its package is missing
-        raise UserError(f"{path}: {error}") from None
+    codec = fsspec.utils.infer_compression(path)
+    if not codec:  # those that Python itself lacks come with a package each
+        package = {".zst": "zstandard"}.get(Path(path).suffix, "lz4")
+        raise UserError(f"{path} needs a package to be read: pip install {package}")
+    return fsspec.open(path, "rb", compression=codec).open()
 
 
 @contextmanager
@@ -70,7 +77,22 @@ def refuse_damaged(path: str) -> Iterator[None]:
     except Exception as error:  # OSError, EOFError, zlib.error, lzma.LZMAError, ZstdError, …
         if Path(path).suffix not in COMPRESSED:
             raise
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged, or not compressed as its name says: {error}") from None
+
+
+def refuse_foreign(path: str) -> None:
+    """Raises UserError if a file begins like something other than text in UTF-8."""
+    with refuse_damaged(path), open_bytes(path) as file:
+        head = file.read(512)
+    for beginning, kind in NOT_TEXT.items():
+        if head.startswith(beginning):
+            raise UserError(f"{path} is not text, but {kind}")
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    by_turns = max(even, odd) > 2 + len(head) / 4 > min(even, odd)  # a NUL in each ASCII character
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or by_turns:
+        raise UserError(
+            f"{path} is not UTF-8, but UTF-16: convert it, as with iconv -f utf-16 -t utf-8"
+        )
 
 
 def read_text(path: str) -> Iterator[str]:
@@ -82,11 +104,12 @@ def read_text(path: str) -> Iterator[str]:
         except (UnicodeDecodeError, SyntaxError) as error:  # a wrong or unknown declaration
             raise UserError(f"{path}: {error}") from None
         return
+    refuse_foreign(path)
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0
     with refuse_damaged(path), open_bytes(path) as file:
         while True:
-            block = file.read(BLOCK)
+            block = file.read(cutting.BLOCK)
             before = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(block, final=not block)
@@ -103,11 +126,14 @@ def read_text(path: str) -> Iterator[str]:
 
 
 def text_lines(path: str) -> Iterator[str]:
-    rest = ""
+    begun: list[str] = []  # of the next line
     for block in read_text(path):
-        *lines, rest = (rest + block).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
+        *lines, rest = block.split("\n")
+        for line in lines:
+            yield "".join([*begun, line, "\n"])
+            begun = []
+        begun.append(rest)
+    if rest := "".join(begun):
         yield rest
 
 
@@ -119,27 +145,3 @@ def clipped(blocks: Iterator[str], start: int, stop: int | None) -> Iterator[str
             return
         yield block[max(0, start - at) : None if stop is None else stop - at]
         at += len(block)
-
-
-# --- cutting
-
-
-def in_pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Regroup a text that comes in blocks, as `TextFile.pieces` promises."""
-    rest = ""
-    for block in blocks:
-        rest += block
-        if len(rest) >= BLOCK and (cut := last_boundary(rest)):
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
-
-
-def last_boundary(text: str) -> int:
-    """The last place where BOUNDARY allows a cut, or 0."""
-    for tail in (1 << 12, 2 * BLOCK + 2):  # anything before was searched when it was the end
-        first = max(1, len(text) - tail)
-        places = [match.start() for match in BOUNDARY.finditer(text, first)]
-        if places:
-            return places[-1]
-    return 0

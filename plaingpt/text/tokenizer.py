@@ -11,8 +11,10 @@ out `<|endoftext|>`, it gets the ids of the letters.
 import codecs
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,8 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError
+from plaingpt.text.cutting import cut_runs
+from plaingpt.text.network import require_answer
 from plaingpt.text.tokenizer_json import (
     END_OF_TEXT,
     MAX_VOCAB_SIZE,
@@ -31,6 +35,7 @@ from plaingpt.text.tokenizer_json import (
     write_vocabulary,
 )
 
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 # GPT-2's: contractions, letters, numbers, other signs, each with a leading space; white space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same after a split at each digit, as in StarCoder and SmolLM.
@@ -70,7 +75,7 @@ class Tokenizer:
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """No merges: a token is a byte, 257 ids."""
-        return cls(train_ranks([], 256))
+        return cls(single_bytes())
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
@@ -79,11 +84,13 @@ class Tokenizer:
         Raises UserError if it is not cached and cannot be downloaded.
         """
         try:
+            if not is_cached(GPT2_URL):
+                require_answer(GPT2_URL)  # tiktoken itself would wait for it forever
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except Exception as error:  # requests' errors, or whatever a proxy makes of them
             raise UserError(
                 "the gpt2 tokenizer needs OpenAI's vocabulary files, which are not cached and "
-                f"could not be downloaded ({type(error).__name__}). Run once with a network, or "
+                f"could not be downloaded ({error}). Run once with a network, or "
                 "point TIKTOKEN_CACHE_DIR at a folder that has them, or choose --tokenizer=bpe "
                 "or bytes"
             ) from error
@@ -100,25 +107,31 @@ class Tokenizer:
         return cls(train_ranks(texts, vocab_size - 1))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UserError for a run of a million blanks, too many for tiktoken."""
-        with refuse_blanks():
-            return self.encoding.encode_ordinary(text)
+        """Ids of a text, which is cut within very long runs: see cutting.py."""
+        pieces = cut_runs(text)
+        return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
 
     def encode_joined(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts, uint16, with `eot_id` after each, and the place after each `eot_id`.
 
-        One call to tiktoken, which releases Python's lock. Raises UserError as `encode` does.
+        One call to tiktoken, which releases Python's lock.
         """
-        joined = self.eot.join([*texts, ""])
-        if joined.count(self.eot) == len(texts):
-            with refuse_blanks():
-                ids = self.encoding.encode_to_numpy(
-                    joined, allowed_special={self.eot}, disallowed_special=()
-                ).astype(np.uint16)
-            return ids, np.flatnonzero(ids == self.eot_id) + 1
-        encoded = [[*self.encode(text), self.eot_id] for text in texts]  # one spells out `eot`
-        ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
-        return ids, np.cumsum([len(each) for each in encoded])
+        cut = [cut_runs(text) for text in texts]
+        pieces = [piece for each in cut for piece in each]
+        joined = self.eot.join([*pieces, ""])
+        if joined.count(self.eot) > len(pieces):  # a text spells it out
+            encoded = [[*self.encode(text), self.eot_id] for text in texts]
+            ids = np.array([token for each in encoded for token in each], dtype=np.uint16)
+            return ids, np.cumsum([len(each) for each in encoded])
+        ids = self.encoding.encode_to_numpy(
+            joined, allowed_special={self.eot}, disallowed_special=()
+        ).astype(np.uint16)
+        ends = np.flatnonzero(ids == self.eot_id)
+        if len(pieces) > len(texts):
+            inner = np.delete(ends, np.cumsum([len(each) for each in cut]) - 1)
+            ids = np.delete(ids, inner)
+            ends = np.flatnonzero(ids == self.eot_id)
+        return ids, ends + 1
 
     def count_bytes(self, ids: np.ndarray) -> int:
         """Bytes of text that `ids` stand for; special ids have none."""
@@ -166,18 +179,17 @@ class Tokenizer:
         return loaded
 
 
-@contextmanager
-def refuse_blanks() -> Iterator[None]:
-    """Turn what tiktoken's regular expressions raise into a UserError: a ValueError, or a panic,
-    which is not even an Exception, depending on its version."""
-    try:
-        yield
-    except UnicodeError:  # also a ValueError, but of a text that is not UTF-8
-        raise
-    except BaseException as error:
-        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError("a text has a million blanks in a row, too many for tiktoken") from None
+def is_cached(url: str) -> bool:
+    """Whether tiktoken has a file, in memory or on disk, and need not download it."""
+    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+    default = Path(tempfile.gettempdir()) / "data-gym-cache"
+    folder = next((os.environ[name] for name in names if name in os.environ), default)
+    name = hashlib.sha1(url.encode()).hexdigest()
+    return "gpt2" in tiktoken.registry.ENCODINGS or (Path(folder) / name).exists()
+
+
+def single_bytes() -> dict[bytes, int]:
+    return {bytes([byte]): byte for byte in range(256)}
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
@@ -188,10 +200,10 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    backend.train_from_iterator(texts, trainer)
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    backend.train_from_iterator((piece for text in texts for piece in cut_runs(text)), trainer)
+    ranks = single_bytes()
     for a, b in json.loads(backend.to_str())["model"]["merges"]:
         ranks.setdefault(unspell(a) + unspell(b), len(ranks))
     return ranks
@@ -202,9 +214,14 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     for token, rank in ranks.items():
         if len(token) > 1:
             parts = [token[at : at + 1] for at in range(len(token))]
-            while len(parts) > 2:  # BPE with the merges learned before this one
-                pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-                at = pairs.index(min(pairs))
-                assert pairs[at] < rank, f"token {rank} is not a merge of earlier tokens"
-                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            while len(parts) > 2:  # BPE with the merges learned before this one, all of a kind
+                first = min(ranks.get(a + b, rank) for a, b in pairwise(parts))
+                assert first < rank, f"token {rank} is not a merge of earlier tokens"
+                joined = parts[:1]
+                for part in parts[1:]:
+                    if ranks.get(joined[-1] + part) == first:
+                        joined[-1] += part
+                    else:
+                        joined.append(part)
+                parts = joined
             yield parts[0], parts[1]

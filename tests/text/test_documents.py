@@ -3,12 +3,11 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
-import pytest
 
-from configurator import UserError
-from plaingpt.text import documents, text_files
+from plaingpt.text import cutting, documents
 from plaingpt.text.documents import Bad, End, Part, Reading, Record
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
@@ -27,7 +26,7 @@ def write_jsonl(path, texts):
 
 
 def test_a_text_file_is_parts_and_an_end(tmp_path, tiny_text, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 5000)
+    monkeypatch.setattr(cutting, "BLOCK", 5000)
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
     stream = stream_of(tmp_path / "a.txt")
     *parts, end = documents.read_items(stream, READING)
@@ -43,7 +42,7 @@ def test_a_text_file_is_parts_and_an_end(tmp_path, tiny_text, monkeypatch):
 def test_a_record_is_one_item_whatever_its_length(tmp_path, tiny_text):
     texts = ["short", tiny_text * 40]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert len(texts[1].encode()) > text_files.BLOCK
+    assert len(texts[1].encode()) > cutting.BLOCK
     tokenizer = Tokenizer.bytes()
     with ThreadPoolExecutor(1) as pool:
         found = list(documents.encoded(stream_of(path), READING, tokenizer, pool, 2))
@@ -61,23 +60,36 @@ def test_a_digest_tells_texts_apart_not_kinds_of_files(tmp_path):
     assert end.digest == one.digest != two.digest
 
 
-def test_a_text_that_cannot_be_encoded_is_a_bad_record_or_a_bad_file(tmp_path, monkeypatch):
-    really_encode = Tokenizer.encode_joined
+def test_a_long_record_is_shared_by_the_threads(tmp_path, tiny_text, monkeypatch):
+    """Its ids and mask are those of the whole; so is its place among other records."""
+    monkeypatch.setattr(cutting, "BLOCK", 1000)
+    monkeypatch.setattr(documents, "CHUNK", 1000)
+    tokenizer = Tokenizer.train([tiny_text], 400)
+    asked = [{"instruction": "Go on.", "output": text} for text in ("one", tiny_text, "", "two")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in asked))
+    reading = replace(READING, template="alpaca")
+    sizes = []
+    with ThreadPoolExecutor(2) as pool:
+        submit = pool.submit
 
-    def encode_joined(tokenizer, texts):
-        if any("bad" in text for text in texts):
-            raise UserError("too odd")
-        return really_encode(tokenizer, texts)
+        def watched(encode, share, *rest):
+            sizes.append(sum(len(part.text) for part in share))
+            return submit(encode, share, *rest)
 
-    monkeypatch.setattr(Tokenizer, "encode_joined", encode_joined)
-    path = write_jsonl(tmp_path / "a.jsonl", ["good", "bad", "fine"])
-    (tmp_path / "b.txt").write_text("bad")
-    with ThreadPoolExecutor(1) as pool:
+        pool.submit = watched
+        found = list(documents.encoded(stream_of(path), reading, tokenizer, pool, 2))
+    assert len(sizes) > 20 and max(sizes) < 3000
+    assert [type(item) for item, _, _ in found] == [Record, Record, Bad, Record]
+    for (item, ids, mask), record in zip(found, asked):
+        if isinstance(item, Record):
+            answer = [*tokenizer.encode(record["output"].strip()), tokenizer.eot_id]
+            assert ids[mask == 1].tolist() == answer
+            assert tokenizer.decode(ids[mask == 0]).endswith("### Response:\n")
 
-        def items(path):
-            return list(documents.encoded(stream_of(path), READING, Tokenizer.bytes(), pool, 2))
 
-        kinds = [(type(item), len(ids)) for item, ids, _ in items(path)]
-        assert kinds == [(Record, 5), (Bad, 0), (Record, 5)]
-        with pytest.raises(UserError, match=r"b\.txt: too odd"):
-            items(tmp_path / "b.txt")
+def test_a_sample_ends_within_a_long_record(tmp_path, tiny_text, monkeypatch):
+    monkeypatch.setattr(cutting, "BLOCK", 1000)
+    path = write_jsonl(tmp_path / "a.jsonl", [tiny_text, tiny_text])
+    sample = "".join(documents.sample_texts([stream_of(path)], READING, 5000))
+    assert 5000 <= len(sample.encode()) < 8000 and tiny_text.startswith(sample)

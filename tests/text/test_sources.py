@@ -5,14 +5,20 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import random
+import socket
+import threading
+import time
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+import prepare
+from configurator import UserError
+from plaingpt.text import cutting, network, tokenizer
 from plaingpt.text import hub as hub_module
-from plaingpt.text import text_files
 from plaingpt.text.records import BATCH, Row
 from plaingpt.text.sources import Position, find_source
 from plaingpt.text.text_files import TextFile
@@ -153,6 +159,21 @@ def test_a_source_that_leads_nowhere_is_refused(text, said):
         find_source(text)
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "locked").mkdir()
+    really_scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="Permission denied: '.*locked'"):
+        find_source(str(tmp_path))
+
+
 def test_weights_and_files_whose_names_look_weighed(tmp_path):
     (tmp_path / "a=0.5").mkdir()
     (tmp_path / "a=0.5" / "b.txt").write_text("x")
@@ -166,7 +187,7 @@ def test_weights_and_files_whose_names_look_weighed(tmp_path):
 
 def test_pieces_give_the_ids_of_the_whole(tiny_text, monkeypatch, tmp_path):
     """Cut wherever a boundary comes last, the ids are those of the uncut text."""
-    tokenizer = Tokenizer.train([tiny_text], 1000)
+    bpe = Tokenizer.train([tiny_text], 1000)
     signs = [
         "\n",
         "\n\n",
@@ -189,19 +210,19 @@ def test_pieces_give_the_ids_of_the_whole(tiny_text, monkeypatch, tmp_path):
     for text in (tiny_text, odd, "a" * 5000, " " * 5000, "a b" * 3000):
         (tmp_path / "text.txt").write_bytes(text.encode())
         for size in (64, 1000):
-            monkeypatch.setattr(text_files, "BLOCK", size)
+            monkeypatch.setattr(cutting, "BLOCK", size)
             pieces = list(TextFile(str(tmp_path / "text.txt"), 0).pieces())
             blocks = (text[at : at + size] for at in range(0, len(text), size))
-            regrouped = list(text_files.in_pieces(blocks))
+            regrouped = list(cutting.in_pieces(blocks))
             assert "".join(pieces) == "".join(regrouped) == text
             for parts in (pieces, regrouped):
-                ids = [token for part in parts for token in tokenizer.encode(part)]
-                assert ids == tokenizer.encode(text)
+                ids = [token for part in parts for token in bpe.encode(part)]
+                assert ids == bpe.encode(text)
     assert len(pieces) > 5 and max(map(len, pieces)) < 3000
 
 
 def test_a_part_of_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 7)
+    monkeypatch.setattr(cutting, "BLOCK", 7)
     (tmp_path / "a.txt").write_text("äbc déf ghi jkl", encoding="utf-8")
     for start, stop in ((0, None), (3, None), (0, 8), (5, 9), (0, 0)):
         part = TextFile(str(tmp_path / "a.txt"), 0, start, stop)
@@ -209,7 +230,7 @@ def test_a_part_of_a_text(tmp_path, monkeypatch):
 
 
 def test_a_bad_byte_deep_in_a_text_is_located(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 10)
+    monkeypatch.setattr(cutting, "BLOCK", 10)
     (tmp_path / "a.txt").write_bytes("é".encode() * 17 + b"ab\xff" + b"x" * 50)
     with pytest.raises(ValueError, match="byte 0xff at 36"):
         list(TextFile(str(tmp_path / "a.txt"), 0).pieces())
@@ -287,6 +308,32 @@ def test_what_the_hub_does_not_have(hub, text, said):
         items(text)
 
 
+@pytest.mark.parametrize(
+    "sources",
+    ["--sources=hf:owner/name#trian", "--sources=a.txt --val_sources=hf:owner/name#trian"],
+)
+def test_a_misspelt_split_is_said_before_anything_is_written(hub, tmp_path, sources, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    assert prepare.main([*sources.split(), "--tokenizer=bytes"]) == 2
+    assert "no split 'trian', but train, test" in capsys.readouterr().err
+    assert not any(tmp_path.glob("data/*"))
+
+
+def test_at_the_start_a_connection_is_not_tried_for_minutes(hub, tmp_path, monkeypatch):
+    import datasets
+
+    tried = []
+    really_open = hub_module.hub_stream
+
+    def opened(*arguments):
+        tried.append(datasets.config.STREAMING_READ_MAX_RETRIES)
+        return really_open(*arguments)
+
+    monkeypatch.setattr(hub_module, "hub_stream", opened)
+    assert prepare.main(["--sources=hf:owner/name", "--tokenizer=bytes"]) == 0
+    assert tried == [2, 20]
+
+
 def test_a_broken_connection_is_explained(hub, monkeypatch):
     import datasets
 
@@ -300,3 +347,52 @@ def test_a_broken_connection_is_explained(hub, monkeypatch):
     assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
     with pytest.raises(OSError, match=f"after record {BATCH} .*Disconnected.*resumes"):
         list(found)
+
+
+# --- no network
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(silent_server, monkeypatch, tmp_path, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", silent_server)
+    assert network.SECONDS < 10
+    monkeypatch.setattr(network, "SECONDS", 0.2)
+    began = time.monotonic()
+    wanted = ["--sources=hf:own/er", f"--data_dir={tmp_path}/data", "--tokenizer=bytes"]
+    assert prepare.main(wanted) == 2
+    assert time.monotonic() - began < 5
+    assert f"error: no answer from {silent_server} (" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_that_cannot_be_downloaded_is_said_at_once(
+    silent_server, monkeypatch, no_gpt2_files
+):
+    monkeypatch.setattr(tokenizer, "GPT2_URL", f"{silent_server}/vocab.bpe")
+    monkeypatch.setattr(network, "SECONDS", 0.2)
+    with pytest.raises(UserError, match=f"no answer from {silent_server}.*--tokenizer=bpe or"):
+        Tokenizer.gpt2()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Service Unavailable"])
+def test_any_answer_is_a_network(status):
+    def answer(server):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        network.require_answer(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()

@@ -1,0 +1,35 @@
+"""Whether there is a network: asked once, before libraries that would try again for minutes."""
+
+import ssl
+import threading
+import urllib.error
+import urllib.request
+
+SECONDS = 8.0  # for an answer of any kind
+
+
+def require_answer(url: str) -> None:
+    """Raises ConnectionError if no server, or proxy, answers at `url` within SECONDS.
+
+    Looking up its name has no limit of its own, so a thread does it all.
+    """
+    problems: list[BaseException] = [TimeoutError(f"nothing after {SECONDS:g} seconds")]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer
+        except Exception as error:  # whatever it is, it is said below
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, ssl.SSLError):  # libraries may have other certificates
+                problems[0] = reason
+                return
+        problems.clear()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if problems:
+        raise ConnectionError(f"no answer from {url} ({problems[0]}): is there a network?")

@@ -1,0 +1,78 @@
+"""
+The first look at a source: what keeps all of it from becoming text is said before anything is
+written, with the command that helps.
+"""
+
+import shlex
+from typing import Any
+
+from configurator import UserError
+from plaingpt.text.documents import Bad, Reading, Stream, read_record
+from plaingpt.text.sources import Position
+from plaingpt.text.templates import FIELDS, fits
+from plaingpt.text.text_files import TextFile
+
+LOOK = 1000  # bad records that are passed over in search of a good one
+
+
+def look_at(stream: Stream, reading: Reading, data_dir: str) -> None:
+    """Read a source as far as its first document.
+
+    Raises UserError if there is none among the first LOOK records, or if a bad record comes first
+    that may not be skipped. `data_dir` is for the command in the message.
+    """
+    source, problem, count, kind = stream.source, "", 0, "has no records"
+    for item, after in source.items(
+        Position(), FIELDS.get(reading.template, (reading.text_field,))
+    ):
+        if isinstance(item, TextFile):
+            if any(piece.strip() for piece in item.pieces()):
+                return
+            kind = "is all white space"
+            continue
+        made = read_record(item, after, stream.held_out, reading)
+        if not isinstance(made, Bad):
+            return
+        count += 1
+        if count == 1:
+            problem = f"{made.where}: {made.reason}"
+            if isinstance(item.value, dict) and not has_fields(item.value, reading):
+                problem += remedy(item.value, source.name, data_dir)
+            elif reading.bad_records == "refuse":
+                problem += " (--bad_records=skip leaves such records out)"
+        if reading.bad_records == "refuse":
+            raise UserError(problem)
+        if count == LOOK:
+            break
+    if problem:
+        raise UserError(f"all of the first {count:,} records of {source.name!r} are bad; {problem}")
+    if source.hub or source.files:
+        raise UserError(f"there is no text in source {source.name!r}: it {kind}")
+
+
+def has_fields(record: dict[str, Any], reading: Reading) -> bool:
+    """Whether a record has the fields that its template needs, whatever they hold."""
+    if reading.template == "text":
+        return reading.text_field in record
+    return fits(reading.template, record)
+
+
+def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:
+    """The fields of a record, and how to make text of them."""
+    names = ", ".join(map(repr, list(record)[:12])) or "none"
+    said = f" (its fields: {names[:200]})"
+    texts = [name for name, value in record.items() if isinstance(value, str)]
+    texts = ["text"] if "text" in texts else texts
+    if fitting := [f"--template={name}" for name in FIELDS if fits(name, record)]:
+        settings = fitting[:1]
+    elif len(texts) == 1:
+        settings = ["--template=text", f"--text_field={texts[0]}"]
+    elif texts:
+        return (
+            f"{said}; choose one with --text_field, or call question and answer instruction and "
+            "output, and use --template=alpaca"
+        )
+    else:
+        return said
+    command = ["python", "prepare.py", f"--sources={source}", *settings, f"--data_dir={data_dir}"]
+    return f"{said}; use {shlex.join(command)}"

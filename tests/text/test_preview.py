@@ -1,0 +1,217 @@
+"""What the first look at a source says, before anything is written."""
+
+import json
+import os
+import shlex
+import zipfile
+
+import pytest
+
+import prepare
+
+MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+ALPACA = {"instruction": "Add.", "input": "", "output": "3"}
+SYNTH = {"query": "Why?", "synthetic_reasoning": "", "synthetic_answer": "So."}
+
+
+@pytest.fixture
+def say(tmp_path, monkeypatch, capsys):
+    """`say(*arguments)` runs prepare.py in a folder of its own and returns its last line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = prepare.main([*arguments, "--tokenizer=bytes"])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert (status == 0) == any(tmp_path.glob("data/*"))
+        return (out if status == 0 else err).splitlines()[-1]
+
+    return run
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "wanted"),
+    [
+        (ALPACA, (), "--template=alpaca"),
+        (SYNTH, (), "--template=synth"),
+        ({"messages": MESSAGES}, (), "--template=chat"),
+        ({"conversations": MESSAGES, "id": "7"}, (), "--template=chat"),
+        (ALPACA, ("--template=chat",), "--template=alpaca"),
+        ({"messages": MESSAGES}, ("--template=synth",), "--template=chat"),
+        ({"id": 7, "body": "Some text."}, (), "--template=text --text_field=body"),
+        ({"text": "Some."}, ("--template=chat",), "--template=text --text_field=text"),
+        ({"text": "Some."}, ("--text_field=txt",), "--template=text --text_field=text"),
+    ],
+)
+@pytest.mark.parametrize("bad_records", ["refuse", "skip"])
+def test_records_of_another_template_are_recognized(
+    say, tmp_path, record, given, wanted, bad_records
+):
+    write_jsonl(tmp_path / "my tasks.jsonl", [record] * 3)
+    line = say("--sources=my tasks.jsonl", f"--bad_records={bad_records}", *given)
+    fields = ", ".join(map(repr, record))
+    assert "my tasks.jsonl, line 1: no " in line and f"(its fields: {fields})" in line
+    command = f"python prepare.py '--sources=my tasks.jsonl' {wanted} --data_dir=data/my_tasks"
+    assert line.endswith(f"; use {command}")
+    assert say(*shlex.split(command)[2:]).startswith("wrote data/my_tasks")
+
+
+def test_the_folder_that_was_given_is_kept_in_the_command(say, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [ALPACA])
+    assert say("--sources=a.jsonl", "--data_dir=data/mine").endswith("--data_dir=data/mine")
+
+
+def test_fields_that_fit_nothing_are_listed(say, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"n": 1, "m": [2]}])
+    assert say("--sources=a.jsonl").endswith("no field 'text' (its fields: 'n', 'm')")
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why?", "completion": "So."}])
+    assert "choose one with --text_field, or call question" in say("--sources=a.jsonl")
+
+
+def test_bad_records_are_passed_over_if_a_good_one_comes(say, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": " \n"}, 3, {"text": "good"}, {"text": "more"}])
+    assert "line 1: empty (--bad_records=skip leaves" in say("--sources=a.jsonl")
+    assert say("--sources=a.jsonl", "--bad_records=skip").startswith("wrote ")
+
+
+def test_records_that_are_all_bad_are_refused_even_if_bad_ones_are_skipped(say, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, 3])
+    line = say("--sources=a.jsonl", "--bad_records=skip")
+    assert "all of the first 2 records of 'a.jsonl' are bad; " in line and "line 1: empty" in line
+
+
+NOTHING = {
+    "blank.txt": b" \n\t\r\n" * 99,
+    "empty.txt": b"",
+    "empty.jsonl": b"\n\n",
+    "empty.json": b"[]",
+    "header.csv": b"text,n\n",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_source_without_text_is_refused(say, tmp_path, name, beside):
+    (tmp_path / name).write_bytes(NOTHING[name])
+    (tmp_path / "good.txt").write_text("some text\n" * 9)
+    line = say("--sources=" + "good.txt," * beside + name)
+    assert line.startswith(f"error: there is no text in source '{name}': it ")
+
+
+FOREIGN = {
+    "utf16.txt": ("ab\ncd".encode("utf-16"), "not UTF-8, but UTF-16: convert it"),
+    "utf16le.txt": ("Some text of Windows\r\n".encode("utf-16-le"), "not UTF-8, but UTF-16"),
+    "utf16.csv": ("text\nx\n".encode("utf-16"), "not UTF-8, but UTF-16"),
+    "utf16.jsonl": ('{"text": "x"}\n'.encode("utf-16-be"), "not UTF-8, but UTF-16"),
+    "paper.txt": (b"%PDF-1.7\n%\xe2\xe3", "not text, but a PDF: extract its text"),
+    "picture.txt": (b"\x89PNG\r\n\x1a\n", "not text, but an image"),
+    "packed.txt": (b"\x1f\x8b\x08\x00", "not text, but compressed: its name must end with .gz"),
+    "latin.txt": ("café".encode("latin-1"), "is not UTF-8: byte 0xe9 at 3; convert it"),
+    "plain.txt.gz": (b"just text", "is damaged, or not compressed as its name says"),
+    "plain.jsonl.gz": (b'{"text": "x"}', "is damaged, or not compressed as its name says"),
+    "pretty.json": (b'{\n "text": "x"\n}\n', "is one JSON object, not an array of records"),
+    "quote.csv": (b'text\n"never closed\n1\n2\n3\n', "line 2: the quote that opens in this record"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_not_what_it_seems_is_refused(say, tmp_path, name):
+    content, said = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    line = say(f"--sources={name}", "--bad_records=skip")
+    assert name in line and said in line
+
+
+def test_a_quote_that_is_never_closed_takes_nothing_in(say, tmp_path):
+    (tmp_path / "a.csv").write_text('text\none\ntwo\n"three\nfour\nfive\n')
+    line = say("--sources=a.csv", "--bad_records=skip")
+    assert "a.csv, line 4: the quote that opens in this record is never closed" in line
+
+
+def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "novel.docx", "w") as file:
+        file.writestr("word/document.xml", "<w:t>text</w:t>")
+    (tmp_path / "scans").mkdir()
+    for name in ("1.pdf", "2.pdf", "3.png"):
+        (tmp_path / "scans" / name).write_bytes(b"\0")
+    assert "'novel.docx' is of another kind: only .csv" in say("--sources=novel.docx")
+    line = say("--sources=scans")
+    assert "but 2 .pdf, 1 .png; save them as plain text" in line
+    (tmp_path / "scans" / "4.txt").write_text("some text\n" * 9)
+    assert prepare.main(["--sources=scans", "--tokenizer=bytes"]) == 0
+    out, err = capsys.readouterr()
+    wanted = "3: a file of another kind (the first: "
+    assert f"scans: left out {wanted}" in err and f"skipped {wanted}" in out
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nvoel.txt", "did you mean 'novel.txt'?"),
+        ("txets/novel.txt", "matches no file"),
+        ("texts/novle.txt", "did you mean 'texts/novel.txt'?"),
+        ("stdlbi", "did you mean 'stdlib'?"),
+        ("roneneldan/TinyStories", "for the dataset of the hub write hf:roneneldan/TinyStories"),
+        ("https://example.com/novel.txt", "download it first, or write hf:"),
+        ("novel.txt,novel.txt", "source 'novel.txt' is given twice"),
+        ("hf:own/er,hf:own/er", "source 'hf:own/er' is given twice"),
+    ],
+)
+def test_a_source_that_leads_nowhere_names_the_closest(say, tmp_path, source, said):
+    (tmp_path / "texts").mkdir()
+    for folder in (tmp_path, tmp_path / "texts"):
+        (folder / "novel.txt").write_text("text")
+    line = say(f"--sources={source}")
+    assert said in line and line.count("did you mean") == said.count("did you mean")
+
+
+def test_a_codec_that_is_missing_is_named(say, tmp_path, monkeypatch):
+    monkeypatch.setattr("fsspec.utils.infer_compression", lambda path: None)
+    for name, package in (("a.txt.zst", "zstandard"), ("a.jsonl.lz4", "lz4")):
+        (tmp_path / name).write_bytes(b"text")
+        assert f"{name} needs a package to be read: pip install {package}" in say(
+            f"--sources={name}"
+        )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_only_files_are_read(say, tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, to in (
+        ("loop.txt", "loop.txt"),
+        ("gone.txt", "nowhere.txt"),
+        ("zero.txt", "/dev/zero"),
+    ):
+        (tmp_path / name).symlink_to(to)
+    for name in ("pipe.txt", "loop.txt", "gone.txt", "zero.txt", "/dev/zero"):
+        assert say(f"--sources={name}").endswith(
+            "is not a file but a pipe, a device or a broken link"
+        )
+    assert "matches no file of these kinds" in say(f"--sources={tmp_path}")
+
+
+def test_a_template_for_text_files_is_mentioned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    write_jsonl(tmp_path / "b.jsonl", [ALPACA])
+    for sources, said in (("a.txt", True), ("a.txt,b.jsonl", False)):
+        arguments = [
+            f"--sources={sources}",
+            "--template=alpaca",
+            "--tokenizer=bytes",
+            "--overwrite",
+        ]
+        assert prepare.main(arguments) == 0
+        assert ("--template=alpaca is for records" in capsys.readouterr().err) == said
+
+
+def test_a_share_to_validate_on_beside_sources_for_it_is_refused(say, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"the text of {name}\n" * 9)
+    sources = ("--sources=a.txt", "--val_sources=b.txt")
+    assert "leave it out beside val_sources" in say(*sources, "--val_fraction=0.1")
+    assert say(*sources, "--val_fraction=0").startswith("wrote ")
