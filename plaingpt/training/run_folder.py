@@ -1,5 +1,6 @@
 """What a run leaves beside its checkpoints: run.json, metrics.jsonl, loss.png, a tracker."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,27 @@ from plaingpt.files import (
     remove_folder,
     write_json,
 )
+from plaingpt.locks import locked
 from plaingpt.runtime import Runtime
 from plaingpt.training.log import Metrics, Record, finite
+
+
+@contextlib.contextmanager
+def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
+    """Keep other trainings out of a run folder; the main process holds the lock for all.
+
+    Raises UserError or OSError, in every process, if the main process cannot have it.
+    """
+    problem: UserError | OSError | None = None
+    with contextlib.ExitStack() as held:
+        if rt.is_main:
+            try:
+                held.enter_context(locked(out_dir))
+            except (UserError, OSError) as error:
+                problem = error
+        if rt.any(problem is not None):
+            raise problem or UserError(f"the main process cannot use {out_dir}")
+        yield
 
 
 class RunLog:
