@@ -18,6 +18,7 @@ from configurator import UserError
 from plaingpt import runtime
 from plaingpt.checkpoint import folders
 from plaingpt.checkpoint.folders import RunStart
+from plaingpt.checksums import sealed
 from plaingpt.files import (
     Settings,
     as_record,
@@ -94,7 +95,7 @@ def begin_run(
             remove_folder(folder)
     # Earlier starts as they are in the file, with fields that this version may not know.
     earlier = read_json(path, dict[str, Any])["starts"] if len(starts) > 1 else []
-    write_json(path, {"starts": [*earlier, start]})
+    write_json(path, {"starts": [*earlier, start]}, seal=True)
     return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start.step or -1), running)
 
 
@@ -123,7 +124,7 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         self.records = [r for r in read_records(path) if r["step"] <= first_step]
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        text = "".join(f"{sealed(json.dumps(record))}\n" for record in self.records)
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -132,7 +133,7 @@ class MetricsLog:
         record = {key: finite(value) for key, value in record.items()}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(f"{sealed(json.dumps(record))}\n")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -147,9 +148,10 @@ def read_records(path: Path) -> list[Record]:
                 record = parse_json(line, dict[str, Any], f"{path}:{number}")
                 as_record(record, Metrics, f"{path}:{number}")
             except UserError:
-                if line.endswith(b"\n"):
+                if b"}" in line or line.endswith(b"\n"):
                     raise
                 break
+            record.pop("crc32", None)
             records.append(record)
     return records
 
