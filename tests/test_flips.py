@@ -140,7 +140,7 @@ def test_a_change_that_is_meant_needs_no_more_than_its_sums_removed(folder, tmp_
     assert f"if the change is intended, delete {step}/SHA256SUMS" in capsys.readouterr().err
     (step / "SHA256SUMS").unlink()
     assert sample.main(arguments) == 2
-    assert "has fewer than the 2 layers" in capsys.readouterr().err  # now the change itself is judged
+    assert "has fewer than the 2 layers" in capsys.readouterr().err
     (step / "config.json").write_text(json.dumps(config | {"summary_type": "mine"}))
     assert sample.main(arguments) == 0
 
