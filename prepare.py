@@ -64,6 +64,7 @@ from pathlib import Path
 
 from configurator import UserError
 from plaingpt.files import Settings, write_json
+from plaingpt.locks import locked
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.dataset import Manifest
@@ -93,9 +94,9 @@ LOG_SECONDS = 5.0  # between two lines of a log while a BPE is trained
 def prepare(cfg: PrepareConfig) -> Manifest | None:
     """Make `cfg.data_dir`, unless it has been made already; return its manifest.
 
-    Raises UserError for settings or sources that cannot be used, OSError for trouble with the disk
-    or the network. The same command then resumes from the last saved progress; if nothing was saved
-    yet, nothing is left behind.
+    Raises UserError for settings or sources that cannot be used and if another process prepares the
+    folder, OSError for trouble with the disk or the network. The same command then resumes from the
+    last saved progress; if nothing was saved yet, nothing is left behind.
     """
     configurator.validate(cfg, problems_of(cfg))
     if cfg.inspect is not None:
@@ -112,9 +113,10 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
         check_inputs(old, (*cfg.sources, *cfg.val_sources), folder)
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
-    if not only_install_left(partial, settings, cfg.overwrite):
-        build(cfg, folder, partial, settings)
-    manifest = install(partial, folder)
+    with locked(folder):
+        if not only_install_left(partial, settings, cfg.overwrite):
+            build(cfg, folder, partial, settings)
+        manifest = install(partial, folder)
     report(manifest)
     print(f"wrote {folder}, with a vocabulary of {manifest.vocab_size:,} ids")
     return manifest
@@ -131,7 +133,7 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
         if not progress.notes.streams:
             for stream in streams:
                 look_at(stream, reading, folder_of(cfg))
-    existed, repairing = folder.exists(), partial.exists()
+    repairing = partial.exists()
     try:
         tokenizer = begin(cfg, progress, streams, reading)
         announce(cfg, streams, folder)
@@ -150,9 +152,7 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
     except BaseException:
         if not progress.was_saved:
             shutil.rmtree(partial, ignore_errors=True)
-            if not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif repairing:  # its presence marks an unfinished data folder
+            if repairing:  # its presence marks an unfinished data folder
                 partial.mkdir()
         raise
 

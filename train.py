@@ -112,7 +112,7 @@ from plaingpt.training.evaluation import bits_per_byte, print_sample, validation
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.plan import Plan, micro_batch_size, sentences, sizes_of
-from plaingpt.training.run_folder import RunLog, begin_run, describe_start
+from plaingpt.training.run_folder import RunLog, begin_run, claimed, describe_start
 from plaingpt.training.schedule import Every, LearningRate
 from plaingpt.training.start import (
     SHAPE,
@@ -130,8 +130,9 @@ MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
 def train(cfg: TrainConfig) -> Record:
     """Run a training, or only --plan it; return the last metrics record, {} after --plan.
 
-    Raises UserError for settings, data or checkpoints that do not fit, before the first step, and
-    if the gradient stays non-finite; OSError if a checkpoint cannot be written.
+    Raises UserError, before the first step, for settings, data or checkpoints that do not fit and
+    for an out_dir that another training uses, and later if the gradient stays non-finite; OSError
+    if a checkpoint cannot be written.
     """
     check_settings(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
@@ -144,6 +145,12 @@ def train(cfg: TrainConfig) -> Record:
         print("\n".join(sentences(make_plan(cfg, start, None, micro, rt))))
         return {}
 
+    with contextlib.nullcontext() if cfg.plan else claimed(Path(cfg.out_dir), rt):
+        return begin(cfg, micro, rt)
+
+
+def begin(cfg: TrainConfig, micro: int, rt: Runtime) -> Record:
+    """Open what the run starts from, say what it will do, and do it."""
     # what the run starts from: fresh weights, a checkpoint, or its own newest one
     out_dir = Path(cfg.out_dir)
     given = asdict(cfg)

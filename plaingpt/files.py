@@ -14,6 +14,7 @@ from typing import IO, Annotated, Any, TypeVar
 import msgspec
 
 from configurator import UserError
+from plaingpt.checksums import check_seal, check_sum, sealed
 
 PARTIAL = ".partial_"  # prefix of a name while it is being written or removed
 
@@ -131,9 +132,13 @@ WORDS = {
 }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a record atomically. Raises ValueError for NaN and infinities, which JSON lacks."""
-    text = json.dumps(value, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n"
+def write_json(path: Path, value: Any, seal: bool = False) -> None:
+    """Write a record atomically, with a `seal` if the file is to be rewritten by later runs.
+
+    Raises ValueError for NaN and infinities, which JSON lacks.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False, default=msgspec.to_builtins)
+    text = f"{sealed(text) if seal else text}\n"
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -141,14 +146,17 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
     """The content of a JSON file as a record of a type (a msgspec.Struct, as a rule).
 
-    Raises UserError as `read_bytes`, and one that ends with `advice` if the file is not JSON or
-    holds something else.
+    Raises UserError as `read_bytes` and `check_sum`, and one that ends with `advice` if the file is
+    not JSON or holds something else.
     """
-    return parse_json(read_bytes(path), kind, str(path), advice)
+    record = parse_json(read_bytes(path), kind, str(path), advice)
+    check_sum(path)
+    return record
 
 
 def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "") -> Record:
-    """`read_json`, of bytes that are found at `where`."""
+    """`read_json`, of bytes that are found at `where`. Also raises as `check_seal`."""
+    check_seal(content, where)
     # Not by msgspec's own parser: it refuses the names of files that are not UTF-8, which Python
     # represents by halves of surrogate pairs.
     try:

@@ -91,12 +91,12 @@ def test_the_tokens_are_the_bytes_and_an_end_behind_each_document(run, target):
     run(val_fraction=0.0)
     wanted = [*FIRST.encode(), EOT, *SECOND.encode(), EOT]
     assert tokens_of(target, "train").tolist() == wanted
-    assert sorted(path.name for path in target.iterdir()) == [
-        "dataset.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "train_000000.bin",
-    ]
+    names = ["dataset.json", "tokenizer.json", "tokenizer_config.json", "train_000000.bin"]
+    assert sorted(path.name for path in target.iterdir()) == ["SHA256SUMS", *names]
+    sums = [line.split("  ") for line in (target / "SHA256SUMS").read_text().splitlines()]
+    assert sorted(name for _, name in sums) == names
+    for digest, name in sums:
+        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
 
 
 def test_the_manifest_counts_what_is_there(run, texts, target):

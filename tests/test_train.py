@@ -424,7 +424,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"data_dir": "nowhere"}, "there is no data in nowhere"),
         ({"init_from": "nowhere"}, "nowhere does not exist"),
         ({"init_from": "Resume"}, "init_from='Resume': did you mean 'resume'"),
-        ({"init_from": "resume"}, "does not exist"),
+        ({"init_from": "resume"}, "holds no checkpoint"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
     ],

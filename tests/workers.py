@@ -15,7 +15,8 @@ from model import GPT
 
 # Windows has no fork.
 context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-context.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
+PRELOAD = ["train", "torch.distributed.fsdp", "torch.distributed.tensor"]
+context.set_forkserver_preload(PRELOAD)
 
 
 def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:

@@ -26,6 +26,7 @@ from plaingpt.checkpoint.hugging_face import (
     tensors_of,
     write_tensors,
 )
+from plaingpt.checksums import write_sums
 from plaingpt.files import Count, as_record, atomic_folder, read_json, size_of, write_json
 
 BASE = "base"  # folder in which a run keeps the model that its adapters modify
@@ -95,6 +96,7 @@ def keep_base(folder: Path, out_dir: Path) -> None:
                 os.link(path.resolve(), partial / path.name)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(path, partial / path.name)
+        write_sums(partial)
 
 
 def base_folder(folder: Path, adapter: lora.Adapter) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from configurator import UserError
 from model import EPSILON, GPT, INIT_STD, GPTConfig
+from plaingpt.checksums import check_sum
 from plaingpt.files import read_json, size_of
 from plaingpt.wording import quantity
 
@@ -235,11 +236,13 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def tensors_of(opened: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of an opened file. Raises UserError for one that no GPT-2 has."""
+    """The tensors of an opened file. Raises UserError for one that no GPT-2 has, and if the file is
+    not as it was written."""
     names = opened.keys()
     for name in names:
         if (dtype := opened.get_slice(name).get_dtype()) not in DTYPES:
             raise UserError(f"{path}: {name[:80]} is of type {dtype}: expected F32, F16 or BF16")
+    check_sum(path)
     return {name: opened.get_tensor(name) for name in names}
 
 

@@ -25,6 +25,7 @@ from plaingpt.checkpoint.hugging_face import (
     weight_files,
     write_tensors,
 )
+from plaingpt.checksums import check_sum, write_sums
 from plaingpt.files import as_record, atomic_folder, remove_leftovers, size_of, write_json
 from plaingpt.text.tokenizer import Tokenizer
 
@@ -65,6 +66,7 @@ def save(out_dir: Path, snapshot: Snapshot) -> Path:
         )
         write_optimizer(partial, snapshot.optimizer)
         write_json(partial / "state.json", snapshot.state)
+        write_sums(partial)
     return folder
 
 
@@ -164,6 +166,7 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} has no optimizer.pt: a run can start from it, but not resume")
     size_of(path)
+    check_sum(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,6 +1,5 @@
 """Documents → the shards of both splits, within the limits and with saved progress."""
 
-import os
 import shutil
 import struct
 import sys
@@ -14,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
+from plaingpt.text.blocks import GrowingFile
 from plaingpt.text.dataset import SplitEntries, SplitEntry
 from plaingpt.text.documents import Bad, Encoded, End, Part, Reading, Record, Stream, encoded
 from plaingpt.text.progress import NAME, Progress, SplitNotes, SplitsNotes
-from plaingpt.text.shards import ShardWriter, Split, reopen, shard_paths
+from plaingpt.text.shards import ShardWriter, Split, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from plaingpt.wording import byte_size, quantity
 
@@ -48,8 +48,8 @@ class SplitWriter:
         self.open = notes.open  # tokens and bytes of the unfinished document
         self.shards = ShardWriter(folder, name, shard_tokens, masked, notes.shards)
         self.path = folder / f"{name}.documents"
-        self.path.touch()
-        self._file = reopen(self.path, DOCUMENT.itemsize * self.documents)
+        size = DOCUMENT.itemsize * self.documents
+        self._file = GrowingFile(self.path, 0, size, notes.crc32)
         known = np.fromfile(self.path, DOCUMENT)
         counted = (known["tokens"].sum() + self.open[0], known["bytes"].sum() + self.open[1])
         if counted != (self.tokens, self.bytes):
@@ -72,9 +72,9 @@ class SplitWriter:
 
     def notes(self) -> SplitNotes:
         """Flush everything to disk; return what the next writer of this split needs."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.sync()
         return SplitNotes(
+            crc32=self._file.sums,
             shards=self.shards.sync(),
             documents=self.documents,
             tokens=self.tokens,

@@ -96,8 +96,9 @@ class Dataset:
 
     def split(self, name: SplitName) -> Split:
         """Open "train" or "val". Raises UserError for missing and truncated shards."""
-        split = Split(name, self._shard_paths(name), self.tokenizer.vocab_size)
-        for entry, shard, path in zip(self._entries(name), split.shards, split.paths):
+        paths, entries = self._shard_paths(name), self._entries(name)
+        split = Split(name, paths, self.tokenizer.vocab_size, entries)
+        for entry, shard, path in zip(entries, split.shards, paths):
             if len(shard) != entry.tokens:
                 found = quantity(len(shard), "token")
                 counts = f"has {found}, but {MANIFEST} counts {entry.tokens:,}"

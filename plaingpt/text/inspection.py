@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
+from plaingpt.checksums import sha256_of
 from plaingpt.text.dataset import Manifest, SplitName, open_dataset
-from plaingpt.text.shards import Split, mask_path, sha256_of, shard_paths
+from plaingpt.text.shards import Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 

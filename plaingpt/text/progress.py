@@ -11,6 +11,7 @@ import msgspec
 from configurator import UserError
 from plaingpt import files
 from plaingpt.files import Count, Settings
+from plaingpt.text.blocks import BlockSums
 from plaingpt.text.shards import ShardsSoFar
 from plaingpt.text.sources import Position, find_source, folder_for
 
@@ -28,6 +29,7 @@ class SplitNotes(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Count = 0
     bytes: Count = 0
     open: tuple[Count, Count] = (0, 0)  # tokens and bytes of the unfinished document
+    crc32: BlockSums = ""  # of its list of documents
 
     def __post_init__(self) -> None:
         written = self.shards.filled + sum(shard.tokens for shard in self.shards.shards)
@@ -68,7 +70,7 @@ class Progress:
 
     def save(self, splits: SplitsNotes, streams: tuple[StreamNotes, ...]) -> None:
         notes = Notes(self.notes.settings, self.notes.inputs, splits, streams)
-        files.write_json(self.folder / NAME, notes)
+        files.write_json(self.folder / NAME, notes, seal=True)
 
     @property
     def was_saved(self) -> bool:

@@ -6,22 +6,21 @@ little-endian uint16: the format of llm.c and modded-nanogpt. A `….mask.bin` b
 byte per token, 1 where the token counts in the loss. nanoGPT's headerless files are read as well.
 """
 
-import hashlib
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from configurator import UserError
+from plaingpt.checksums import sha256_of
 from plaingpt.files import Count, open_regular, size_of
+from plaingpt.text.blocks import BlockCheck, BlockSums, GrowingFile
 from plaingpt.wording import quantity
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-BUFFER = 1 << 20  # bytes between two writes of a file
 
 
 class ShardEntry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -31,6 +30,8 @@ class ShardEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: Count
     sha256: str
     mask_sha256: str | None = None
+    crc32: BlockSums | None = None  # of the blocks of its tokens; None in older folders
+    mask_crc32: BlockSums | None = None
 
 
 class ShardsSoFar(msgspec.Struct, frozen=True):
@@ -38,6 +39,8 @@ class ShardsSoFar(msgspec.Struct, frozen=True):
 
     shards: tuple[ShardEntry, ...] = ()  # complete
     filled: Count = 0  # tokens in the open shard
+    crc32: BlockSums = ""  # of its blocks so far
+    mask_crc32: BlockSums = ""
 
 
 # --- the format
@@ -74,14 +77,6 @@ def shard_paths(folder: Path, name: str) -> list[Path]:
     return sorted(path for path in folder.glob("*.bin") if pattern.fullmatch(path.name))
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- reading
 
 
@@ -92,8 +87,17 @@ class Split:
     their loss mask, or None for a split without masks.
     """
 
-    def __init__(self, name: str, paths: list[Path], vocab_size: int) -> None:
-        """Raises UserError for shards and masks whose length is not what it should be."""
+    def __init__(
+        self,
+        name: str,
+        paths: list[Path],
+        vocab_size: int,
+        entries: Sequence[ShardEntry] = (),
+    ) -> None:
+        """`entries` are the shards in the manifest, with whose checksums all is compared.
+
+        Raises UserError for shards and masks whose length is not what it should be.
+        """
         self.name, self.paths, self.vocab_size = name, paths, vocab_size
         self.shards = [open_shard(path) for path in paths]
         masks = [mask_path(path) for path in paths]
@@ -102,6 +106,13 @@ class Split:
             for mask, shard in zip(masks, self.shards)
         ]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.checks: dict[Path, BlockCheck] = {}
+        for path, shard, mask, entry in zip(paths, self.shards, self.masks, entries):
+            if entry.crc32 is not None:
+                self.checks[path] = BlockCheck(path, HEADER_BYTES, shard, entry.crc32)
+            if mask is not None and entry.mask_crc32 is not None:
+                file = mask_path(path)
+                self.checks[file] = BlockCheck(file, 0, mask, entry.mask_crc32)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -120,8 +131,12 @@ class Split:
         return None if flags is None else flags.astype(np.float32)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop - 1 as stored, uint16. Raises UserError for an id out of range."""
+        """Tokens start … stop - 1 as stored, uint16. Raises UserError for an id out of range and
+        for tokens that have changed."""
         parts = list(self._parts(start, stop))
+        for i, a, b in parts:
+            if check := self.checks.get(self.paths[i]):
+                check(2 * a, 2 * b)
         tokens = np.concatenate([self.shards[i][a:b] for i, a, b in parts])
         if tokens.max(initial=0) >= self.vocab_size:
             for part in parts:
@@ -129,12 +144,14 @@ class Split:
         return tokens
 
     def flags(self, start: int, stop: int) -> np.ndarray | None:
-        """`mask` as stored, uint8."""
+        """`mask` as stored, uint8. Raises UserError for one that has changed."""
         if not self.has_mask:
             return None
         parts = []
         for i, a, b in self._parts(start, stop):
             mask = self.masks[i]
+            if check := self.checks.get(mask_path(self.paths[i])):
+                check(a, b)
             parts.append(np.ones(b - a, np.uint8) if mask is None else mask[a:b])
         return np.concatenate(parts)
 
@@ -209,7 +226,7 @@ class ShardWriter:
         masked: bool = False,
         state: ShardsSoFar | None = None,
     ) -> None:
-        """Raises UserError if files are shorter than `state` says."""
+        """Raises UserError if files are shorter than `state` says, or have changed."""
         assert shard_tokens < 2**31
         self.folder, self.name, self.shard_tokens, self.masked = folder, name, shard_tokens, masked
         state = state or ShardsSoFar()
@@ -217,32 +234,35 @@ class ShardWriter:
             filled = quantity(state.filled, "token")
             raise UserError(f"{folder}: a shard has {filled} of {shard_tokens:,}")
         self.shards, self.filled = state.shards, state.filled
-        self._file: IO[bytes] | None = None
-        self._mask_file: IO[bytes] | None = None
+        self._file: GrowingFile | None = None
+        self._mask_file: GrowingFile | None = None
         kept = {shard.file for shard in self.shards}
         for path in folder.glob(f"{name}_*.bin"):
             if path.name.replace(".mask.bin", ".bin") not in kept | {self._path.name}:
                 path.unlink()
         if self.filled:
-            self._file = reopen(self._path, HEADER_BYTES + 2 * self.filled)
-            if masked:
-                self._mask_file = reopen(mask_path(self._path), self.filled)
+            self._open(state)
 
     @property
     def _path(self) -> Path:
         return self.folder / f"{self.name}_{len(self.shards):06d}.bin"
+
+    def _open(self, state: ShardsSoFar) -> None:
+        size, path = state.filled, self._path
+        self._file = GrowingFile(path, HEADER_BYTES, 2 * size, state.crc32)
+        if self.masked:
+            self._mask_file = GrowingFile(mask_path(path), 0, size, state.mask_crc32)
 
     def write(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append uint16 tokens and, for a `masked` writer, their uint8 mask."""
         assert tokens.dtype == np.uint16 and self.masked == (mask is not None)
         while len(tokens):
             if self._file is None:
-                self._file = self._path.open("wb", buffering=BUFFER)
-                self._file.write(encode_header(0))
-                self._mask_file = mask_path(self._path).open("wb") if self.masked else None
+                self._open(ShardsSoFar())
+            assert self._file
             room = self.shard_tokens - self.filled
             part, tokens = tokens[:room], tokens[room:]
-            self._file.write(part.astype("<u2", copy=False).data)
+            self._file.write(part.astype("<u2", copy=False).view(np.uint8).data)
             if mask is not None and self._mask_file:
                 self._mask_file.write(mask[:room].data)
                 mask = mask[room:]
@@ -252,11 +272,12 @@ class ShardWriter:
 
     def sync(self) -> ShardsSoFar:
         """Flush everything to disk; return the state from which a later writer continues."""
+        sums = []
         for file in (self._file, self._mask_file):
             if file:
-                file.flush()
-                os.fsync(file.fileno())
-        return ShardsSoFar(self.shards, self.filled)
+                file.sync()
+            sums.append(file.sums if file else "")
+        return ShardsSoFar(self.shards, self.filled, *sums)
 
     def close(self) -> tuple[ShardEntry, ...]:
         """Finish the last shard; return the manifest's entries of all shards."""
@@ -266,24 +287,12 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._file
-        path, mask_hash = self._path, None
-        self._file.seek(0)
-        self._file.write(encode_header(self.filled))
-        self.sync()
-        self._file.close()
+        path, mask = self._path, mask_path(self._path)
+        self._file.close(encode_header(self.filled))
+        entry = ShardEntry(path.name, self.filled, sha256_of(path), crc32=self._file.sums)
         if self._mask_file:
             self._mask_file.close()
-            mask_hash = sha256_of(mask_path(path))
-        entry = ShardEntry(path.name, self.filled, sha256_of(path), mask_hash)
+            about = {"mask_sha256": sha256_of(mask), "mask_crc32": self._mask_file.sums}
+            entry = msgspec.structs.replace(entry, **about)
         self._file = self._mask_file = None
         self.shards, self.filled = (*self.shards, entry), 0
-
-
-def reopen(path: Path, size: int) -> IO[bytes]:
-    """Open a file to append after its first `size` bytes; the rest is cut off."""
-    file = path.open("r+b", buffering=BUFFER)
-    if file.seek(0, os.SEEK_END) < size:
-        raise UserError(f"{path} has lost its end: remove {path.parent} to start over")
-    file.truncate(size)
-    file.seek(size)
-    return file

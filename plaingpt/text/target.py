@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from configurator import UserError
-from plaingpt.files import Settings
+from plaingpt.checksums import SUMS, sha256_of, write_sums
+from plaingpt.files import Settings, flush
 from plaingpt.text import progress
 from plaingpt.text.builder import KEPT
 from plaingpt.text.dataset import MANIFEST, PARTIAL, Manifest, read_manifest
@@ -79,7 +80,8 @@ def install(partial: Path, folder: Path) -> Manifest:
     names = [shard.file for _, split in manifest.splits.items() for shard in split.shards]
     masks = [mask_path(Path(name)).name for name in names] * (manifest.template != "text")
     names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, SUMS):
+        (folder / name).unlink(missing_ok=True)
     if (partial / KEPT).is_dir():
         for path in partial.glob("val_*.bin"):
             path.unlink()
@@ -91,6 +93,16 @@ def install(partial: Path, folder: Path) -> Manifest:
             if (place / name).exists():
                 (place / name).replace(folder / name)
     (partial / progress.NAME).unlink(missing_ok=True)  # there is nothing left to resume
-    (partial / MANIFEST).replace(folder / MANIFEST)
+    hashes = {name: sha256_of(folder / name) for name in names if name.endswith(".json")}
+    hashes[MANIFEST] = sha256_of(partial / MANIFEST)
+    for _, split in manifest.splits.items():
+        for shard in split.shards:
+            hashes[shard.file] = shard.sha256
+            if shard.mask_sha256:
+                hashes[mask_path(Path(shard.file)).name] = shard.mask_sha256
+    write_sums(partial, hashes)
+    flush(partial / SUMS)
+    for name in (SUMS, MANIFEST):
+        (partial / name).replace(folder / name)
     shutil.rmtree(partial)
     return manifest

@@ -1,5 +1,6 @@
 """What a run leaves beside its checkpoints: run.json, metrics.jsonl, loss.png, a tracker."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from configurator import UserError
 from plaingpt import runtime
 from plaingpt.checkpoint import folders
 from plaingpt.checkpoint.folders import RunStart
+from plaingpt.checksums import sealed
 from plaingpt.files import (
     Settings,
     as_record,
@@ -26,8 +29,27 @@ from plaingpt.files import (
     remove_folder,
     write_json,
 )
+from plaingpt.locks import locked
 from plaingpt.runtime import Runtime
 from plaingpt.training.log import Metrics, Record, finite
+
+
+@contextlib.contextmanager
+def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
+    """Keep other trainings out of a run folder; the main process holds the lock for all.
+
+    Raises UserError or OSError, in every process, if the main process cannot have it.
+    """
+    problem: UserError | OSError | None = None
+    with contextlib.ExitStack() as held:
+        if rt.is_main:
+            try:
+                held.enter_context(locked(out_dir))
+            except (UserError, OSError) as error:
+                problem = error
+        if rt.any(problem is not None):
+            raise problem or UserError(f"the main process cannot use {out_dir}")
+        yield
 
 
 class RunLog:
@@ -73,7 +95,7 @@ def begin_run(
             remove_folder(folder)
     # Earlier starts as they are in the file, with fields that this version may not know.
     earlier = read_json(path, dict[str, Any])["starts"] if len(starts) > 1 else []
-    write_json(path, {"starts": [*earlier, start]})
+    write_json(path, {"starts": [*earlier, start]}, seal=True)
     return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start.step or -1), running)
 
 
@@ -102,7 +124,7 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         self.records = [r for r in read_records(path) if r["step"] <= first_step]
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        text = "".join(f"{sealed(json.dumps(record))}\n" for record in self.records)
         with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -111,7 +133,7 @@ class MetricsLog:
         record = {key: finite(value) for key, value in record.items()}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(f"{sealed(json.dumps(record))}\n")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -126,9 +148,10 @@ def read_records(path: Path) -> list[Record]:
                 record = parse_json(line, dict[str, Any], f"{path}:{number}")
                 as_record(record, Metrics, f"{path}:{number}")
             except UserError:
-                if line.endswith(b"\n"):
+                if b"}" in line or line.endswith(b"\n"):
                     raise
                 break
+            record.pop("crc32", None)
             records.append(record)
     return records
 

@@ -68,6 +68,7 @@ def test_we_open_pefts_adapters(plain, tmp_path, targets):
 
 def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
     folder = save(tmp_path / "ours", plain, adapted())
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     about = folder / "adapter_config.json"
     said = json.loads(about.read_text())
 

@@ -89,6 +89,7 @@ def test_folders_of_others_are_not_checkpoints(tmp_path):
 )
 def test_a_state_of_another_kind_is_refused(tmp_path, change, message):
     _, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     path = folder / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError) as caught:

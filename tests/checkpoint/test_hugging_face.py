@@ -63,6 +63,7 @@ def test_a_shorter_context_is_an_argument_of_loading(tmp_path):
 
 def test_an_unprefixed_half_precision_file_opens(tmp_path):
     model, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     weights = hugging_face.to_file_layout(model.weights(), model.config)
     bare = {name.removeprefix("transformer."): t.bfloat16() for name, t in weights.items()}
     shutil.copytree(folder, tmp_path / "bare")
@@ -192,6 +193,7 @@ def test_damaged_weights_are_refused(tmp_path, what):
 
 def test_weights_that_are_not_finite_numbers_are_refused(tmp_path):
     _, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["transformer.ln_f.weight"][3] = float("nan")
     safetensors.torch.save_file(weights, folder / "model.safetensors")
@@ -217,6 +219,7 @@ def test_weights_that_are_not_finite_numbers_are_refused(tmp_path):
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     _, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
@@ -251,6 +254,7 @@ def test_a_config_of_another_kind_is_refused(tmp_path, content, message):
 
 def test_more_or_fewer_layers_than_the_config_says_are_refused(tmp_path):
     _, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     said = json.loads((folder / "config.json").read_text())
     for layers, word in ((1, "more"), (3, "fewer")):
         (folder / "config.json").write_text(json.dumps(said | {"n_layer": layers}))
@@ -263,6 +267,7 @@ def test_more_or_fewer_layers_than_the_config_says_are_refused(tmp_path):
 
 def test_a_tensor_of_another_rank_is_refused(tmp_path):
     _, folder = save(tmp_path)
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["transformer.h.0.attn.c_attn.weight"] = torch.ones(2, 2, 2)
     weights["transformer.wpe.weight"] = torch.tensor(1.0)

@@ -136,6 +136,7 @@ class Bomb:
 def test_a_pickle_is_never_executed(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     _, folder = save(tmp_path / "out")
+    (folder / "SHA256SUMS").unlink()  # which would notice the change
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb()))

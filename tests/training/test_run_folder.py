@@ -1,6 +1,7 @@
 """metrics.jsonl, and the plot."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -18,7 +19,7 @@ def test_records_are_appended_a_line_each(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = run_folder.MetricsLog(path, 0)
     metrics.add({"step": 1, "loss": 2.5})
-    assert path.read_text() == '{"step": 1, "loss": 2.5}\n'
+    assert re.fullmatch(r'\{"step": 1, "loss": 2.5, "crc32": "[0-9a-f]{8}"\}\n', path.read_text())
     metrics.add({"step": 2, "loss": 2.25})
     assert (
         metrics.records

@@ -1,0 +1,131 @@
+"""One writer at a time in a folder."""
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+NAME = ".lock"
+BEYOND = 1 << 30  # the byte that Windows locks: others can still read those before it
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process that calls this out of `folder`, which is made if it is missing.
+
+    The lock is the kernel's, not the lock file: it ends with this process, however that ends, and
+    children do not inherit it. Afterwards the lock file is gone, and so are folders made here that
+    are still empty.
+    Raises a UserError that names the process that has the folder, and OSError if it is read-only.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder")
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = acquire(path)
+        try:
+            sign(handle)
+            yield
+        finally:
+            release(handle, path)
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                each.rmdir()
+
+
+def acquire(path: Path) -> int:
+    """Open a lock file, made if it is missing, and lock it; return the handle."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not lock(handle, path):
+            other = signature(handle)
+            os.close(handle)
+            raise UserError(
+                f"{path.parent} is in use by {other}: wait until it has ended, stop it, or use "
+                "another folder"
+            )
+        if is_at(path, handle):
+            return handle
+        os.close(handle)  # its last holder removed it in the meantime
+
+
+def lock(handle: int, path: Path) -> bool:
+    """Lock an open file; False if another process has locked it.
+
+    Of the two kinds of locks that POSIX systems have, this one is not inherited by children and is
+    known to NFS.
+    """
+    try:
+        if sys.platform == "win32":
+            os.lseek(handle, BEYOND, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"{path.parent} is on a file system without locks: nothing keeps a second process out",
+            file=sys.stderr,
+        )
+    return True
+
+
+def sign(handle: int) -> None:
+    """Write down who holds the lock, for `signature`."""
+    command = Path(sys.argv[0]).name or "python"
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    text = f"{command}, process {os.getpid()} on {socket.gethostname()}, since {since}"
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, text.encode(errors="replace"))
+    os.fsync(handle)  # for readers on other hosts
+
+
+def signature(handle: int) -> str:
+    """Who holds a lock. The holder may be about to write it down."""
+    for _ in range(20):
+        os.lseek(handle, 0, os.SEEK_SET)
+        if text := os.read(handle, 1000):
+            return text.decode(errors="replace")
+        time.sleep(0.05)
+    return "another process"
+
+
+def is_at(path: Path, handle: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def release(handle: int, path: Path) -> None:
+    """Remove the lock file, and close it, which ends the lock."""
+    if sys.platform == "win32":  # open files cannot be removed
+        os.close(handle)
+        with contextlib.suppress(OSError):  # another process is reading it
+            path.unlink()
+        return
+    if is_at(path, handle):  # not in a folder that has been removed, or made again
+        with contextlib.suppress(OSError):  # the folder has become read-only
+            path.unlink()
+    os.close(handle)
