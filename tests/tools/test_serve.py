@@ -337,7 +337,23 @@ def test_requests_beyond_the_limit_are_told_to_wait(site, slow, monkeypatch):
     assert site.ask({"text": "x", "max_new_tokens": 1})[0] == 200
 
 
-def test_a_visitor_who_leaves_stops_the_work(site, slow):
+def test_answers_at_the_same_time_do_not_mix(site):
+    def ask(seed: int) -> None:
+        found[seed] = site.ask({"text": "x", "temperature": 1.5, "seed": seed})
+
+    alone, found = [], {}
+    for seed in range(2):
+        ask(seed)
+        alone.append(found.pop(seed))
+    threads = [threading.Thread(target=ask, args=[seed]) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(2)] == alone
+
+
+def test_a_visitor_who_leaves_stops_the_work(site, slow, capfd):
     for _ in range(3):  # more often than there are slots
         before = len(slow)
         connection = http.client.HTTPConnection("127.0.0.1", site.port)
@@ -345,6 +361,7 @@ def test_a_visitor_who_leaves_stops_the_work(site, slow):
         connection.getresponse().readline()
         connection.close()
         assert ended(slow) < before + 25
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # --- the command
