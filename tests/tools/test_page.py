@@ -306,7 +306,7 @@ def test_settings_are_sent_and_kept_with_each_answer(site, open_page):
     assert tokens_of(page) == first  # as before
 
 
-def test_a_text_goes_on_from_any_token(site, slow, open_page):
+def test_a_text_goes_on_from_any_token(site, open_page):
     page = open_page(site)
     first = write_on(page, "Once")
     page.locator(".token").nth(9).click()
@@ -314,7 +314,6 @@ def test_a_text_goes_on_from_any_token(site, slow, open_page):
     chosen = other.inner_text()
     other.click()
     assert page.locator(".token").nth(9).inner_text() == chosen
-    assert page.locator("#stop").is_visible() and page.locator(".token").count() < len(first)
     answered(page)
     now = tokens_of(page)
     assert now[:10] == [*first[:9], chosen] and len(now) > 10
@@ -457,7 +456,7 @@ FULL = """Storage.prototype.setItem =
     () => { throw new DOMException("full", "QuotaExceededError") }"""
 
 
-@pytest.mark.parametrize("script", [BLOCKED, FULL])
+@pytest.mark.parametrize("script", [BLOCKED, FULL], ids=["blocked", "full"])
 def test_without_storage_the_history_lasts_as_long_as_the_page(site, open_page, script):
     page = open_page(site, script)
     write_on(page, "Once")
@@ -471,12 +470,15 @@ def test_without_storage_the_history_lasts_as_long_as_the_page(site, open_page, 
 
 def test_a_damaged_history_is_left_out(site, open_page):
     other = {"tokenizer": "another", "chat": False, "turns": []}
+    page = open_page(site)
     for content in ("{", "3", json.dumps([1, None, {"turns": 3}, other])):
-        page = open_page(site, stored(content))
+        page.evaluate(stored(content))
+        page.reload()
+        page.wait_for_selector("#welcome:visible")
         page.click("#past")
         assert page.inner_text("#entries") == "Nothing yet."
-        write_on(page, "Once")
-        assert page.locator("#entries button").count() == 1
+    write_on(page, "Once")
+    assert page.locator("#entries button").count() == 1
 
 
 def stored(content: str) -> str:
