@@ -150,8 +150,8 @@ def description(served: Served, defaults: Sampling) -> dict[str, Any]:
 class OwnPage:
     """Middleware that answers only the server's own page.
 
-    A page of another site could get in by pointing a name of its own at this machine, which the
-    Host header gives away, or by asking directly, which the Origin header does.
+    A page of another site could ask directly, which its Origin header reveals, or point a name of
+    its own at this machine, which the Host header reveals.
     """
 
     def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
@@ -163,9 +163,9 @@ class OwnPage:
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
             if "*" not in self.hosts and host.partition(":")[0] not in self.hosts:
-                app = JSONResponse({"error": f"this is not {host}"}, 400)
+                app = JSONResponse({"error": f"{host!r} is not a name of this server"}, 400)
             elif origin is not None and origin.partition("://")[2] != host:
-                app = JSONResponse({"error": "other sites cannot ask"}, 403)
+                app = JSONResponse({"error": "requests from other sites are refused"}, 403)
         await app(scope, receive, send)
 
 
@@ -240,7 +240,7 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
 def prompt_of(
     asked: dict[str, Any], tokenizer: Tokenizer, block_size: int, max_new_tokens: int
 ) -> tuple[list[int], int]:
-    """The ids of the prompt, and how many messages, or of its tokens, the model does not see.
+    """The ids of the prompt, and how many messages (of a text, tokens) the model does not see.
 
     Raises UserError for messages that are not a conversation, a text that is missing, and ids that
     are not the tokenizer's.

@@ -302,7 +302,7 @@ def test_other_sites_cannot_ask(site):
         assert status == 400 and "error" in line
     for origin in ("http://evil.example", "null", "http://localhost", "https://evil.example:80"):
         status, [line] = site.ask({"text": "x"}, headers={**JSON, "Origin": origin})
-        assert status == 403 and line["error"] == "other sites cannot ask"
+        assert status == 403 and line["error"] == "requests from other sites are refused"
     ours = {**JSON, "Origin": site.url.rstrip("/")}
     assert site.ask({"text": "x", "max_new_tokens": 1}, headers=ours)[0] == 200
     assert site.ask("", "/", "GET", headers={"Host": f"localhost:{site.port}"})[0] == 200
