@@ -42,6 +42,8 @@ def validation_text(checkpoint: str, tokenizer: Tokenizer) -> str:
     try:
         settings = folders.read_state(folders.find(checkpoint)).settings
         data = dataset.open_dataset(str(settings.get("data_dir", "")))
+        if not (data.folder / "tokenizer.json").exists():  # GPT-2's, perhaps to be downloaded
+            return ""
         if data.tokenizer.fingerprint != tokenizer.fingerprint:
             return ""
         split = data.split("val")
