@@ -11,20 +11,18 @@ A config file is plain Python whose public names are settings. It sees the value
 """
 
 import ast
-import contextlib
 import inspect
 import io
 import math
 import os
 import sys
 import tokenize
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from plaingpt.advice import similar_config, unknown, unnamed
+from plaingpt.advice import failure, unknown, unnamed
 from plaingpt.wording import shorten, shown
 
 Config = TypeVar("Config")
@@ -277,23 +275,6 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
         and not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
         and (name not in values or value is not values[name])
     }
-
-
-def failure(path: str, error: BaseException) -> str:
-    """The message for an exception that a config file raised: its line, kind and reason."""
-    where = path
-    if isinstance(error, SyntaxError) and error.lineno:
-        where += f":{error.lineno}"
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == path:
-            where = f"{path}:{line}"
-    said = f"{where}: {type(error).__name__}"
-    if isinstance(error, OSError) and error.filename == path:
-        similar = similar_config(path) if isinstance(error, FileNotFoundError) else None
-        return f"{said}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
-    with contextlib.suppress(Exception):  # one of the file's own may have no str()
-        said += f": {error}".removesuffix(": ")
-    return said
 
 
 # --- values: which ones a type allows, and how they are written on a command line

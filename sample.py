@@ -27,7 +27,7 @@ from plaingpt.sampling import Sampling
 class SampleConfig(Sampling):
     checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
-    num_samples: PositiveInt = 1  # how many texts to write, drawn 32 at a time
+    num_samples: PositiveInt = 1  # how many texts to write, drawn in batches
     seed: NonNegativeInt = 1337  # the same seed draws the same text
     stream: bool = True  # print a single sample as it is drawn
     chat: bool = False  # hold a conversation with a model that was trained for it
@@ -157,15 +157,15 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
     pick = generation.picker(sampling, tokenizer, device)
     messages: list[dict[str, str]] = []
     for line in typed_lines():
+        if line == "/exit":
+            return
+        if not line:
+            continue
         try:
-            if line == "/exit":
-                return
             if line.startswith("/"):
                 if changed := obey(line, messages, tokenizer, sampling):
                     sampling = changed
                     pick = generation.picker(sampling, tokenizer, device)
-                continue
-            if not line:
                 continue
             asked = [*messages, {"role": "user", "content": line}]
             max_new_tokens = sampling.max_new_tokens

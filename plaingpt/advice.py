@@ -1,8 +1,10 @@
-"""What somebody probably meant who typed an unknown name, a bare word or a missing config file."""
+"""Messages for unknown names, bare words and failing config files, with what was probably meant."""
 
+import contextlib
 import difflib
 import os
 import shlex
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 
@@ -101,6 +103,23 @@ def unnamed(words: list[str], known: Collection[str], given: Collection[str]) ->
     if name == "sources" and "data_dir" not in given:
         written += f" --data_dir={shlex.quote(f'data/{Path(words[0]).stem}')}"
     return f"{said}; write {written}"
+
+
+def failure(path: str, error: BaseException) -> str:
+    """The message for an exception that a config file raised: its line, kind and reason."""
+    where = path
+    if isinstance(error, SyntaxError) and error.lineno:
+        where += f":{error.lineno}"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == path:
+            where = f"{path}:{line}"
+    said = f"{where}: {type(error).__name__}"
+    if isinstance(error, OSError) and error.filename == path:
+        similar = similar_config(path) if isinstance(error, FileNotFoundError) else None
+        return f"{said}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
+    with contextlib.suppress(Exception):  # one of the file's own may have no str()
+        said += f": {error}".removesuffix(": ")
+    return said
 
 
 def similar_config(path: str) -> str | None:

@@ -39,6 +39,7 @@ from plaingpt import generation
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
 from tools import insight
 
 PAGE = Path(__file__).with_name("page.html")
@@ -263,7 +264,9 @@ def window_of(asked: dict[str, Any], tokenizer: Tokenizer, block_size: int) -> l
         raise UserError("; ".join(problems))
     ids = ids_of(asked, tokenizer)
     if not 1 <= len(ids) <= block_size:
-        raise UserError(f"ids must have from 1 to {block_size:,} tokens, not {len(ids):,}")
+        raise UserError(
+            f"ids must have from 1 to {quantity(block_size, 'token')}, not {len(ids):,}"
+        )
     return ids
 
 

@@ -45,7 +45,7 @@ def look_at(stream: Stream, reading: Reading, data_dir: str) -> None:
         if count == LOOK:
             break
     if problem:
-        raise UserError(f"all of the first {count:,} records of {source.name!r} are bad; {problem}")
+        raise UserError(f"{source.name!r} has no good record among its first {count:,}; {problem}")
     if source.hub or source.files:
         raise UserError(f"there is no text in source {source.name!r}: it {kind}")
 

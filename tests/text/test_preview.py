@@ -81,7 +81,7 @@ def test_bad_records_are_passed_over_if_a_good_one_comes(say, tmp_path):
 def test_records_that_are_all_bad_are_refused_even_if_bad_ones_are_skipped(say, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, 3])
     line = say("--sources=a.jsonl", "--bad_records=skip")
-    assert "all of the first 2 records of 'a.jsonl' are bad; " in line and "line 1: empty" in line
+    assert "'a.jsonl' has no good record among its first 2; " in line and "line 1: empty" in line
 
 
 NOTHING = {
