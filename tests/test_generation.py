@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_model import tiny, tokens
 
+from configurator import UserError
 from plaingpt import generation
 from plaingpt.sampling import Sampling
 from plaingpt.text.tokenizer import Tokenizer
@@ -64,3 +65,12 @@ def test_samples_of_a_batch_differ_and_a_seed_repeats_them():
     assert draw(1) == draw(1) != draw(2)
     assert draw(None) != draw(None)
     assert len({tuple(row) for row in draw(1)}) == 4
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(temperature, number):
+    """Weights of 1e38 are finite themselves."""
+    logits = torch.tensor([[0.0, number, 1.0]])
+    with pytest.raises(UserError, match="logits are not finite"):
+        generation.draw(logits, Sampling(temperature=temperature))

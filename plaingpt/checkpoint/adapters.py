@@ -193,7 +193,7 @@ def from_peft(folder: Path, opened: Any) -> lora.Adapter:
     path = folder / ADAPTER_CONFIG
     found = read_json(path, dict[str, Any])
     if found.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {found.get('peft_type')!r}, not 'LORA'")
+        raise UserError(f"{path}: peft_type is {str(found.get('peft_type'))[:50]!r}, not 'LORA'")
     for name, value in found.items():
         plain = value in (None, False, "none") or value == {} or value == []
         if name == "init_lora_weights":  # some ways of drawing them change the base as well

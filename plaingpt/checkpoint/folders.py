@@ -97,6 +97,8 @@ def missing(folder: Path) -> str:
         return f"is a data folder, not a checkpoint; {hint}"
     if os.path.isfile(folder):
         return "is a file, but a checkpoint is a folder"
+    if steps := sorted(folder.glob("step_*/")):
+        return f"holds no complete checkpoint: {steps[-1].name} has no state.json"
     problem = "holds no checkpoint" if os.path.exists(folder) else "does not exist"
     names = [str(run) for run in found]
     if close := difflib.get_close_matches(str(folder), names, n=1):
@@ -114,8 +116,8 @@ def runs_near(folder: Path) -> list[Path]:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds, or once held, a model or an adapter."""
-    names = ("config.json", "model.safetensors", ADAPTER_CONFIG, "state.json")
-    return any(os.path.lexists(folder / name) for name in names)
+    names = ("config.json", "model.safetensors", "state.json")
+    return is_adapter(folder) or any(os.path.lexists(folder / name) for name in names)
 
 
 def was_trained_on(run: Path, data_dir: Path) -> bool:
@@ -134,7 +136,7 @@ def step_folders(out_dir: Path | str) -> list[Path]:
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).exists()
+    return any(os.path.lexists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def prune(out_dir: Path, keep: int) -> None:

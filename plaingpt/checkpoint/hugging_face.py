@@ -22,8 +22,8 @@ from plaingpt.wording import quantity
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Weights are floats; the masks in old files are booleans or whole numbers.
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-MAX_TENSORS = 100_000  # of a file: far above what MAX_LAYERS have
-MAX_LAYERS = 4096  # the deepest GPT-2 has 48
+MAX_LAYERS = 1024  # the deepest GPT-2 has 48
+MAX_TENSORS = 20_000  # of a file: more than MAX_LAYERS have
 
 
 # --- config.json
@@ -87,7 +87,7 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
     path = folder / "config.json"
     found = read_json(path, ConfigFile)
     if found.model_type != "gpt2":
-        raise UserError(f"{path}: model_type is {found.model_type!r}, not 'gpt2'")
+        raise UserError(f"{path}: model_type is {str(found.model_type)[:50]!r}, not 'gpt2'")
     fixed = {  # the values that this GPT-2 implements, default first
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (EPSILON,),

@@ -2,9 +2,10 @@
 
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -29,6 +30,7 @@ from plaingpt.checksums import check_sum, write_sums
 from plaingpt.files import as_record, atomic_folder, remove_leftovers, size_of, write_json
 from plaingpt.text.tokenizer import Tokenizer
 
+MAX_ENTRIES = 100_000  # of optimizer.pt: more than MAX_LAYERS have
 BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
 
 
@@ -44,10 +46,13 @@ class Snapshot:
     adapter: lora.Adapter | None = None
 
 
+Moments = Annotated[dict[str, Tensor], msgspec.Meta(max_length=3)]
+
+
 class OptimizerFile(msgspec.Struct, frozen=True):
     """optimizer.pt."""
 
-    parameters: dict[str, dict[str, Tensor]]  # by parameter name
+    parameters: dict[str, Moments]  # by parameter name
     scaler: dict[str, float]  # of torch.amp.GradScaler; {} but in float16
 
 
@@ -168,6 +173,10 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     size_of(path)
     check_sum(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if len(entries) > MAX_ENTRIES or any(each.compress_type for each in entries):
+            raise ValueError("too many entries, or compressed ones, of any size")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)

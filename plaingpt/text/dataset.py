@@ -127,7 +127,8 @@ class Dataset:
                     )
             paths = [self.folder / entry.file for entry in entries]
         if not paths:
-            raise UserError(f"{self.folder} has no {name} shards ({name}_000000.bin, …)")
+            where = f"in its {MANIFEST}" if self.manifest else f"({name}_000000.bin, …)"
+            raise UserError(f"{self.folder} has no {name} shards {where}")
         return paths
 
     @cached_property

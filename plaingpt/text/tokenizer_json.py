@@ -111,8 +111,8 @@ def read_vocabulary(where: Path) -> Vocabulary:
     jinja = path.with_name("chat_template.jinja")  # where transformers writes it
     if jinja.exists():
         template = files.read_bytes(jinja).decode(errors="replace")
-    for file, text in ((path, special), (beside, template)):
-        if re.search(r"[\ud800-\udfff]", str(text)):
+    for file, names in ((path, special), (beside, template)):
+        if re.search(r"[\ud800-\udfff]", json.dumps(names, ensure_ascii=False)):
             raise UserError(f"{file}: a special token or the chat_template is not UTF-8")
     eot = end_of_text(path, config, special)
     return Vocabulary(ranks, special, eot, digits, merges, template)

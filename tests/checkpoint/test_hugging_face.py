@@ -265,6 +265,24 @@ def test_more_or_fewer_layers_than_the_config_says_are_refused(tmp_path):
         store.load_model(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_a_tensor_of_a_type_that_no_gpt2_has_is_named(tmp_path, dtype):
+    _, folder = save(tmp_path)
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].to(dtype)
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(UserError, match=r"model\.safetensors: transformer\.wpe\.weight is of type"):
+        store.load_model(folder)
+
+
+def test_a_header_of_too_many_tensors_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(hugging_face, "MAX_TENSORS", 20)
+    _, folder = save(tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors has more than 20 tensors"):
+        store.load_model(folder)
+
+
 def test_a_tensor_of_another_rank_is_refused(tmp_path):
     _, folder = save(tmp_path)
     (folder / "SHA256SUMS").unlink()  # which would notice the change

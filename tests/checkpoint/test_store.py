@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -160,6 +161,14 @@ def test_any_damage_of_the_optimizer_file_is_one_error(tmp_path):
         with pytest.raises(UserError, match=r"optimizer\.pt: .*" + message):
             store.read_optimizer(tmp_path)
     parameters = {"a": {"step": torch.ones(3)}}
+    torch.save({"parameters": parameters, "scaler": {}}, tmp_path / "optimizer.pt")
+    with zipfile.ZipFile(tmp_path / "optimizer.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "optimizer.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, entry in entries.items():
+            archive.writestr(name, entry)
+    with pytest.raises(UserError, match="compressed"):  # a small file may grow without limit
+        store.read_optimizer(tmp_path)
     torch.save({"parameters": parameters, "scaler": {}}, tmp_path / "optimizer.pt")
     content = (tmp_path / "optimizer.pt").read_bytes()
     rng = np.random.default_rng(0)

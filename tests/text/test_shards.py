@@ -91,7 +91,8 @@ def test_a_mask_of_an_empty_shard_is_empty(shard_folder):
 def test_a_mask_of_another_length_is_refused(shard_folder):
     folder = shard_folder(train=[positions(6)])
     (folder / "train_000000.mask.bin").write_bytes(bytes(5))
-    assert f"{folder}/train_000000.mask.bin has 5 bytes for the 6 tokens of" in refusal(folder)
+    wanted = "train_000000.mask.bin has 5 bytes for the 6 tokens of train_000000.bin"
+    assert f"{folder}/{wanted}" in refusal(folder)
 
 
 # --- what is refused
@@ -203,3 +204,13 @@ def test_a_shard_shorter_than_its_saved_state_is_refused(tmp_path):
     os.truncate(tmp_path / "train_000000.bin", 1024 + 98)
     with pytest.raises(ValueError, match="has lost its end"):
         shards.ShardWriter(tmp_path, "train", 100, state=state)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes are POSIX")
+@pytest.mark.parametrize("name", ["train_000000.bin", "train_000000.mask.bin"])
+def test_a_pipe_in_place_of_a_shard_is_refused_at_once(shard_folder, name):
+    folder = shard_folder(train=[positions(9)], manifest=False)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe or a device: expected a file"):
+        split_of(folder)

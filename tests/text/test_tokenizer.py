@@ -332,6 +332,64 @@ def test_a_merge_left_out_is_refused(refusal):
     assert "ids in the order" in refusal(lambda content: content["model"]["merges"].pop(9))
 
 
+def test_a_merge_of_no_earlier_token_is_refused(refusal):
+    def split_elsewhere(content):
+        vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+        for place, (a, b) in enumerate(merges):
+            if len(a) > 1 and a[1:] + b not in vocab:
+                merges[place] = [a[:1], a[1:] + b]
+                return
+
+    assert "no earlier token" in refusal(split_elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["model"]["merges"].append("a b c"), "is not of two tokens"),
+        (lambda content: content["model"]["merges"].append([1, 2]), "model.merges["),
+        (lambda content: content["model"]["vocab"].update(a=64.5), "model.vocab[…]: expected a"),
+        (lambda content: content["model"]["vocab"].update(a=-1), "vocab[…]: expected a whole"),
+        (lambda content: content["model"]["vocab"].update(a=10**30), "vocab[…]: expected a whole"),
+        (lambda content: content["added_tokens"][0].update(content=7), "added_tokens[0].content"),
+        (lambda content: content["added_tokens"][0].update(content=""), "added_tokens[0].content"),
+        (lambda content: content["added_tokens"].append({"id": 1}), "missing field content"),
+        (lambda content: content["model"]["vocab"].update({" ": 500}), "spells a byte as ' '"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(refusal, change, message):
+    assert message in refusal(change)
+
+
+def test_a_name_that_is_not_utf8_is_refused(refusal):
+    odd = {"id": 2000, "content": "\udcff", "special": True}
+    assert "is not UTF-8" in refusal(lambda content: content["added_tokens"].append(odd))
+
+
+def test_an_end_of_text_of_another_kind_is_refused(bpe, tmp_path):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"]}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token: expected a string or"):
+        Tokenizer.load(tmp_path)
+
+
+def test_tokens_of_many_thousand_bytes_load_and_save_at_once(tmp_path):
+    """Deriving their merges again would take hours."""
+    tokenizer = Tokenizer.bytes()
+    doubled = [b"a" * 2**power for power in range(17)]
+    merges = [(half, half) for half in doubled[:-1]]
+    ranks = tokenizer.ranks | {token: 256 + n for n, token in enumerate(doubled[1:])}
+    tokenizer = Tokenizer(ranks)
+    tokenizer.merges = merges
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    (tmp_path / "again").mkdir()
+    loaded.save(tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert loaded.fingerprint == tokenizer.fingerprint and loaded.merges == merges
+
+
 def test_more_ids_than_uint16_are_refused(refusal):
     def add(content):
         content["added_tokens"].append({"id": 65536, "content": "<x>", "special": True})

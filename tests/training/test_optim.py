@@ -252,3 +252,24 @@ def test_the_state_of_parameters_that_are_not_here_is_refused():
     model = GPT(SHAPE)
     with pytest.raises(ValueError, match=r"transformer\.h\.2"):
         optim.load_optimizer_state(model, build(model, "adamw"), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("exp_avg", lambda each: each / 0, "holds NaN, infinite or negative values"),
+        ("exp_avg_sq", lambda each: -1 - each, "holds NaN, infinite or negative values"),
+        ("exp_avg", lambda each: each.double(), "is not a float32 tensor"),
+        ("exp_avg", lambda each: each.to("meta"), "is not a float32 tensor"),
+        ("exp_avg", lambda each: each.to_sparse(), "is not a float32 tensor"),
+        ("step", lambda each: each[None], r"has shape \(1,\), not \(\)"),
+        ("step", lambda each: torch.zeros(()).expand(10**12), "has shape"),
+    ],
+)
+def test_a_damaged_moment_is_named(key, change, message):
+    state = optim.optimizer_state(*trained("adamw"))
+    name = "transformer.h.1.mlp.c_fc.weight"
+    state[name][key] = change(state[name][key])
+    model = GPT(SHAPE)
+    with pytest.raises(ValueError, match=f"the saved {key} of {name} {message}"):
+        optim.load_optimizer_state(model, build(model, "adamw"), state)
