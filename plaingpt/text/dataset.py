@@ -37,7 +37,7 @@ class SplitEntries(msgspec.Struct, frozen=True, omit_defaults=True):
     val: SplitEntry | None = None
 
     def items(self) -> list[tuple[SplitName, SplitEntry]]:
-        """Those that there are, by name."""
+        """The splits that exist, by name."""
         found: list[tuple[SplitName, SplitEntry]] = []
         if self.train:
             found.append(("train", self.train))

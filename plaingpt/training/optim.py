@@ -215,7 +215,7 @@ def load_optimizer_state(
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     foreign = sorted(set(saved) - set(names.values()))
     if foreign:
-        raise UserError(f"it has saved a parameter that the model lacks: {foreign[0][:100]}")
+        raise UserError(f"the saved state has a parameter that the model lacks: {foreign[0][:100]}")
     for each in optimizers:
         for parameter in each.parameters():
             state = dict(saved.get(names[parameter], {}))
