@@ -113,7 +113,7 @@ class SplitBuilder:
         )
         before = progress.notes.streams
         if before and len(before) != len(streams):
-            raise UserError(f"{progress.folder / NAME}: other sources; --overwrite starts over")
+            raise UserError(f"{progress.folder / NAME} has other sources: --overwrite starts over")
         for stream, known in zip(streams, before):
             stream.restore(known)
         self.saved = self.began = time.monotonic()

@@ -7,7 +7,7 @@ import numpy as np
 
 from configurator import UserError
 from plaingpt.checksums import sha256_of
-from plaingpt.text.dataset import Manifest, SplitName, open_dataset
+from plaingpt.text.dataset import MANIFEST, Manifest, SplitName, open_dataset
 from plaingpt.text.shards import Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
@@ -27,7 +27,7 @@ def inspect(folder: Path) -> Manifest | None:
         report(manifest)
         check_hashes(folder, manifest)
         if tokenizer.fingerprint != manifest.tokenizer:
-            raise UserError(f"{folder}/tokenizer.json is not the tokenizer of the shards")
+            raise UserError(f"{folder}/tokenizer.json is not the tokenizer in {MANIFEST}")
     names: tuple[SplitName, ...] = ("train", "val")
     for name in names:
         if not shard_paths(folder, name):

@@ -232,7 +232,7 @@ class ShardWriter:
         state = state or ShardsSoFar()
         if state.filled >= shard_tokens:
             filled = quantity(state.filled, "token")
-            raise UserError(f"{folder}: a shard has {filled} of {shard_tokens:,}")
+            raise UserError(f"{folder}: an open shard of {filled} is full: --overwrite starts over")
         self.shards, self.filled = state.shards, state.filled
         self._file: GrowingFile | None = None
         self._mask_file: GrowingFile | None = None

@@ -166,7 +166,7 @@ def check_merges(
     for a, b in merges:
         for part in (a, b):
             if len(part) != 1 and ranks.get(part, MAX_VOCAB_SIZE) >= ranks[a + b]:
-                raise UserError(f"{path}: a merge uses {spell(part)[:40]!r}, no earlier token")
+                raise UserError(f"{path}: a merge uses {spell(part)[:40]!r}, not an earlier token")
 
 
 def end_of_text(path: Path, config: ConfigFile, special: dict[str, int]) -> str:

@@ -340,7 +340,7 @@ def test_a_merge_of_no_earlier_token_is_refused(refusal):
                 merges[place] = [a[:1], a[1:] + b]
                 return
 
-    assert "no earlier token" in refusal(split_elsewhere)
+    assert "not an earlier token" in refusal(split_elsewhere)
 
 
 @pytest.mark.parametrize(
