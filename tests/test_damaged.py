@@ -256,8 +256,14 @@ def check_command(command: str, path: Path, world: Path, capfd) -> None:
         line = err.partition("error: ")[2].rstrip("\n")
         assert line and "\n" not in line and len(line) < (300 if path.name in line else 2000), err
         others = ["logits are not finite"]  # which has no file to name
-        others += ["the resumed run", "other settings", "must be"]  # a setting of another value
+        others += [
+            "the resumed run",
+            "other settings",
+            "must be",
+            "device ",
+        ]  # a setting of another value
         others += ["has changed", "on other data", "there is no data", "is not an adapter for"]
+        others += ["checksums differ"]  # in dataset.json, from those of the shard
         assert any(words in line for words in [path.name, *others]), line
 
 

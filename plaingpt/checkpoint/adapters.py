@@ -28,6 +28,7 @@ from plaingpt.checkpoint.hugging_face import (
 )
 from plaingpt.checksums import write_sums
 from plaingpt.files import Count, as_record, atomic_folder, read_json, size_of, write_json
+from plaingpt.wording import shown
 
 BASE = "base"  # folder in which a run keeps the model that its adapters modify
 PREFIX = "base_model.model."  # of the names of peft's tensors
@@ -193,13 +194,13 @@ def from_peft(folder: Path, opened: Any) -> lora.Adapter:
     path = folder / ADAPTER_CONFIG
     found = read_json(path, dict[str, Any])
     if found.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {str(found.get('peft_type'))[:50]!r}, not 'LORA'")
+        raise UserError(f"{path}: peft_type is {shown(found.get('peft_type'))}, not 'LORA'")
     for name, value in found.items():
         plain = value in (None, False, "none") or value == {} or value == []
         if name == "init_lora_weights":  # some ways of drawing them change the base as well
             plain = value in (True, False, "gaussian", "orthogonal")
         if not (plain or name in KNOWN):
-            raise UserError(f"{path}: {name}={value!r}"[:200] + " is more than plain LoRA")
+            raise UserError(f"{path}: {name}={shown(value)} is more than plain LoRA")
     file = as_record(found, AdapterFile, str(path))
     names = opened.keys()
     targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names})

@@ -16,7 +16,7 @@ from configurator import UserError
 from model import EPSILON, GPT, INIT_STD, GPTConfig
 from plaingpt.checksums import check_sum
 from plaingpt.files import read_json, size_of
-from plaingpt.wording import quantity
+from plaingpt.wording import quantity, shown
 
 # GPT-2's Conv1D stores these as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -87,7 +87,7 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
     path = folder / "config.json"
     found = read_json(path, ConfigFile)
     if found.model_type != "gpt2":
-        raise UserError(f"{path}: model_type is {str(found.model_type)[:50]!r}, not 'gpt2'")
+        raise UserError(f"{path}: model_type is {shown(found.model_type)}, not 'gpt2'")
     fixed = {  # the values that this GPT-2 implements, default first
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (EPSILON,),
@@ -98,7 +98,7 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
     }
     for name, values in fixed.items():
         if (value := getattr(found, name)) not in values:
-            raise UserError(f"{path}: {name}={value!r} is not GPT-2's {values[0]!r}")
+            raise UserError(f"{path}: {name}={shown(value)} is not GPT-2's {values[0]!r}")
     positions = found.n_positions
     if block_size is not None and block_size > positions:
         raise UserError(f"block_size={block_size} is beyond the {positions} positions of {folder}")
