@@ -23,7 +23,7 @@ from plaingpt.text import builder
 from tools import eval as evaluation
 from tools import export
 
-CASES = 14  # for each file and command; a hunt for more takes thousands
+CASES = 10  # for each file and command; a hunt for more takes thousands
 SECONDS = 10  # for one command
 NEW = [
     "--tokenizer=bytes",
