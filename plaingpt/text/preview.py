@@ -26,7 +26,7 @@ def look_at(stream: Stream, reading: Reading, data_dir: str) -> None:
         Position(), FIELDS.get(reading.template, (reading.text_field,))
     ):
         if isinstance(item, TextFile):
-            if any(piece.strip() for piece in item.pieces()):
+            if any(block.strip() for block in item.blocks()):
                 return
             kind = "is all white space"
             continue

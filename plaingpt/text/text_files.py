@@ -37,9 +37,14 @@ class TextFile:
     def pieces(self) -> Iterator[str]:
         """The text in pieces of about BLOCK characters, whose ids join to those of the whole.
 
-        Raises UserError for bytes that are not UTF-8 (in a .py file: not what it declares).
+        Raises UserError as `blocks`.
         """
-        return cutting.in_pieces(clipped(read_text(self.path), self.start, self.stop))
+        return cutting.in_pieces(self.blocks())
+
+    def blocks(self) -> Iterator[str]:
+        """The text as it is read, cut anywhere. Raises UserError for a file that is not UTF-8 (a
+        .py file: not what it declares)."""
+        return clipped(read_text(self.path), self.start, self.stop)
 
 
 def suffix(path: str) -> str:
