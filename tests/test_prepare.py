@@ -465,7 +465,7 @@ MISTAKES = {
     "empty": (lambda folder: write(folder / "x.txt", b""), "there is no text in "),
     "not utf-8": (
         lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
-        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -t utf-8",
+        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -f latin1 -t utf-8",
     ),
     "missing": (
         lambda folder: str(folder / "x.txt"),

@@ -119,9 +119,12 @@ def read_text(path: str) -> Iterator[str]:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
+                advice = "convert it, as with iconv -f latin1 -t utf-8"
+                if b"\0" in error.object:
+                    advice = "it seems to be a binary file"
                 raise UserError(
                     f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at "
-                    f"{done - before + error.start:,}; convert it, as with iconv -t utf-8"
+                    f"{done - before + error.start:,}; {advice}"
                 ) from None
             done += len(block)
             if text:
