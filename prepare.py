@@ -130,10 +130,11 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
         if not progress.notes.streams:
             for stream in streams:
                 look_at(stream, reading, folder_of(cfg))
+    announce_left_out(cfg, streams)
     repairing = partial.exists()
     try:
         tokenizer = begin(cfg, progress, streams, reading)
-        announce(cfg, streams, folder)
+        announce_size(cfg, streams, folder)
         builder = SplitBuilder(progress, tokenizer, streams, reading, limits_of(cfg))
         builder.run(cfg.workers or DEFAULT_THREADS)
         manifest = Manifest(
@@ -223,9 +224,8 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     return Tokenizer.load(cfg.tokenizer)
 
 
-def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
-    """Say which files are left out, and how much room the shards will take, where that can be
-    estimated."""
+def announce_left_out(cfg: PrepareConfig, streams: list[Stream]) -> None:
+    """Say which files are left out, and where the template does not apply."""
     for stream in streams:
         for reason, (count, where) in stream.dropped.items():
             left_out = f"left out {count:,}: {reason} (the first: {where})"
@@ -233,6 +233,10 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
     if cfg.template != "text" and all(stream.is_plain_text for stream in streams):
         what = "text files, and all of their text counts in the loss"
         print(f"--template={cfg.template} is for records: the sources are {what}", file=sys.stderr)
+
+
+def announce_size(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
+    """Say how much room the shards will take, where that can be estimated."""
     sizes = [stream.source.size for stream in streams]
     free = shutil.disk_usage(folder).free
     per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # bytes of shards per byte of text, roughly
