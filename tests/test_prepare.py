@@ -721,7 +721,7 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_said(tmp_path, target, caps
 
 
 def test_long_runs_take_seconds_in_files_and_in_records(tmp_path, target):
-    """They would take hours as one word."""
+    """As one word each, they would take from minutes to hours."""
     signs = (" ", "\n", "\0", "a", "\u0301", "👩\u200d", "7")
     runs = ["x" + sign * 300_000 + "y" for sign in signs]
     for number, run in enumerate(runs):

@@ -2,7 +2,8 @@
 Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or plain bytes.
 
 Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
-`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids.
+`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids (but
+for runs of thousands of characters without a border, which are cut here: see cutting.py).
 Ids are 0–255 for single bytes, then the merges in the order they were learned, then
 `<|endoftext|>`, which separates documents. Text never encodes to that id: where a document spells
 out `<|endoftext|>`, it gets the ids of the letters.
