@@ -56,9 +56,7 @@ if __name__ == "__main__":
 
 import math
 import shutil
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,7 +86,6 @@ from plaingpt.text.validation import Validation
 from plaingpt.wording import byte_size
 
 SAMPLE_BYTES = 50_000_000  # text that a BPE is trained on, at most
-LOG_SECONDS = 5.0  # between two lines of a log while a BPE is trained
 
 
 def prepare(cfg: PrepareConfig) -> Manifest | None:
@@ -133,10 +130,11 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
         if not progress.notes.streams:
             for stream in streams:
                 look_at(stream, reading, folder_of(cfg))
+    announce_left_out(cfg, streams)
     repairing = partial.exists()
     try:
         tokenizer = begin(cfg, progress, streams, reading)
-        announce(cfg, streams, folder)
+        announce_size(cfg, streams, folder)
         builder = SplitBuilder(progress, tokenizer, streams, reading, limits_of(cfg))
         builder.run(cfg.workers or DEFAULT_THREADS)
         manifest = Manifest(
@@ -214,7 +212,11 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     if cfg.tokenizer == "bytes":
         return Tokenizer.bytes()
     if cfg.tokenizer == "bpe":
-        return train_bpe(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
+        tokenizer = Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
+        if tokenizer.vocab_size < cfg.vocab_size:
+            size = f"{tokenizer.vocab_size:,} ids, not {cfg.vocab_size:,}"
+            print(f"BPE: {size}: the text is too short or too uniform for more", file=sys.stderr)
+        return tokenizer
     if not Path(cfg.tokenizer).exists():
         raise UserError(
             f"tokenizer must be bpe, bytes, gpt2, or a folder or file, not {cfg.tokenizer!r}"
@@ -222,39 +224,8 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
     return Tokenizer.load(cfg.tokenizer)
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A BPE of `vocab_size` ids, or of fewer with a line that says why. A terminal shows the
-    library's own bars, a log a line every LOG_SECONDS."""
-    size, phase = 0, "reading"
-
-    def counted() -> Iterator[str]:
-        nonlocal size, phase
-        for text in texts:
-            size += len(text.encode())
-            yield text
-        phase = f"merging up to {vocab_size:,} ids"
-
-    began = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(Tokenizer.train, counted(), vocab_size)
-        while wait([training], timeout=LOG_SECONDS).not_done:
-            if not sys.stderr.isatty():
-                seconds = time.monotonic() - began
-                line = f"BPE: {phase}, {byte_size(size)} of text, {seconds:.0f} s"
-                print(line, file=sys.stderr)
-    tokenizer = training.result()
-    if tokenizer.vocab_size < vocab_size:
-        print(
-            f"BPE: {tokenizer.vocab_size:,} ids, not {vocab_size:,}: the text has no more pairs to "
-            "merge, it is too short or too uniform",
-            file=sys.stderr,
-        )
-    return tokenizer
-
-
-def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
-    """Say which files are left out, and how much room the shards will take, where that can be
-    estimated."""
+def announce_left_out(cfg: PrepareConfig, streams: list[Stream]) -> None:
+    """Say which files are left out, and where the template does not apply."""
     for stream in streams:
         for reason, (count, where) in stream.dropped.items():
             left_out = f"left out {count:,}: {reason} (the first: {where})"
@@ -262,6 +233,10 @@ def announce(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
     if cfg.template != "text" and all(stream.is_plain_text for stream in streams):
         what = "text files, and all of their text counts in the loss"
         print(f"--template={cfg.template} is for records: the sources are {what}", file=sys.stderr)
+
+
+def announce_size(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> None:
+    """Say how much room the shards will take, where that can be estimated."""
     sizes = [stream.source.size for stream in streams]
     free = shutil.disk_usage(folder).free
     per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # bytes of shards per byte of text, roughly

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -466,7 +465,7 @@ MISTAKES = {
     "empty": (lambda folder: write(folder / "x.txt", b""), "there is no text in "),
     "not utf-8": (
         lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
-        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -t utf-8",
+        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -f latin1 -t utf-8",
     ),
     "missing": (
         lambda folder: str(folder / "x.txt"),
@@ -716,29 +715,13 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_said(tmp_path, target, caps
     assert prepare.main(arguments) == 0
     size = dataset.open_dataset(target).manifest.vocab_size
     err = capsys.readouterr().err
-    assert f"BPE: {size} ids, not 50,257: the text has no more pairs to merge" in err
+    assert f"BPE: {size} ids, not 50,257: the text is too short or too uniform" in err
     assert prepare.main([*arguments, "--vocab_size=260", "--overwrite"]) == 0
     assert " ids, not " not in capsys.readouterr().err
 
 
-def test_a_log_shows_how_far_the_training_of_a_bpe_is(texts, target, monkeypatch, capsys):
-    really_train = Tokenizer.train
-
-    def train(texts, vocab_size):
-        [text] = texts
-        time.sleep(0.1)
-        return really_train([text], vocab_size)
-
-    monkeypatch.setattr(Tokenizer, "train", train)
-    monkeypatch.setattr(prepare, "LOG_SECONDS", 0.03)
-    arguments = [f"--sources={texts}", f"--data_dir={target}", "--vocab_size=260"]
-    assert prepare.main(arguments) == 0
-    wanted = r"BPE: merging up to 260 ids, \d+ bytes of text, 0 s\n"
-    assert len(re.findall(wanted, capsys.readouterr().err)) > 1
-
-
 def test_long_runs_take_seconds_in_files_and_in_records(tmp_path, target):
-    """They would take hours as one word."""
+    """As one word each, they would take from minutes to hours."""
     signs = (" ", "\n", "\0", "a", "\u0301", "👩\u200d", "7")
     runs = ["x" + sign * 300_000 + "y" for sign in signs]
     for number, run in enumerate(runs):

@@ -1,11 +1,10 @@
 """
 Where a text may be cut: at borders, which never change its ids, and within very long runs.
 
-Long texts are read, sampled and encoded in pieces. Between two borders a tokenizer has at most a
-few words to split, but in a million blanks, equal letters or zeros there is no border at all, and
-BPE takes minutes or fails on a single word of that length. A run of more than LONGEST_RUN
-characters between two borders is therefore cut at every multiple of LONGEST_RUN, in training and
-in encoding, by whoever encodes: the ids depend on the text alone.
+Long texts are read, sampled and encoded in pieces. Ordinary text has a border every few characters.
+A million blanks, equal letters or zeros have none: they are a single word, for which BPE takes
+minutes or fails. So a run of more than LONGEST_RUN characters between two borders is cut at every
+multiple of LONGEST_RUN, both in training and in encoding: the ids depend on the text alone.
 """
 
 import re

@@ -107,11 +107,12 @@ def impatient(hubs: list[HubDataset]) -> Iterator[None]:
     if not hubs:
         yield
         return
-    import datasets  # not at the top: it takes a second
-    from huggingface_hub import constants
+    from huggingface_hub import constants  # not at the top, as datasets, which takes a second
 
     if not constants.HF_HUB_OFFLINE and not all(Path(hub.path).is_dir() for hub in hubs):
         require_answer(constants.ENDPOINT)
+    import datasets
+
     names = ("STREAMING_OPEN_MAX_RETRIES", "STREAMING_READ_MAX_RETRIES")
     usual = {name: getattr(datasets.config, name) for name in names}
     try:

@@ -5,7 +5,7 @@ import threading
 import urllib.error
 import urllib.request
 
-SECONDS = 8.0  # for an answer of any kind
+SECONDS = 6.0  # for an answer of any kind
 
 
 def require_answer(url: str) -> None:

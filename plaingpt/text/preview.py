@@ -11,6 +11,7 @@ from plaingpt.text.documents import Bad, Reading, Stream, read_record
 from plaingpt.text.sources import Position
 from plaingpt.text.templates import FIELDS, fits
 from plaingpt.text.text_files import TextFile
+from plaingpt.wording import shorten
 
 LOOK = 1000  # bad records that are passed over in search of a good one
 
@@ -26,7 +27,7 @@ def look_at(stream: Stream, reading: Reading, data_dir: str) -> None:
         Position(), FIELDS.get(reading.template, (reading.text_field,))
     ):
         if isinstance(item, TextFile):
-            if any(piece.strip() for piece in item.pieces()):
+            if any(block.strip() for block in item.blocks()):
                 return
             kind = "is all white space"
             continue
@@ -59,8 +60,8 @@ def has_fields(record: dict[str, Any], reading: Reading) -> bool:
 
 def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:
     """The fields of a record, and how to make text of them."""
-    names = ", ".join(map(repr, list(record)[:12])) or "none"
-    said = f" (its fields: {names[:200]})"
+    names = ", ".join(map(repr, record)) or "none"
+    said = f" (its fields: {shorten(names, 200)})"
     texts = [name for name, value in record.items() if isinstance(value, str)]
     texts = ["text"] if "text" in texts else texts
     if fitting := [f"--template={name}" for name in FIELDS if fits(name, record)]:

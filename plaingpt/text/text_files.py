@@ -37,9 +37,14 @@ class TextFile:
     def pieces(self) -> Iterator[str]:
         """The text in pieces of about BLOCK characters, whose ids join to those of the whole.
 
-        Raises UserError for bytes that are not UTF-8 (in a .py file: not what it declares).
+        Raises UserError as `blocks`.
         """
-        return cutting.in_pieces(clipped(read_text(self.path), self.start, self.stop))
+        return cutting.in_pieces(self.blocks())
+
+    def blocks(self) -> Iterator[str]:
+        """The text as it is read, cut anywhere. Raises UserError for a file that is not UTF-8 (a
+        .py file: not what it declares)."""
+        return clipped(read_text(self.path), self.start, self.stop)
 
 
 def suffix(path: str) -> str:
@@ -114,9 +119,12 @@ def read_text(path: str) -> Iterator[str]:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
+                advice = "convert it, as with iconv -f latin1 -t utf-8"
+                if b"\0" in error.object:
+                    advice = "it seems to be a binary file"
                 raise UserError(
                     f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at "
-                    f"{done - before + error.start:,}; convert it, as with iconv -t utf-8"
+                    f"{done - before + error.start:,}; {advice}"
                 ) from None
             done += len(block)
             if text:

@@ -2,7 +2,8 @@
 Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or plain bytes.
 
 Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
-`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids.
+`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids (but
+for runs of thousands of characters without a border, which are cut here: see cutting.py).
 Ids are 0–255 for single bytes, then the merges in the order they were learned, then
 `<|endoftext|>`, which separates documents. Text never encodes to that id: where a document spells
 out `<|endoftext|>`, it gets the ids of the letters.
@@ -10,19 +11,17 @@ out `<|endoftext|>`, it gets the ids of the letters.
 
 import codecs
 import hashlib
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from configurator import UserError
+from plaingpt.text.bpe import merges_of, single_bytes, train_ranks
 from plaingpt.text.cutting import cut_runs
 from plaingpt.text.network import require_answer
 from plaingpt.text.tokenizer_json import (
@@ -31,7 +30,6 @@ from plaingpt.text.tokenizer_json import (
     ChatTemplate,
     Vocabulary,
     read_vocabulary,
-    unspell,
     write_vocabulary,
 )
 
@@ -186,42 +184,3 @@ def is_cached(url: str) -> bool:
     folder = next((os.environ[name] for name in names if name in os.environ), default)
     name = hashlib.sha1(url.encode()).hexdigest()
     return "gpt2" in tiktoken.registry.ENCODINGS or (Path(folder) / name).exists()
-
-
-def single_bytes() -> dict[bytes, int]:
-    return {bytes([byte]): byte for byte in range(256)}
-
-
-def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """The 256 bytes, then the tokens that BPE merges in `texts`: at most `size` in all."""
-    import tokenizers  # not at the top: only this function needs its 50 ms
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
-    )
-    backend.train_from_iterator((piece for text in texts for piece in cut_runs(text)), trainer)
-    ranks = single_bytes()
-    for a, b in json.loads(backend.to_str())["model"]["merges"]:
-        ranks.setdefault(unspell(a) + unspell(b), len(ranks))
-    return ranks
-
-
-def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token longer than a byte was merged from, in order."""
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            parts = [token[at : at + 1] for at in range(len(token))]
-            while len(parts) > 2:  # BPE with the merges learned before this one, all of a kind
-                first = min(ranks.get(a + b, rank) for a, b in pairwise(parts))
-                assert first < rank, f"token {rank} is not a merge of earlier tokens"
-                joined = parts[:1]
-                for part in parts[1:]:
-                    if ranks.get(joined[-1] + part) == first:
-                        joined[-1] += part
-                    else:
-                        joined.append(part)
-                parts = joined
-            yield parts[0], parts[1]

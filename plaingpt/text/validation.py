@@ -74,10 +74,10 @@ class Validation:
 def place_to_cut(file: TextFile, fraction: float) -> int:
     """The character after the last line end before `1 - fraction` of a text, or exactly that place
     where the lines are too long for it."""
-    target = round(sum(map(len, file.pieces())) * (1 - fraction))
+    target = round(sum(map(len, file.blocks())) * (1 - fraction))
     cut = at = 0
-    for piece in file.pieces():
-        newline = piece.rfind("\n", 0, max(0, target - at))
+    for block in file.blocks():
+        newline = block.rfind("\n", 0, max(0, target - at))
         cut = at + newline + 1 if newline >= 0 else cut
-        at += len(piece)
+        at += len(block)
     return cut if at - cut <= 2 * (at - target) else target

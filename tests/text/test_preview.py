@@ -110,6 +110,10 @@ FOREIGN = {
     "paper.txt": (b"%PDF-1.7\n%\xe2\xe3", "not text, but a PDF: extract its text"),
     "picture.txt": (b"\x89PNG\r\n\x1a\n", "not text, but an image"),
     "packed.txt": (b"\x1f\x8b\x08\x00", "not text, but compressed: its name must end with .gz"),
+    "program.txt": (
+        b"\x7fELF\2\1\0\0\xff",
+        "is not UTF-8: byte 0xff at 8; it seems to be a binary file",
+    ),
     "latin.txt": ("café".encode("latin-1"), "is not UTF-8: byte 0xe9 at 3; convert it"),
     "plain.txt.gz": (b"just text", "is damaged, or not compressed as its name says"),
     "plain.jsonl.gz": (b'{"text": "x"}', "is damaged, or not compressed as its name says"),

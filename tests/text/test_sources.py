@@ -364,7 +364,7 @@ def test_a_hub_that_does_not_answer_is_said_at_once(silent_server, monkeypatch, 
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", silent_server)
-    assert network.SECONDS < 10
+    assert network.SECONDS < 8
     monkeypatch.setattr(network, "SECONDS", 0.2)
     began = time.monotonic()
     wanted = ["--sources=hf:own/er", f"--data_dir={tmp_path}/data", "--tokenizer=bytes"]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from configurator import UserError
+from plaingpt.text import bpe as bpe_module
 from plaingpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 # The names under which tiktoken keeps vocab.bpe and encoder.json: the sha1 of their addresses.
@@ -193,6 +195,28 @@ def test_little_text_gives_a_smaller_vocabulary():
     assert tokenizer.encode("abab") == [tokenizer.eot_id - 1]
     assert tokenizer.encode("ba") == [98, 97]
     assert Tokenizer.train([], 1000).vocab_size == 257
+
+
+def test_a_log_shows_how_far_training_is(tiny_text, monkeypatch, capsys):
+    def texts():
+        yield tiny_text
+        time.sleep(0.1)
+
+    monkeypatch.setattr(bpe_module, "LOG_SECONDS", 0.01)
+    Tokenizer.train(texts(), 5000)
+    err = capsys.readouterr().err
+    size = len(tiny_text.encode()) / 1000
+    assert f"BPE: reading, {size:.3g} kB of text, 0 s\n" in err
+    assert f"BPE: merging up to 4,999 tokens, {size:.3g} kB of text, " in err
+
+
+def test_an_error_in_the_text_stops_training():
+    def texts():
+        yield "some text"
+        raise UserError("the text has gone")
+
+    with pytest.raises(UserError, match="the text has gone"):
+        Tokenizer.train(texts(), 300)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 0, -1, 65537])

@@ -1,0 +1,73 @@
+"""Byte pair encoding: learning the merges of a text, and telling them from their tokens."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
+
+from plaingpt.text.cutting import cut_runs
+from plaingpt.text.tokenizer_json import unspell
+from plaingpt.wording import byte_size
+
+LOG_SECONDS = 5.0  # between two lines of a log while merges are learned
+
+
+def single_bytes() -> dict[bytes, int]:
+    return {bytes([byte]): byte for byte in range(256)}
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """The 256 bytes, then the tokens that BPE merges in `texts`: at most `size` in all.
+
+    Takes up to a minute for 50 MB; a terminal shows the library's own bars meanwhile, a log gets a
+    line every LOG_SECONDS.
+    """
+    import tokenizers  # not at the top: only this function needs its 50 ms
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    read, phase, began = 0, "reading", time.monotonic()
+
+    def pieces() -> Iterator[str]:
+        nonlocal read, phase
+        for text in texts:
+            read += len(text.encode())
+            yield from cut_runs(text)
+        phase = f"merging up to {size:,} tokens"
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(backend.train_from_iterator, pieces(), trainer)
+        while wait([training], timeout=LOG_SECONDS).not_done:
+            if not sys.stderr.isatty():
+                seconds = time.monotonic() - began
+                print(f"BPE: {phase}, {byte_size(read)} of text, {seconds:.0f} s", file=sys.stderr)
+    training.result()
+    ranks = single_bytes()
+    for a, b in json.loads(backend.to_str())["model"]["merges"]:
+        ranks.setdefault(unspell(a) + unspell(b), len(ranks))
+    return ranks
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token longer than a byte was merged from, in order."""
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            parts = [token[at : at + 1] for at in range(len(token))]
+            while len(parts) > 2:  # BPE with the merges learned before this one, all of a kind
+                first = min(ranks.get(a + b, rank) for a, b in pairwise(parts))
+                assert first < rank, f"token {rank} is not a merge of earlier tokens"
+                joined = parts[:1]
+                for part in parts[1:]:
+                    if ranks.get(joined[-1] + part) == first:
+                        joined[-1] += part
+                    else:
+                        joined.append(part)
+                parts = joined
+            yield parts[0], parts[1]
