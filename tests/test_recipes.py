@@ -155,8 +155,9 @@ def test_a_recipe_prepares_its_dataset(recipe, tmp_path, monkeypatch, capsys):
     if repository:
         documents = make(tmp_path / repository)
     else:
-        for name in ("input.txt", "train.txt", "val.txt"):
-            (tmp_path / name).write_text("".join(f"ROMEO:\nLine {i}.\n" for i in range(50)))
+        for name, lines in (("input", 50), ("train", 45), ("val", 9)):
+            text = "".join(f"ROMEO:\nLine {i}.\n" for i in range(lines))
+            (tmp_path / f"{name}.txt").write_text(text)
         documents = 2  # the two parts of the file, or two files
     assert prepare.main([str(REPO / "config" / recipe), "--tokenizer=bytes", "--workers=1"]) == 0
     [folder] = (tmp_path / "data").iterdir()
