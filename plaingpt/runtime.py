@@ -174,19 +174,20 @@ def stop_signals() -> Iterator[list[str]]:
     def watch() -> None:
         first = 0.0
         while number := reader.recv(1):  # empty once the other end is closed
-            name = signal.Signals(number[0]).name
+            if number[0] not in handlers:
+                continue
             if not received:
                 first = time.monotonic()
-                received.append(name)
-                print(f"{name}: finishing and stopping; again: at once", file=sys.stderr)
+                received.append(signal.Signals(number[0]).name)
+                print(f"{received[0]}: stopping soon; a second one ends at once", file=sys.stderr)
             elif time.monotonic() - first > ECHO_S:
                 os._exit(128 + number[0])
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield received
     finally:

@@ -10,7 +10,7 @@ from plaingpt.cpu import BLOCK, LONGEST
 from plaingpt.training.plan import Plan, divisors
 
 PROCESS = 0.3 * 2**30  # bytes of Python, PyTorch and Matplotlib
-MARGIN = 1.5  # no measured run needed less than the estimate by more (docs/benchmarks.md)
+MARGIN = 1.5  # no measured run took less than two thirds of its estimate (docs/benchmarks.md)
 
 
 def check_fits(plan: Plan) -> None:

@@ -45,3 +45,9 @@ class Every:
     def due(self, step: int) -> bool:
         """Whether it is due after `step` steps."""
         return step == self.last or (self.steps > 0 and step % self.steps == 0)
+
+    def count(self, after: int, until: int) -> int:
+        """How often it is due after more than `after` and up to `until` steps."""
+        regular = until // self.steps - after // self.steps if self.steps else 0
+        extra = self.last is not None and after < self.last <= until
+        return max(0, regular) + (extra and not (self.steps and self.last % self.steps == 0))

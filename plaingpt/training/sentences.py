@@ -75,9 +75,8 @@ def time_sentence(plan: Plan, step_s: float, how: str) -> str:
 
     Evaluating a token takes a third of the time of training on it: there is no backward pass.
     """
-    left = range(plan.done + 1, plan.max_steps + 1)
-    evaluations = sum(map(plan.evaluation.due, left))
-    evaluated = evaluations * plan.eval_tokens / plan.tokens_per_step / 3
-    total = duration(step_s * (len(left) + evaluated))
+    left = max(0, plan.max_steps - plan.done)
+    evaluations = plan.evaluation.count(plan.done, plan.max_steps)
+    total = duration(step_s * (left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3))
     step = f"{1000 * step_s:,.0f} ms" if step_s < 10 else f"{step_s:,.0f} s"
     return f"Time: about {total}, {step} per step, {how}."
