@@ -48,6 +48,7 @@ class Every:
 
     def count(self, after: int, until: int) -> int:
         """How often it is due after more than `after` and up to `until` steps."""
-        regular = until // self.steps - after // self.steps if self.steps else 0
-        extra = self.last is not None and after < self.last <= until
-        return max(0, regular) + (extra and not (self.steps and self.last % self.steps == 0))
+        regular = max(0, until // self.steps - after // self.steps) if self.steps else 0
+        if self.last is None or not after < self.last <= until:
+            return regular
+        return regular + (not self.steps or self.last % self.steps > 0)
