@@ -4,6 +4,7 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py                                            # laptop: the defaults
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
     python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
+    python train.py config/gpt2_124m.py --plan_for=8xH100      # the same for other devices
     python train.py --init_from=resume                         # continue from the newest checkpoint
     python train.py config/finetune_instruct.py --lora_rank=16  # train adapters, not the weights
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
@@ -43,9 +44,8 @@ class TrainConfig:
     data_dir: Folder = "data/stdlib"  # what prepare.py wrote
     out_dir: Folder = "out/stdlib"  # checkpoints, metrics.jsonl and loss.png go here
     overwrite: bool = False  # start over in an out_dir that already has checkpoints
-    init_from: PathName = (
-        "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a checkpoint folder
-    )
+    init_from: PathName = "scratch"  # scratch, resume, gpt2…gpt2-xl, hf:OWNER/NAME, a folder
+    resume: bool = False  # with init_from=FOLDER: continue its run exactly, from its step
     # the model; init_from=FOLDER takes its shape from there
     n_layer: PositiveInt = 3  # blocks
     n_head: PositiveInt = 2  # attention heads per block
@@ -86,7 +86,8 @@ class TrainConfig:
     save_interval: PositiveInt | None = None  # steps between checkpoints; None: at evaluations
     keep_checkpoints: PositiveInt = 3  # how many of the newest to keep, besides the best
     tracker: Literal["wandb", "trackio"] | None = None  # where else to send the metrics
-    plan: bool = False  # print what would be done, and stop
+    plan: bool = False  # print what would be done and how long it takes here, and stop
+    plan_for: str | None = None  # the same for known GPUs, such as 8xH100
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
@@ -106,23 +107,33 @@ from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import open_dataset
+from plaingpt.text.recipe import command_for
 from plaingpt.training import optim, parallel
-from plaingpt.training.batches import Batch, Batches, Data, open_data
+from plaingpt.training.batches import Batch, Data, open_data
+from plaingpt.training.devices import Device, device_of, planned_devices
 from plaingpt.training.evaluation import bits_per_byte, print_sample, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
-from plaingpt.training.optim import OptimizerConfig
-from plaingpt.training.plan import Plan, micro_batch_size, sentences, sizes_of
-from plaingpt.training.run_folder import RunLog, begin_run, claimed, describe_start
-from plaingpt.training.schedule import Every, LearningRate
+from plaingpt.training.memory import check_fits
+from plaingpt.training.plan import Plan, make_plan, micro_batch_size
+from plaingpt.training.run_folder import (
+    RunLog,
+    begin_run,
+    check_out_dir,
+    claimed,
+    describe_start,
+)
+from plaingpt.training.sentences import sentences, time_sentence
 from plaingpt.training.start import (
     SHAPE,
-    Start,
+    load_weights,
     open_start,
-    planned_start,
+    resumed_folder,
+    resumes,
     saved_settings,
     shape_of,
 )
 from plaingpt.training.state import TrainState, make_state, write_checkpoint
+from plaingpt.training.timing import nominal_seconds, step_seconds
 
 MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
 
@@ -135,113 +146,119 @@ def train(cfg: TrainConfig) -> Record:
     if a checkpoint cannot be written.
     """
     check_settings(cfg)
-    rt = runtime.start(cfg.device, cfg.dtype)
+    with runtime.stop_signals() as stop:
+        if cfg.plan_for:
+            rt, device = planned_devices(cfg.plan_for, cfg.dtype)
+            return begin(replace(cfg, plan=True), rt, device)
+        rt = runtime.start(cfg.device, cfg.dtype, stop)
+        with contextlib.nullcontext() if cfg.plan else claimed(Path(cfg.out_dir), rt):
+            return begin(cfg, rt, device_of(rt.device))
+
+
+def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
+    """All that comes before the first step, then `run`; or only the plan."""
     if cfg.fsdp and rt.dtype == torch.float16:
         raise UserError("--fsdp does not combine with float16: use --dtype=bfloat16 or float32")
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, rt.world_size)
-    if cfg.plan and cfg.init_from == "scratch" and not Path(cfg.data_dir).is_dir():
-        print(f"{cfg.data_dir} does not exist yet; assuming GPT-2's vocabulary of 50,257 ids.")
-        start = planned_start(asdict(cfg), vocab_size=50257)
-        print("\n".join(sentences(make_plan(cfg, start, None, micro, rt))))
-        return {}
-
-    with contextlib.nullcontext() if cfg.plan else claimed(Path(cfg.out_dir), rt):
-        return begin(cfg, micro, rt)
-
-
-def begin(cfg: TrainConfig, micro: int, rt: Runtime) -> Record:
-    """Open what the run starts from, say what it will do, and do it."""
-    # what the run starts from: fresh weights, a checkpoint, or its own newest one
-    out_dir = Path(cfg.out_dir)
     given = asdict(cfg)
-    history = folders.read_starts(out_dir)
-    same_run = runtime.restartable() and bool(history) and history[-1].settings == given
-    if same_run and folders.step_folders(out_dir):
-        print(f"{out_dir} already holds this run: resuming it")
-        cfg = replace(cfg, init_from="resume")
-        saved = settings_so_far(cfg)  # a run that began with a checkpoint was never given its shape
-        cfg = replace(cfg, **{name: saved[name] for name in (*SHAPE, "vocab_multiple")})
-    dataset = open_dataset(cfg.data_dir)
+    cfg, same_run = restarted(cfg, given)
+
+    # what the run starts from: fresh weights, a checkpoint, or its own newest one
+    out_dir, dataset = Path(cfg.out_dir), None
+    if cfg.plan and not Path(cfg.data_dir).exists():
+        print(f"{cfg.data_dir} does not exist yet; {command_for(Path(cfg.data_dir))} makes it.")
+        if cfg.epochs and not cfg.max_steps:
+            print("Until then --epochs cannot be turned into steps: 1,500 are assumed.")
+    else:
+        dataset = open_dataset(cfg.data_dir)
     start = open_start(asdict(cfg), asdict(TrainConfig()), dataset)
-    cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
+    check_out_dir(out_dir, start.step)
 
     # what it will do
-    block_size = start.model.config.block_size
-    data = open_data(dataset, cfg.batch_size, block_size, cfg.seed, cfg.stride or block_size)
-    plan = make_plan(cfg, start, data.batches, micro, rt)
+    data = None
+    if dataset:
+        length = start.model.config.block_size
+        data = open_data(dataset, cfg.batch_size, length, cfg.seed, cfg.stride or length)
+    plan = make_plan(asdict(cfg), start, data, micro, rt, device)
     print("\n".join(sentences(plan)))
-    if cfg.plan:
+    if not dataset or not data or cfg.plan:
+        here = None if cfg.plan_for else step_seconds(start, plan, rt, optimizer_step)
+        print(time_sentence(plan, *(here or nominal_seconds(plan))))
         return {}
     if start.step >= plan.max_steps:
-        done = f"{out_dir} has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
+        done = f"has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
         if not same_run:
-            larger = "--max_steps" if cfg.epochs is None else "--epochs (and --max_steps, if given)"
-            raise UserError(f"{done}; a larger {larger} continues it")
-        print(done)
+            larger = "--max_steps" if not cfg.epochs else "--epochs (and --max_steps, if given)"
+            raise UserError(f"{start.source} {done}; a larger {larger} continues it")
+        print(out_dir, done)
         return {}
     if not rt.all_equal(start.step):
         raise UserError(f"the processes do not see the same checkpoints in {out_dir}")
+    check_fits(plan)
 
     # do it
+    start = load_weights(start, asdict(cfg))
+    cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
     state = make_state(start, dataset.tokenizer, plan, rt)
-    log = RunLog(out_dir)  # writes nothing; the main process replaces it
+    log = None
     if rt.is_main:
-        if start.adapter and start.source and start.step == 0 and not folders.on_hub(cfg.init_from):
-            adapters.keep_base(start.source, out_dir)
+        if start.base:
+            adapters.keep_base(start.base, out_dir)
         now = describe_start(given, rt, start.step, dataset.fingerprint)
-        history = (*history, now) if start.step else (now,)
-        log = begin_run(out_dir, history, cfg.tracker, dataset.statistics)
+        log = begin_run(out_dir, now, start.source, cfg.tracker, dataset.statistics)
     return run(cfg, state, plan, data, log, rt)
 
 
 def run(
-    cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, log: RunLog, rt: Runtime
+    cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, log: RunLog | None, rt: Runtime
 ) -> Record:
     """The training loop: from state.step to plan.max_steps, or until a signal."""
     record: Record = {}
     if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
-        log.add({"step": 0, **evaluate(cfg, state, plan, data, rt)})
+        record = {"step": 0, **evaluate(cfg, state, plan, data, rt)}
+        if log and "val_loss" in record:
+            log.add(record)
     clock = Clock(plan.max_steps - state.step)
-    with runtime.stop_signals() as stop:
-        coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
-        while state.step < plan.max_steps:
-            # the step
-            clock.start()
-            rt.seed_step(cfg.seed, state.step)
-            lr = plan.learning_rate.at(state.step)
-            loss, norm = optimizer_step(state, next(coming), lr, plan, rt)
-            clock.stop()
-            state.count(math.isfinite(loss + norm))
-            step = state.step
-            stopping = rt.any(bool(stop))  # read once per step: a signal may arrive at any time
-            if state.skipped_in_a_row:
-                report_skipped(state, loss, norm)
+    coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
+    stopping = rt.stopping()
+    while state.step < plan.max_steps and not stopping:
+        # the step
+        clock.start()
+        rt.seed_step(cfg.seed, state.step)
+        lr = plan.learning_rate.at(state.step)
+        loss, norm = optimizer_step(state, next(coming), lr, plan, rt)
+        clock.stop()
+        state.count(math.isfinite(loss + norm))
+        step = state.step
+        stopping = rt.stopping()  # asked once per step: a signal may arrive at any time
+        if state.skipped_in_a_row:
+            report_skipped(cfg, state, loss, norm)
 
-            # the metrics
-            evaluating = plan.evaluation.due(step)
-            if evaluating or plan.logging.due(step):
-                record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-                record |= throughput(state, plan, clock.read(), rt)
-                print(console_line(record, plan.max_steps))
-                if evaluating:
-                    record |= evaluate(cfg, state, plan, data, rt)
+        # the metrics
+        evaluating = plan.evaluation.due(step)
+        if evaluating or plan.logging.due(step):
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            record |= throughput(state, plan, clock.read(), rt)
+            print(console_line(record, plan.max_steps))
+            if evaluating:
+                record |= evaluate(cfg, state, plan, data, rt)
+            if log:
                 log.add(record)
 
-            # periodic work: a sample, unless the model is broken, and a checkpoint
-            sound = not state.skipped_in_a_row
-            if evaluating:
-                sound = sound and math.isfinite(record["val_loss"])
-            if sound and plan.sampling.due(step):
-                print_sample(state.model, state.tokenizer, cfg.seed, rt)
-            if stopping or plan.saving.due(step):
-                losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
-                save(cfg, state, losses, data, rt)
-            if stopping:
-                again = f"python train.py --init_from=resume --out_dir={cfg.out_dir}"
-                name = stop[0] if stop else "a signal"
-                print(f"stopped by {name}; {again} continues from step {step}")
-                break
-    log.finish()
+        # periodic work: a sample, unless the model is broken, and a checkpoint
+        sound = not state.skipped_in_a_row
+        if evaluating:
+            sound = sound and math.isfinite(record["val_loss"])
+        if sound and plan.sampling.due(step):
+            print_sample(state.model, state.tokenizer, cfg.seed, rt)
+        if stopping or plan.saving.due(step):
+            losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
+            save(cfg, state, losses, data, rt)
+    if stopping:
+        name = rt.stop[0] if rt.stop else "a signal"
+        print(f"stopped by {name}; {how_to_go_on(cfg.out_dir)}")
+    if log:
+        log.finish()
     return record
 
 
@@ -256,67 +273,38 @@ def check_settings(cfg: TrainConfig) -> None:
         problems.append("lora_targets is empty")
     if cfg.lora_rank and cfg.init_from == "scratch":
         problems.append("lora_rank needs init_from: adapters are added to an existing model")
+    if cfg.resume and cfg.init_from == "scratch":
+        problems.append("resume needs init_from: the checkpoint to continue from")
+    if cfg.resume and cfg.overwrite:
+        problems.append("resume does not combine with overwrite: it deletes nothing")
+    if Path(cfg.init_from).is_file():
+        problems.append(f"init_from={cfg.init_from} is a file, not a folder")
     if cfg.overwrite and runtime.restartable():
         problems.append(f"--overwrite does not combine with --max-restarts: remove {cfg.out_dir}")
     configurator.validate(cfg, problems)
 
 
 def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
-    """With --init_from=resume, the settings of that run, as defaults for this one."""
-    if cfg.init_from != "resume":
+    """For a run that goes on, the settings it had, as defaults for this one."""
+    if not resumes(asdict(cfg)):
         return {}
-    state = folders.read_state(folders.find(cfg.out_dir))
-    settings = saved_settings(state, asdict(TrainConfig()))
-    own = {"init_from", "out_dir", "overwrite", "plan"}
+    folder = resumed_folder(asdict(cfg))
+    settings = saved_settings(folders.read_state(folder), asdict(TrainConfig()))
+    own = {"init_from", "resume", "overwrite", "plan", "plan_for"}
+    settings |= {"out_dir": str(folder.parent)}
     return {name: value for name, value in settings.items() if name not in own}
 
 
-def make_plan(
-    cfg: TrainConfig, start: Start, batches: Batches | None, micro: int, rt: Runtime
-) -> Plan:
-    """The run that the settings ask for, with every None resolved."""
-    config = start.model.config
-    steps = [cfg.max_steps] if cfg.max_steps else []
-    if cfg.epochs is not None and batches:
-        steps.append(max(1, math.ceil(cfg.epochs * batches.windows / cfg.batch_size)))
-    max_steps = min(steps, default=1500)
-    tokens = max_steps * cfg.batch_size * config.block_size
-    evaluation = Every(cfg.eval_interval, last=max_steps)
-    return Plan(
-        config=config,
-        sizes=sizes_of(start.model),
-        lora=start.adapter.config if start.adapter else None,
-        device=rt.device,
-        dtype=rt.dtype,
-        world_size=rt.world_size,
-        fsdp=cfg.fsdp,
-        activation_checkpointing=cfg.activation_checkpointing,
-        compile=cfg.compile,
-        batch_size=cfg.batch_size,
-        micro_batch_size=micro,
-        optimizer=OptimizerConfig(
-            cfg.optimizer,
-            weight_decay=cfg.weight_decay,
-            betas=(cfg.beta1, cfg.beta2),
-            momentum=cfg.momentum,
-            embedding_lr_scale=cfg.embedding_lr_scale,
-        ),
-        grad_clip=cfg.grad_clip or math.inf,
-        max_steps=max_steps,
-        epochs=tokens / (batches.windows * batches.stride) if batches else 0.0,
-        learning_rate=LearningRate(
-            max_steps,
-            peak=cfg.learning_rate,
-            min_lr=cfg.min_lr,
-            warmup_steps=cfg.warmup_steps,
-            schedule=cfg.schedule,
-            decay_fraction=cfg.decay_fraction,
-        ),
-        evaluation=evaluation,
-        sampling=evaluation if cfg.sample_interval is None else Every(cfg.sample_interval),
-        saving=Every(cfg.save_interval or cfg.eval_interval, last=max_steps),
-        logging=Every(cfg.log_interval),
-    )
+def restarted(cfg: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, bool]:
+    """Under --max-restarts, whether out_dir holds this very run; the settings then resume it."""
+    history = folders.read_starts(Path(cfg.out_dir)) if runtime.restartable() else ()
+    same_run = bool(history) and history[-1].settings == given
+    if same_run and folders.step_folders(cfg.out_dir):
+        print(f"{cfg.out_dir} already holds this run: resuming it")
+        cfg = replace(cfg, init_from="resume", resume=False)
+        saved = settings_so_far(cfg)  # a run that began with a checkpoint was never given its shape
+        cfg = replace(cfg, **{name: saved[name] for name in (*SHAPE, "vocab_multiple")})
+    return cfg, same_run
 
 
 # --- the step, and periodic work
@@ -360,20 +348,32 @@ def optimizer_step(
     return mean_loss, norm
 
 
-def report_skipped(state: TrainState, loss: float, norm: float) -> None:
+def report_skipped(cfg: TrainConfig, state: TrainState, loss: float, norm: float) -> None:
     """Raises UserError if too many steps in a row were skipped."""
     print(f"step {state.step}: skipped: its loss ({loss}) or gradient ({norm}) is not finite")
     if state.skipped_in_a_row == MAX_BAD_STEPS:
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row were not finite: lower --learning_rate, raise "
-            "--warmup_steps or try --dtype=float32, and continue with --init_from=resume"
+            f"--warmup_steps or try --dtype=float32; {how_to_go_on(cfg.out_dir)}"
         )
 
 
+def how_to_go_on(out_dir: str) -> str:
+    saved = folders.step_folders(out_dir)
+    if not saved:
+        return "nothing has been saved"
+    step = int(saved[-1].name.removeprefix("step_"))
+    return f"python train.py --init_from=resume --out_dir={out_dir} continues from step {step}"
+
+
 def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:
-    """Print and return the validation loss: `val_loss` and, if known, `val_bpb`."""
+    """Print and return the validation loss: `val_loss` and, if known, `val_bpb`; {} if a signal
+    ends it before the first step."""
     micro, split = plan.micro_batch_size, data.held_out
-    loss, _ = validation_loss(state.model, split, cfg.eval_tokens, micro, rt)
+    first = state.step == 0
+    loss, counted = validation_loss(state.model, split, cfg.eval_tokens, micro, rt, first)
+    if first and not counted:
+        return {}
     measured = {"val_loss": loss}
     text = f"step {state.step}: validation loss {loss:.4f} nats per token"
     if bytes_per_token := data.dataset.bytes_per_token(split):
@@ -391,14 +391,12 @@ def save(cfg: TrainConfig, state: TrainState, losses: Record, data: Data, rt: Ru
         "settings": asdict(cfg),
     }
     write_checkpoint(state, Path(cfg.out_dir), about, rt)
-    if rt.is_main:
+    if rt.is_main and not state.skipped_in_a_row:  # older ones may be needed to avoid its cause
         folders.prune(Path(cfg.out_dir), cfg.keep_checkpoints)
 
 
 def main(argv: list[str] | None = None) -> int:
-    quiet = (
-        os.environ.get("RANK", "0") != "0"
-    )  # only the main process prints, but all report errors
+    quiet = os.environ.get("RANK", "0") != "0"  # only the main process prints; all report errors
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere if quiet else sys.stdout),

@@ -1,8 +1,7 @@
 """
 Continue pretraining GPT-2 on one text: tiny Shakespeare.
 
-    python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=gpt2 \
-        --data_dir=data/shakespeare_gpt2
+    python prepare.py config/data_shakespeare_gpt2.py
     python train.py config/finetune_shakespeare.py
     python sample.py --checkpoint=out/shakespeare_gpt2 --start "ROMEO:"
 

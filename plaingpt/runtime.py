@@ -8,11 +8,13 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from model import GPT
 from plaingpt import cpu
 from plaingpt.wording import quantity
 
+ECHO_S = 2.0
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -35,6 +39,7 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    stop: list[str] = field(default_factory=list, compare=False)  # signals that ask to stop
 
     @property
     def is_main(self) -> bool:
@@ -59,6 +64,10 @@ class Runtime:
         """Whether all processes have the same value."""
         return not self.any(self.sum(torch.tensor(float(value))).item() != value * self.world_size)
 
+    def stopping(self) -> bool:
+        """Whether any process has been asked to stop; all get the same answer."""
+        return self.any(bool(self.stop))
+
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -77,8 +86,9 @@ class Runtime:
         torch.manual_seed(int(mixed[0]))
 
 
-def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
+def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = None) -> Runtime:
     """Choose this process's device and dtype, and join the other processes that torchrun started.
+    `stop` is from stop_signals.
 
     "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
@@ -96,6 +106,7 @@ def start(device: str = "auto", dtype: DType = "auto") -> Runtime:
         best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
         rank=int(os.environ.get("RANK", 0)),
         world_size=world_size,
+        stop=[] if stop is None else stop,
     )
 
 
@@ -147,28 +158,45 @@ def leave() -> None:
 def stop_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT and SIGTERM append their names instead of ending the process.
 
-    A second SIGINT has its usual effect; a second SIGTERM has none, as schedulers and torchrun may
-    both send one. Outside the main thread, which alone can handle signals, the list stays empty.
+    A second signal ends it at once. What arrives within ECHO_S of the first is the same request:
+    a terminal and torchrun, or a scheduler and torchrun, may both pass one on. A thread takes the
+    signals, because Python itself handles them between its instructions only, and a large matrix
+    product is a single one. Outside the main thread, which alone can set handlers, the list stays
+    empty.
     """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-    def stop(number: int, frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        if len(received) == 1:
-            print(f"{received[0]}: finishing this step, then saving", file=sys.stderr)
+    def watch() -> None:
+        first = 0.0
+        while number := reader.recv(1):  # empty once the other end is closed
+            if number[0] not in handlers:
+                continue
+            if not received:
+                first = time.monotonic()
+                received.append(signal.Signals(number[0]).name)
+                print(f"{received[0]}: stopping soon; a second one ends at once", file=sys.stderr)
+            elif time.monotonic() - first > ECHO_S:
+                os._exit(128 + number[0])
 
-    for number in before:
-        signal.signal(number, stop)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield received
     finally:
-        for number in before:
-            signal.signal(number, before[number])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 def versions() -> dict[str, str]:

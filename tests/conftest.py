@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose tim
 
 from plaingpt.text import shards
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import run_folder
+from plaingpt.training import run_folder, timing
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -52,6 +52,12 @@ def no_plots(request, monkeypatch):
     """Runs do not draw loss.png, a sixth of a second each time, but in tests marked `plots`."""
     if not request.node.get_closest_marker("plots"):
         monkeypatch.setattr(run_folder, "plot", lambda records, path: None)
+
+
+@pytest.fixture(autouse=True)
+def a_slow_machine(monkeypatch):
+    """Plans do not measure a matrix product, a second each time."""
+    monkeypatch.setattr(timing, "product_flops", lambda device, dtype: 1e11)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,9 @@ from model import GPT, GPTConfig
 from plaingpt import lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
 from plaingpt.training import optim
-from plaingpt.training.plan import memory_gib
+from plaingpt.training.devices import Device
+from plaingpt.training.memory import memory_gib
+from plaingpt.training.plan import make_plan
 from plaingpt.training.start import Start
 from tools import export
 
@@ -199,7 +201,8 @@ def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     model = store.load_model(base)
     rt, memory = runtime.start("cpu", "float32"), []
     for _ in range(2):
-        plan = train.make_plan(replace(run, optimizer="adamw"), Start(model), None, 1, rt)
+        settings = vars(replace(run, optimizer="adamw"))
+        plan = make_plan(settings, Start(model), None, 4, rt, Device("cpu", "cpu"))
         memory.append(memory_gib(plan) * 2**30)
         lora.add(model, CONFIG, seed=0) if len(memory) == 1 else None
     params = 34_208  # of each all but the adapters' lose gradient and moments
@@ -208,6 +211,19 @@ def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     flops = [model.config.flops_per_token(frozen) for frozen in (False, True)]
     matrices = 2 * 12 * 32**2 + 257 * 32
     assert flops[0] - flops[1] == 2 * matrices
+
+
+def test_a_run_goes_on_elsewhere_with_its_base(run, tmp_path):
+    train.train(run)
+    other = tmp_path / "other"
+    first = f"--init_from={run.out_dir}/step_000004"
+    assert train.main([first, "--resume", f"--out_dir={other}"]) == 0
+    for read in (lambda at: adapters.read_adapter(at)[1], store.read_optimizer):
+        assert same(read(folders.find(other)), read(folders.find(run.out_dir)))
+    assert records(other) == records(run.out_dir)
+    shutil.rmtree(run.out_dir)
+    store.load_model(other)
+    assert train.main([f"--out_dir={other}", "--init_from=resume", "--max_steps=14"]) == 0
 
 
 def test_merged_by_one_command_it_is_an_ordinary_checkpoint(run, tmp_path, capsys):

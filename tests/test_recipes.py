@@ -144,6 +144,7 @@ LAYOUTS = {
     "data_agentinstruct.py": ("microsoft/orca-agentinstruct-1M-v1", agentinstruct, "Say 203."),
     "data_alpaca.py": ("tatsu-lab/alpaca", many_alpaca, "### Input:\n7\n\n### Response:\n8"),
     "data_shakespeare.py": (None, None, "ROMEO:\nLine 7."),
+    "data_shakespeare_gpt2.py": (None, None, "ROMEO:\nLine 7."),
 }
 
 
@@ -154,8 +155,10 @@ def test_a_recipe_prepares_its_dataset(recipe, tmp_path, monkeypatch, capsys):
     if repository:
         documents = make(tmp_path / repository)
     else:
-        (tmp_path / "input.txt").write_text("".join(f"ROMEO:\nLine {i}.\n" for i in range(50)))
-        documents = 2  # the two parts of the file
+        for name, lines in (("input", 50), ("train", 45), ("val", 9)):
+            text = "".join(f"ROMEO:\nLine {i}.\n" for i in range(lines))
+            (tmp_path / f"{name}.txt").write_text(text)
+        documents = 2  # the two parts of the file, or two files
     assert prepare.main([str(REPO / "config" / recipe), "--tokenizer=bytes", "--workers=1"]) == 0
     [folder] = (tmp_path / "data").iterdir()
     data = dataset.open_dataset(folder)
@@ -178,4 +181,4 @@ def test_a_recipe_says_what_it_costs(recipe):
     header = (REPO / "config" / recipe).read_text(encoding="utf-8").split('"""')[1]
     for word in ("Licence:", "Disk:", "Time:"):
         assert word in header
-    assert "Download:" in header or "input.txt" in header
+    assert "Download:" in header or ".txt" in header

@@ -26,6 +26,8 @@ from plaingpt.checkpoint import folders, hugging_face, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import optim, run_folder, state
+from plaingpt.training.devices import Device
+from plaingpt.training.plan import make_plan
 from plaingpt.training.start import Start, model_config
 from plaingpt.training.state import make_state, maybe_compiled
 
@@ -141,7 +143,7 @@ def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
     for micro in (1, 2, 4):
         plain = replace(cfg, dropout=0.0, grad_clip=0.0)
         model = fresh_model(plain).init_weights(0)
-        plan = train.make_plan(plain, Start(model), None, micro, rt)
+        plan = make_plan(vars(plain), Start(model), None, micro, rt, Device("cpu", "cpu"))
         state = make_state(Start(model), Tokenizer.bytes(), plan, rt)
         state.optimizers = [SGD(model.parameters())]
         loss, _ = train.optimizer_step(state, (x, y, mask), 1.0, plan, rt)
@@ -190,8 +192,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, tmp_path, monkeyp
 
 def test_a_loss_that_stays_not_finite_ends_the_run_with_a_hint(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "optimizer_step", lambda *args: (math.nan, 1.0))
-    with pytest.raises(ValueError, match=r"20 steps in a row .* lower --learning_rate"):
-        train.train(replace(cfg, out_dir=str(tmp_path)))
+    words = r"20 steps in a row .* lower --learning_rate.*"
+    with pytest.raises(ValueError, match=words + "nothing has been saved$"):
+        train.train(replace(cfg, out_dir=str(tmp_path / "unsaved"), save_interval=30))
+    with pytest.raises(ValueError, match=words + "init_from=resume .* continues from step 14$"):
+        train.train(replace(cfg, out_dir=str(tmp_path / "saved")))
+
+
+def test_no_good_checkpoint_is_pruned_while_steps_are_skipped(cfg, tmp_path, monkeypatch):
+    real, calls = train.optimizer_step, []
+
+    def finite_three_times(*args):
+        calls.append(args)
+        return real(*args) if len(calls) <= 3 else (math.nan, 1.0)
+
+    monkeypatch.setattr(train, "optimizer_step", finite_three_times)
+    run = replace(cfg, out_dir=str(tmp_path), save_interval=1, keep_checkpoints=1, max_steps=10)
+    train.train(replace(run, eval_interval=100))
+    names = [folder.name for folder in folders.step_folders(tmp_path)]
+    assert names == [f"step_{step:06d}" for step in range(3, 11)]
 
 
 def test_fp16_scales_the_loss_and_resumes_exactly(cfg, tmp_path):
@@ -354,6 +373,13 @@ def test_a_plan_of_any_size_takes_no_memory(cfg, tmp_path, capsys):
     assert "GiB" in capsys.readouterr().out
 
 
+def test_a_place_where_a_run_cannot_save_is_refused_at_the_start(cfg, tmp_path):
+    (tmp_path / "step_000014").mkdir()
+    with pytest.raises(ValueError, match="step_000014 is in the way of a checkpoint"):
+        train.train(replace(cfg, out_dir=str(tmp_path)))
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_a_run_goes_on_in_another_dtype(cfg, tmp_path):
     for dtype in ("float32", "float16", "bfloat16"):
         steps = len(folders.step_folders(tmp_path)) + 1
@@ -427,6 +453,10 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"init_from": "resume"}, "holds no checkpoint"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
+        ({"init_from": __file__}, "init_from=.*test_train.py is a file, not a folder"),
+        ({"resume": True}, "resume needs init_from"),
+        ({"resume": True, "overwrite": True, "init_from": "x"}, "does not combine with overwrite"),
+        ({"plan_for": "8xH1000"}, "does not name known devices"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, message):
@@ -497,12 +527,41 @@ def test_epochs_set_the_steps(cfg, tmp_path, capsys):
     assert "a larger --epochs (and --max_steps, if given) continues it" in capsys.readouterr().err
 
 
+def test_an_epoch_is_a_pass_over_the_windows_whatever_the_stride(cfg, tmp_path, capsys):
+    for stride in (16, 8, 5):
+        epochs = replace(cfg, epochs=2, max_steps=None, stride=stride, plan=True)
+        train.train(replace(epochs, out_dir=str(tmp_path)))
+        assert re.search(r", 2\.0\d epochs of \d,\d{3} tokens\.", capsys.readouterr().out)
+
+
 def test_the_plan_needs_no_data_and_writes_nothing(cfg, tmp_path, capsys):
     plan = replace(cfg, data_dir=str(tmp_path / "none"), out_dir=str(tmp_path / "out"), plan=True)
     assert train.train(plan) == {}
     out = capsys.readouterr().out
     assert "50,257" in out and "20 steps" in out and "GiB" in out
+    assert "none does not exist yet; python prepare.py --sources=FILES --data_dir=" in out
+    assert "Time: about " in out and "as measured here" in out
+    assert train.train(replace(plan, plan=False, plan_for="8xH100", batch_size=64)) == {}
+    out = capsys.readouterr().out
+    assert "in 8 processes × 1 micro-step" in out and "GiB of the 74 GiB of H100." in out
+    assert "40% of the 989 TFLOP/s of each H100" in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, size", [("gpt2", "124,439,808"), ("gpt2-xl", "1,557,611,200"), ("folder", "34,208")]
+)
+def test_fine_tuning_is_planned_without_data_or_network(cfg, tmp_path, capsys, name, size):
+    """OpenAI's sizes are those of their published checkpoints."""
+    train.train(replace(cfg, out_dir=str(tmp_path / "first"), max_steps=1))
+    where = str(tmp_path / "first") if name == "folder" else name
+    plan = train.TrainConfig(init_from=where, data_dir=str(tmp_path / "none"), epochs=3, plan=True)
+    capsys.readouterr()
+    assert train.train(replace(plan, device="cpu", out_dir=str(tmp_path / "out"))) == {}
+    out = capsys.readouterr().out
+    assert f"Model: {size} parameters" in out and "1,500 are assumed" in out
+    assert train.train(replace(plan, lora_rank=4, device="cpu")) == {}
+    assert "LoRA: " in capsys.readouterr().out
 
 
 def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, capsys):

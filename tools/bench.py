@@ -92,7 +92,7 @@ from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
 from plaingpt.text.documents import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import log, run_folder
+from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity
 
 REPO = Path(__file__).parents[1]
@@ -222,11 +222,11 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
             start = folders.read_starts(out_dir)[-1]
             config = hugging_face.read_config(folders.find(out_dir))
             device, dtype = torch.device(start.device), getattr(torch, start.dtype[6:])
-            products.append(product_tflops(device, dtype))
+            products.append(timing.product_flops(device, dtype) / 1e12)
             if cfg.nanogpt:
                 theirs.append(measure_nanogpt(cfg.nanogpt, data_dir, config, start))
     tflops = [config.flops_per_token() * tokens / 1e12 for tokens in ours]
-    promised = log.peak_flops(device)
+    promised = devices.device_of(device).peak_flops
     table = {
         "train.py, tokens/s": ours,
         "nanoGPT, tokens/s": theirs,
@@ -288,18 +288,6 @@ def measure_nanogpt(folder: str, data_dir: Path, config: GPTConfig, start: RunSt
     printed = run_python("nanoGPT", ["train.py", *arguments], folder)
     times = [float(ms) / 1000 for ms in re.findall(r"^iter .* time ([\d.]+)ms", printed, re.M)]
     return settings["batch_size"] * config.block_size / typical("nanoGPT", times)
-
-
-def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product alone, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the GPU
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds) / 1e12
 
 
 # --- both

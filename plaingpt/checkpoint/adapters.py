@@ -65,11 +65,9 @@ class AdapterFile(msgspec.Struct, frozen=True):
     revision: str | None = None
 
 
-def adapter_for(
-    folder: Path, where: str, out_dir: Path, model: GPT, config: lora.LoRAConfig
-) -> lora.Adapter:
-    """A new adapter, trained by the run in `out_dir`, for a model opened from `folder`, which the
-    user named `where`. Its base is the hub's, or else the run's own copy (`keep_base`).
+def adapter_for(folder: Path, where: str, out_dir: Path, config: lora.LoRAConfig) -> lora.Adapter:
+    """A new adapter, trained by the run in `out_dir`, for the model in `folder`, which the user
+    named `where`. Its base is the hub's, or else the run's own copy (`keep_base`).
 
     Raises UserError if `folder` is itself an adapter.
     """
@@ -81,7 +79,7 @@ def adapter_for(
     named = on_hub(where)
     base = named["repo_id"] if named else str((out_dir / BASE).resolve())
     revision = named["revision"] if named else None
-    return lora.Adapter(config, base, revision, lora.fingerprint(model))
+    return lora.Adapter(config, base, revision)
 
 
 def keep_base(folder: Path, out_dir: Path) -> None:

@@ -102,21 +102,31 @@ def write_model(
 def load(
     where: Path | str, *, block_size: int | None = None, dropout: float = 0.0, merged: bool = True
 ) -> tuple[GPT, Tokenizer]:
-    """Like `load_model`, with the tokenizer; an adapter without its own uses that of its base.
+    """Like `load_model`, with the tokenizer.
 
     Also raises UserError if the tokenizer is missing or has more ids than the model.
     """
-    folder = tokenizer_folder = find(where)
-    if is_adapter(folder) and not (folder / "tokenizer.json").exists():
-        tokenizer_folder = adapters.base_folder(folder, adapters.describe(folder))
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    folder = find(where)
+    tokenizer = load_tokenizer(folder)
     model = load_model(folder, block_size=block_size, dropout=dropout, merged=merged)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    check_vocabulary(folder, tokenizer, model.config)
+    return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint; an adapter without its own uses that of its base."""
+    if is_adapter(folder) and not (folder / "tokenizer.json").exists():
+        folder = adapters.base_folder(folder, adapters.describe(folder))
+    return Tokenizer.load(folder)
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: GPTConfig) -> None:
+    """Raises UserError if a checkpoint's tokenizer has more ids than its model."""
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only "
-            f"{model.config.vocab_size:,}"
+            f"{config.vocab_size:,}"
         )
-    return model, tokenizer
 
 
 def load_model(

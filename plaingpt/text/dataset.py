@@ -11,6 +11,7 @@ import msgspec
 from configurator import UserError
 from plaingpt import files
 from plaingpt.files import Count, Settings
+from plaingpt.text.recipe import command_for
 from plaingpt.text.shards import ShardEntry, Split, mask_path, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
@@ -169,7 +170,7 @@ def open_dataset(data_dir: Path | str) -> Dataset:
 def read_manifest(folder: Path) -> Manifest | None:
     """`dataset.json` of a folder, None where others wrote the shards. Raises as `open_dataset`."""
     if not folder.is_dir():
-        raise UserError(f"there is no data in {folder}; prepare.py --data_dir={folder} makes it")
+        raise UserError(f"there is no data in {folder}; {command_for(folder)} makes it")
     if (folder / MANIFEST).exists():
         return files.read_json(folder / MANIFEST, Manifest, "prepare the data again")
     if (folder / PARTIAL).exists():

@@ -18,10 +18,15 @@ SAMPLE_TOKENS = 100
 
 @torch.no_grad()
 def validation_loss(
-    model: GPT, split: Split, max_tokens: int | None, batch_size: int, rt: Runtime
+    model: GPT,
+    split: Split,
+    max_tokens: int | None,
+    batch_size: int,
+    rt: Runtime,
+    stoppable: bool = False,
 ) -> tuple[float, int]:
     """The mean loss in nats per token over the fixed windows of a split, and the number of tokens
-    that counted. The processes share the work."""
+    that counted. The processes share the work. If it is `stoppable`, a signal ends it: (nan, 0)."""
     was_training = model.training
     model.eval()
     total, counted = torch.zeros(2, dtype=torch.float64)
@@ -29,6 +34,9 @@ def validation_loss(
         split, batch_size, model.config.block_size, max_tokens, rt.rank, rt.world_size
     )
     for batch in windows:
+        if stoppable and rt.stopping():
+            model.train(was_training)
+            return math.nan, 0
         x, y, mask = (part.to(rt.device) for part in batch)
         with rt.autocast():
             loss = model(x, y, mask)

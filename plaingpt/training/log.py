@@ -1,12 +1,10 @@
-"""Console output of a run: its step lines, its clock, the peak speed of known GPUs."""
+"""Console output of a run: its step lines and its clock."""
 
 import math
-import re
 import time
 from typing import Any
 
 import msgspec
-import torch
 
 from plaingpt.files import Count
 from plaingpt.runtime import Runtime, peak_memory_gib
@@ -31,40 +29,6 @@ class Metrics(msgspec.Struct, frozen=True):
     peak_mem_gib: float | None = None
     val_loss: float | None = None  # after an evaluation
     val_bpb: float | None = None
-
-
-# Dense bf16 matrix products per second that the vendors' data sheets promise, in TFLOP/s.
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A10G": 70,
-    "A40": 150,
-    "A6000": 155,
-    "B200": 2250,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "GH200": 989,
-    "H200": 989,
-    "H20": 148,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "RTX 3090": 71,
-    "RTX 4090": 165,
-    "RTX 5090": 210,
-    "T4": 65,  # fp16
-    "V100": 125,  # fp16
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that a device's data sheet promises, None for devices that are not in the table."""
-    if device.type != "cuda":
-        return None
-    for name, tflops in PEAK_TFLOPS.items():  # "H100 PCIe" stands before "H100"
-        if re.search(rf"\b{name}\b", torch.cuda.get_device_name(device)):
-            return tflops * 1e12
-    return None
 
 
 def console_line(record: Record, max_steps: int) -> str:
@@ -98,7 +62,7 @@ def duration(seconds: float) -> str:
 
 def throughput(state: TrainState, plan: Plan, dt: float, rt: Runtime) -> Record:
     """The metrics of a step besides its loss; `dt` is its time in seconds."""
-    peak = peak_flops(rt.device)
+    peak = plan.device.peak_flops
     return {
         "skipped": state.skipped,
         "tokens": state.step * plan.tokens_per_step,

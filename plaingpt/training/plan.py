@@ -1,17 +1,20 @@
-"""What a run will do and need: every setting resolved, and described in sentences."""
+"""What a run will do: every setting resolved."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
 from configurator import UserError
 from model import GPT, GPTConfig
-from plaingpt import runtime
 from plaingpt.lora import LoRAConfig
+from plaingpt.runtime import Runtime
+from plaingpt.training.batches import Data
+from plaingpt.training.devices import Device
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.schedule import Every, LearningRate
-from plaingpt.wording import quantity
+from plaingpt.training.start import Settings, Start
 
 
 class Sizes(NamedTuple):
@@ -29,7 +32,7 @@ class Plan:
     config: GPTConfig
     sizes: Sizes
     lora: LoRAConfig | None  # None: all weights train
-    device: torch.device
+    device: Device
     dtype: torch.dtype  # of matrix products
     world_size: int
     fsdp: bool  # shard weights, gradients and optimizer over the processes
@@ -41,8 +44,12 @@ class Plan:
     optimizer: OptimizerConfig
     grad_clip: float  # inf: no limit
     # the run
+    done: int  # steps, if it is resumed
     max_steps: int
-    epochs: float  # 0: not known, for want of data
+    fresh: bool  # it starts from random weights
+    split_tokens: int  # of the data; 0: not known, for want of data
+    epochs: float  # passes over the data; 0: likewise
+    eval_tokens: int  # per evaluation; 0: likewise
     learning_rate: LearningRate
     evaluation: Every
     sampling: Every
@@ -73,6 +80,61 @@ def sizes_of(model: GPT) -> Sizes:
     )
 
 
+def make_plan(
+    settings: Settings, start: Start, data: Data | None, micro: int, rt: Runtime, device: Device
+) -> Plan:
+    """The run that the settings ask for, with every None resolved. Without data, epochs do not
+    count."""
+    config = start.model.config
+    steps = [settings["max_steps"]] if settings["max_steps"] else []
+    windows = data.batches.windows if data else 0
+    if settings["epochs"] is not None and data:
+        steps.append(max(1, math.ceil(settings["epochs"] * windows / settings["batch_size"])))
+    max_steps = min(steps, default=1500)
+    held_out = len(data.held_out) if data else 0
+    evaluation = Every(settings["eval_interval"], last=max_steps)
+    sample_interval = settings["sample_interval"]
+    return Plan(
+        config=config,
+        sizes=sizes_of(start.model),
+        lora=start.adapter.config if start.adapter else None,
+        device=device,
+        dtype=rt.dtype,
+        world_size=rt.world_size,
+        fsdp=settings["fsdp"],
+        activation_checkpointing=settings["activation_checkpointing"],
+        compile=settings["compile"],
+        batch_size=settings["batch_size"],
+        micro_batch_size=micro,
+        optimizer=OptimizerConfig(
+            settings["optimizer"],
+            weight_decay=settings["weight_decay"],
+            betas=(settings["beta1"], settings["beta2"]),
+            momentum=settings["momentum"],
+            embedding_lr_scale=settings["embedding_lr_scale"],
+        ),
+        grad_clip=settings["grad_clip"] or math.inf,
+        done=start.step,
+        max_steps=max_steps,
+        fresh=settings["init_from"] == "scratch",
+        split_tokens=len(data.batches.split) if data else 0,
+        epochs=max_steps * settings["batch_size"] / windows if data else 0.0,
+        eval_tokens=min(settings["eval_tokens"] or held_out, held_out),
+        learning_rate=LearningRate(
+            max_steps,
+            peak=settings["learning_rate"],
+            min_lr=settings["min_lr"],
+            warmup_steps=settings["warmup_steps"],
+            schedule=settings["schedule"],
+            decay_fraction=settings["decay_fraction"],
+        ),
+        evaluation=evaluation,
+        sampling=evaluation if sample_interval is None else Every(sample_interval),
+        saving=Every(settings["save_interval"] or settings["eval_interval"], last=max_steps),
+        logging=Every(settings["log_interval"]),
+    )
+
+
 def micro_batch_size(batch_size: int, wanted: int | None, world_size: int) -> int:
     """The sequences that a process takes at once: `wanted`, or its whole share of the batch.
 
@@ -96,105 +158,11 @@ def micro_batch_size(batch_size: int, wanted: int | None, world_size: int) -> in
 
 def nearest(whole: int, wanted: int) -> str:
     """The two divisors of `whole` that are nearest to `wanted`."""
-    divisors = (size for size in range(1, whole + 1) if whole % size == 0)
-    return " and ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])))
+    two = sorted(divisors(whole), key=lambda n: abs(n - wanted))[:2]
+    return " and ".join(map(str, sorted(two)))
 
 
-# --- in sentences
-
-
-def sentences(plan: Plan) -> list[str]:
-    config, sizes = plan.config, plan.sizes
-    micro_steps = plan.batch_size // plan.micro_batch_size // plan.world_size
-    tokens = plan.max_steps * plan.tokens_per_step
-    processes = f"{plan.world_size} processes × " if plan.world_size > 1 else ""
-    needed, available = memory_gib(plan), runtime.device_memory_gib(plan.device)
-    lines = [
-        f"Model: {sizes.total:,} parameters; {quantity(config.n_layer, 'layer')}, "
-        f"{quantity(config.n_head, 'head')}, {config.n_embd} wide, context "
-        f"{config.block_size:,}, vocabulary {config.vocab_size:,}.",
-        *lora_sentence(plan),
-        f"Step: {quantity(plan.batch_size, 'sequence')} × {config.block_size:,} = "
-        f"{quantity(plan.tokens_per_step, 'token')}, in {processes}"
-        f"{quantity(micro_steps, 'micro-step')} of {quantity(plan.micro_batch_size, 'sequence')}.",
-        f"Run: {quantity(plan.max_steps, 'step')}, {quantity(tokens, 'token')}, "
-        f"{tokens / sizes.total:.1f} per parameter"
-        + (f", {plan.epochs:.2f} epochs." if plan.epochs else "."),
-        f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
-        f"on {plan.device} in {str(plan.dtype).removeprefix('torch.')}, {plan.optimizer.name}.",
-        f"Memory: about {needed:.1f} GiB"
-        + (f" of the {available:.0f} GiB of {plan.device}." if available else "."),
-    ]
-    if plan.learning_rate.warmup_steps >= plan.max_steps:
-        lines.append(
-            f"warmup_steps={plan.learning_rate.warmup_steps:,} >= max_steps: the peak learning "
-            "rate is never held."
-        )
-    if plan.fsdp and plan.world_size == 1:
-        lines.append("--fsdp has no effect with one process.")
-    if available and needed > available:
-        lines.append(f"This will not fit. {what_fits(plan, available)}")
-    return lines
-
-
-def lora_sentence(plan: Plan) -> list[str]:
-    if not plan.lora:
-        return []
-    share = plan.sizes.trained / plan.sizes.total
-    return [
-        f"LoRA: {plan.sizes.trained:,} of them train ({share:.1%}), "
-        f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}."
-    ]
-
-
-def what_fits(plan: Plan, available: float) -> str:
-    """The first change of settings with which a step fits into `available` GiB."""
-    options: list[dict[str, Any]] = [{}, {"activation_checkpointing": True}]
-    if plan.world_size > 1:
-        options += [{"fsdp": True}, {"fsdp": True, "activation_checkpointing": True}]
-    micro = plan.micro_batch_size
-    for changes in options:
-        for size in (size for size in range(micro, 0, -1) if micro % size == 0):
-            needed = memory_gib(replace(plan, micro_batch_size=size, **changes))
-            if needed <= available:
-                words = [f"--micro_batch_size={size}", *(f"--{name}" for name in changes)]
-                return f"{' '.join(words)} takes {needed:.1f} GiB."
-    return (
-        "Neither will the smallest micro-batches; --fsdp would split the state over more processes."
-    )
-
-
-def memory_gib(plan: Plan) -> float:
-    """An estimate of a process's memory in a training step: weights, gradients, optimizer and
-    activations."""
-    sizes, half = plan.sizes, plan.dtype != torch.float32
-    state = 4 * (sizes.total + 3 * sizes.trained)
-    if plan.optimizer.name == "muon":  # one moment instead of two
-        state -= 4 * sizes.trained_matrices
-    if plan.sharded:
-        others = sizes.total - sizes.matrices
-        gathered = 8 * (others + 2 * sizes.matrices // plan.config.n_layer)  # two blocks at a time
-        state = state // plan.world_size + gathered
-        if plan.optimizer.name == "muon":  # all matrices of one shape, and their updates
-            state += 8 * sizes.matrices // 3
-    elif plan.world_size > 1 and plan.micro_batch_size * plan.world_size < plan.batch_size:
-        state += 4 * sizes.trained  # gradients outside of DDP's buckets, until the last micro-step
-    if half:
-        state += 2 * sizes.total  # bf16 copies, kept for the backward pass
-    tokens = plan.micro_batch_size * plan.config.block_size
-    return (state + tokens * activation_bytes_per_token(plan, half)) / 2**30
-
-
-def activation_bytes_per_token(plan: Plan, half: bool) -> int:
-    """Roughly what a step keeps of each token for the backward pass, in bf16 (`half`) or fp32.
-
-    In units of n_embd, a block keeps two LayerNorms (in and out), qkv, attention, and the MLP
-    around its GELU; with activation checkpointing only its input, and the rest of one block at a
-    time. There are three copies of the logits.
-    """
-    config = plan.config
-    block = config.n_embd * (36 if half else 64)
-    blocks = config.n_layer * block
-    if plan.activation_checkpointing:
-        blocks = config.n_layer * 4 * config.n_embd + block
-    return blocks + config.vocab_size * (10 if half else 12)
+def divisors(whole: int) -> list[int]:
+    """Downwards; beyond 10**12, those of which one factor is at most 10**6."""
+    small = [n for n in range(1, min(math.isqrt(whole), 10**6) + 1) if whole % n == 0]
+    return sorted({*small, *(whole // n for n in small)}, reverse=True)

@@ -33,6 +33,8 @@ from plaingpt.locks import locked
 from plaingpt.runtime import Runtime
 from plaingpt.training.log import Metrics, Record, finite
 
+METRICS, RUN = "metrics.jsonl", "run.json"
+
 
 @contextlib.contextmanager
 def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
@@ -53,50 +55,80 @@ def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
 
 
 class RunLog:
-    """Takes the records of a run, for metrics.jsonl, loss.png and a tracker. Only the main process
-    writes them."""
+    """Takes the records of a run, for `metrics.jsonl`, loss.png and a tracker.
+
+    `metrics.jsonl` has one record per line, in the order of the steps, none twice: it starts with
+    the `earlier` ones, and a resumed run writes those after its first step again.
+    """
 
     def __init__(
-        self, out_dir: Path, metrics: "MetricsLog | None" = None, tracker: "Tracker | None" = None
+        self, out_dir: Path, earlier: list[Record], tracker: "Tracker | None" = None
     ) -> None:
-        self.out_dir, self.metrics, self.tracker = out_dir, metrics, tracker
+        self.out_dir, self.records, self.tracker = out_dir, list(earlier), tracker
+        self.path = out_dir / METRICS
+        with atomic_file(self.path) as partial:
+            lines = [f"{sealed(json.dumps(record))}\n" for record in self.records]
+            partial.write_text("".join(lines), encoding="utf-8")
 
     def add(self, record: Record) -> None:
-        """Note a record; one with a validation loss redraws the plot."""
-        if self.metrics:
-            self.metrics.add(record)
-            if "val_loss" in record and record["step"] > 0:
-                plot(self.metrics.records, self.out_dir / "loss.png")
+        """Note a record; a number that is not finite becomes null, which JSON can carry. One with
+        a validation loss redraws the plot."""
+        written = {key: finite(value) for key, value in record.items()}
+        self.records.append(written)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{sealed(json.dumps(written))}\n")
+        if "val_loss" in record and record["step"] > 0:
+            plot(self.records, self.out_dir / "loss.png")
         if self.tracker:
             self.tracker.log(record)
 
     def finish(self) -> None:
         if self.tracker:
-            self.tracker.finish(folders.find(self.out_dir))
+            self.tracker.finish(folders.step_folders(self.out_dir)[-1:])
 
 
 def begin_run(
-    out_dir: Path, starts: tuple[RunStart, ...], tracker: str | None, splits: dict[str, Any]
+    out_dir: Path,
+    start: RunStart,
+    source: Path | None,
+    tracker: str | None,
+    splits: dict[str, Any],
 ) -> RunLog:
-    """Create or continue a run folder and write its run.json: `starts`, the current one last.
-    `splits` are the statistics of the data, for the tracker.
+    """Create or continue a run folder, and write down its `start` (see describe_start).
 
+    A resumed run takes its earlier starts and metrics from the run folder of its checkpoint,
+    `source`. `splits` are the statistics of the data, for the tracker.
     Raises UserError if the tracker cannot be started.
     """
-    path, start = out_dir / "run.json", starts[-1]
+    about = msgspec.to_builtins(start)
+    starts, earlier = [about], []
+    if source and start.step:
+        before = folders.read_starts(source.parent)
+        # as they are in the file, with fields that this version may not know
+        raw = read_json(source.parent / RUN, dict[str, Any])["starts"] if before else []
+        starts = [each for each, typed in zip(raw, before) if typed.step <= start.step] + starts
+        earlier = [r for r in read_records(source.parent / METRICS) if r["step"] <= start.step]
     out_dir.mkdir(parents=True, exist_ok=True)
     running = None
     if tracker:
-        name = f"{out_dir.name}-{starts[0].time}"
-        about = msgspec.to_builtins(start) | {"splits": splits}
-        running = Tracker(tracker, name, out_dir, about)
+        name = f"{out_dir.name}-{starts[0].get('time', '')}"
+        running = Tracker(tracker, name, out_dir, about | {"splits": splits})
     if start.step == 0:
         for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
             remove_folder(folder)
-    # Earlier starts as they are in the file, with fields that this version may not know.
-    earlier = read_json(path, dict[str, Any])["starts"] if len(starts) > 1 else []
-    write_json(path, {"starts": [*earlier, start]}, seal=True)
-    return RunLog(out_dir, MetricsLog(out_dir / "metrics.jsonl", start.step or -1), running)
+    write_json(out_dir / RUN, {"starts": starts}, seal=True)
+    return RunLog(out_dir, earlier, running)
+
+
+def check_out_dir(out_dir: Path, step: int) -> None:
+    """Raises UserError if something would be in the way of a checkpoint after `step`."""
+    for path in sorted(out_dir.glob("step_*")):
+        named = folders.STEP_FOLDER.fullmatch(path.name)
+        if named and int(named[1]) > step and not (path / "state.json").exists():
+            raise UserError(
+                f"{path} is in the way of a checkpoint and is not one (it has no state.json): "
+                "move it, or choose another --out_dir"
+            )
 
 
 def describe_start(settings: Settings, rt: Runtime, step: int, fingerprint: str) -> RunStart:
@@ -113,27 +145,6 @@ def describe_start(settings: Settings, rt: Runtime, step: int, fingerprint: str)
         versions=runtime.versions(),
         revision=runtime.revision(),
     )
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one record per line, in the order of the steps, none twice.
-
-    Opening it drops the records after `first_step`: a resumed run is about to write them again.
-    """
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        self.records = [r for r in read_records(path) if r["step"] <= first_step]
-        text = "".join(f"{sealed(json.dumps(record))}\n" for record in self.records)
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-
-    def add(self, record: Record) -> None:
-        """Append a record; a number that is not finite becomes null, which JSON can carry."""
-        record = {key: finite(value) for key, value in record.items()}
-        self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{sealed(json.dumps(record))}\n")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -213,9 +224,10 @@ class Tracker:
                 values[key.replace("loss", "perplexity")] = math.exp(min(values[key], 700))
         self.library.log(values, step=step)
 
-    def finish(self, checkpoint: Path) -> None:
-        """End the run, with the checkpoint folder as an artifact."""
-        artifact = self.library.Artifact(self.name, type="model")
-        artifact.add_dir(str(checkpoint))
-        self.library.log_artifact(artifact)
+    def finish(self, checkpoints: list[Path]) -> None:
+        """End the run, with a checkpoint folder as an artifact if there is one."""
+        for folder in checkpoints:
+            artifact = self.library.Artifact(self.name, type="model")
+            artifact.add_dir(str(folder))
+            self.library.log_artifact(artifact)
         self.library.finish()

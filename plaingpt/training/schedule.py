@@ -45,3 +45,10 @@ class Every:
     def due(self, step: int) -> bool:
         """Whether it is due after `step` steps."""
         return step == self.last or (self.steps > 0 and step % self.steps == 0)
+
+    def count(self, after: int, until: int) -> int:
+        """How often it is due after more than `after` and up to `until` steps."""
+        regular = max(0, until // self.steps - after // self.steps) if self.steps else 0
+        if self.last is None or not after < self.last <= until:
+            return regular
+        return regular + (not self.steps or self.last % self.steps > 0)

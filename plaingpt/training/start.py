@@ -1,5 +1,6 @@
 """What a run starts from: fresh weights, the weights of a checkpoint, or a run to resume.
 
+`open_start` reads everything but the weights, which is enough for a plan; `load_weights` adds them.
 Settings come as a dict of TrainConfig's fields, which is how a checkpoint remembers them.
 """
 
@@ -16,32 +17,43 @@ from model import GPT, GPTConfig
 from plaingpt import lora
 from plaingpt.checkpoint import adapters, folders, store
 from plaingpt.checkpoint.folders import State
+from plaingpt.checkpoint.hugging_face import read_config
 from plaingpt.text.dataset import Dataset
+from plaingpt.text.recipe import GPT2_IDS, vocab_size_for
+from plaingpt.text.tokenizer import Tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")  # what a checkpoint decides
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 FIXED = ("seed", "batch_size", "stride", *LORA)  # decide the order of the data, and the adapters
+OPENAI = {  # n_layer, n_head, n_embd; known without a download
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Start:
-    model: GPT  # on the CPU; without memory ("meta") if it is only planned
+    model: GPT  # on the CPU; without memory ("meta") until load_weights
     source: Path | None = None  # the checkpoint folder that the weights are from
     adapter: lora.Adapter | None = None  # with LoRA: what trains in place of the weights
+    base: Path | None = None  # with LoRA: the folder of the frozen model, which the run copies
     step: int = 0
     skipped: int = 0  # steps so far whose loss or gradient was not finite
     optimizer: dict[str, Any] = field(default_factory=dict)  # what optimizer.pt of `source` holds
 
 
-def open_start(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
-    """Fresh weights, those of a checkpoint, or the run to resume, as `init_from` says.
+def open_start(settings: Settings, defaults: Settings, dataset: Dataset | None) -> Start:
+    """Fresh weights, those of a checkpoint, or the run to resume, as `init_from` and `resume` say.
+    A plan may do without data.
 
     Raises UserError for a checkpoint of another shape, tokenizer or data, and if a new run would
     overwrite an older one.
     """
-    if settings["init_from"] == "resume":
+    if resumes(settings):
         return resumed(settings, defaults, dataset)
     found = folders.step_folders(settings["out_dir"])
     if found and not (settings["overwrite"] or settings["plan"]):
@@ -51,16 +63,14 @@ def open_start(settings: Settings, defaults: Settings, dataset: Dataset) -> Star
         )
     if settings["init_from"] != "scratch":
         return from_checkpoint(settings, defaults, dataset)
-    vocab_size = dataset.tokenizer.vocab_size
-    if settings["plan"]:
-        return planned_start(settings, vocab_size)
-    return Start(GPT(model_config(settings, vocab_size)).init_weights(settings["seed"]))
+    ids = dataset.tokenizer.vocab_size if dataset else vocab_size_for(Path(settings["data_dir"]))
+    return Start(outline(model_config(settings, ids)))
 
 
-def planned_start(settings: Settings, vocab_size: int) -> Start:
-    """A new model without memory, for --plan."""
+def outline(config: GPTConfig) -> GPT:
+    """A model without memory."""
     with torch.device("meta"):
-        return Start(GPT(model_config(settings, vocab_size)))
+        return GPT(config)
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
@@ -77,7 +87,7 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         raise UserError(str(error)) from None
 
 
-def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
+def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | None) -> Start:
     """A new run from the weights of a checkpoint, with its shape.
 
     Raises UserError if the checkpoint cannot be opened, has another tokenizer than the data, or
@@ -87,41 +97,72 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset) ->
     word = difflib.get_close_matches(where.lower(), ("scratch", "resume"), n=1, cutoff=0.8)
     if word and not Path(where).exists():
         raise UserError(f"init_from={where!r}: did you mean {word[0]!r}?")
-    folder = folders.find(where)
-    model = open_model(folder, settings, dataset, merged=True)
+    if settings["plan"] and where in OPENAI:
+        folder, shape = None, openai_shape(where, settings, dataset)
+    else:
+        folder = folders.find(where)
+        shape = read_config(opened(folder)[0], settings["block_size"], settings["dropout"])
+        check_tokenizer(folder, shape, dataset)
     other = [
-        f"{name}={settings[name]}, where {folder} has {getattr(model.config, name)}"
+        f"{name}={settings[name]}, where {folder or where} has {getattr(shape, name)}"
         for name in SHAPE
-        if settings[name] not in (defaults[name], getattr(model.config, name))
+        if settings[name] not in (defaults[name], getattr(shape, name))
     ]
     if other:
         raise UserError(f"init_from takes the shape of its checkpoint: {'; '.join(other)}")
     if settings["overwrite"] and folder in folders.step_folders(out_dir):
         raise UserError(f"--overwrite would remove {folder}, which init_from starts from")
-    config = lora_config(settings)
+    model, config = outline(shape), lora_config(settings)
     if config is None:
         return Start(model, folder)
-    adapter = adapters.adapter_for(folder, where, out_dir, model, config)
-    lora.add(model, config, settings["seed"])
-    return Start(model, folder, adapter)
+    with torch.device("meta"):
+        lora.add(model, config, settings["seed"])
+    adapter = adapters.adapter_for(folder or Path(where), where, out_dir, config)
+    return Start(model, folder, adapter, base=None if folders.on_hub(where) else folder)
 
 
-def resumed(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
-    """The run of the newest checkpoint in out_dir, from its step on.
+def openai_shape(name: str, settings: Settings, dataset: Dataset | None) -> GPTConfig:
+    """Raises UserError for data and a block_size that the model could not take."""
+    if dataset and dataset.tokenizer.vocab_size != GPT2_IDS:
+        raise UserError(f"{name} has another tokenizer than {dataset.folder}")
+    block_size = settings["block_size"] or GPTConfig.block_size
+    if block_size > GPTConfig.block_size:
+        raise UserError(f"block_size={block_size} is beyond the 1024 positions of {name}")
+    n_layer, n_head, n_embd = OPENAI[name]
+    return GPTConfig(GPT2_IDS, block_size, n_layer, n_head, n_embd, settings["dropout"])
 
-    Raises UserError if the checkpoint cannot be opened, or if the data, the tokenizer, or settings
-    on which the rest of the run depends have changed.
+
+def resumes(settings: Settings) -> bool:
+    """Whether a run goes on: from its newest checkpoint, or from the one that init_from names."""
+    where = settings["init_from"]
+    return where == "resume" or (settings["resume"] and where != "scratch")
+
+
+def resumed_folder(settings: Settings) -> Path:
+    """The checkpoint from which a run goes on. Raises UserError if there is none."""
+    own = settings["init_from"] == "resume"
+    return folders.find(settings["out_dir"] if own else settings["init_from"])
+
+
+def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> Start:
+    """The run of a checkpoint, from its step on.
+
+    Raises UserError if the checkpoint cannot be opened, if out_dir has others after it, or if the
+    data, the tokenizer, or settings on which the rest of the run depends have changed.
     """
-    folder = folders.find(settings["out_dir"])
+    folder = resumed_folder(settings)
+    if not settings["plan"]:
+        check_newest(folder, Path(settings["out_dir"]))
     state = folders.read_state(folder)
     before = saved_settings(state, defaults)
-    as_before = settings | {"block_size": before["block_size"]}
-    model = open_model(folder, as_before, dataset, merged=False)
-    fixed = asdict(model_config(settings, dataset.tokenizer.vocab_size))
+    base, adapter = opened(folder)
+    shape = read_config(base, before["block_size"], settings["dropout"])
+    tokenizer = check_tokenizer(folder, shape, dataset)
+    fixed = asdict(model_config(settings, tokenizer.vocab_size))
     fixed |= {name: settings[name] for name in FIXED}
     if settings["block_size"] is None:
         del fixed["block_size"]
-    there = before | asdict(model.config)
+    there = before | asdict(shape)
     changed = [
         f"{name} is {there[name]}, not {value}"
         for name, value in fixed.items()
@@ -129,17 +170,56 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset) -> Start:
     ]
     if changed:
         raise UserError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
-    if state.data != dataset.fingerprint:
+    if dataset and state.data != dataset.fingerprint:
         raise UserError(f"cannot resume {folder} on other data than it was trained on")
-    adapter = None
-    if config := lora_config(settings):
-        adapter = replace(adapters.describe(folder), config=config)
-    optimizer = store.read_optimizer(folder)
-    if not optimizer["parameters"] and state.skipped < state.step:
+    start = Start(outline(shape), folder, step=state.step, skipped=state.skipped)
+    if adapter is None:
+        return start
+    with torch.device("meta"):
+        lora.add(start.model, adapter.config, settings["seed"])
+    adapter = replace(adapter, config=lora_config(settings) or adapter.config)
+    if not Path(adapter.base).is_absolute():  # on the hub
+        return replace(start, adapter=adapter)
+    place = str((Path(settings["out_dir"]) / adapters.BASE).resolve())
+    return replace(start, adapter=replace(adapter, base=place), base=base)
+
+
+def check_newest(folder: Path, out_dir: Path) -> None:
+    """Raises UserError if out_dir has checkpoints that a run going on from `folder` would meet."""
+    found = folders.step_folders(out_dir)
+    places = [each.resolve() for each in found]
+    after = found[places.index(folder.resolve()) + 1 :] if folder.resolve() in places else found
+    if after:
         raise UserError(
-            f"{folder}/optimizer.pt is empty: a run can start from {folder}, not resume"
+            f"{out_dir} has checkpoints up to {after[-1].name}, which stay: --out_dir=OTHER "
+            f"continues {folder} in another folder, --init_from=resume continues {after[-1]}"
         )
-    return Start(model, folder, adapter, state.step, state.skipped, optimizer)
+
+
+def load_weights(start: Start, settings: Settings) -> Start:
+    """Fresh weights, or those of the checkpoint, and to resume its optimizer state.
+
+    Raises UserError if a file is missing, damaged, or does not fit the shape.
+    """
+    shape = start.model.config
+    if start.source is None:
+        return replace(start, model=GPT(shape).init_weights(settings["seed"]))
+    model = store.load_model(
+        start.source, block_size=shape.block_size, dropout=shape.dropout, merged=start.step == 0
+    )
+    if start.step:
+        optimizer = store.read_optimizer(start.source)
+        if not optimizer["parameters"] and start.skipped < start.step:
+            raise UserError(
+                f"{start.source}/optimizer.pt is empty: a run can start from {start.source}, not "
+                "resume"
+            )
+        return replace(start, model=model, optimizer=optimizer)
+    if start.adapter is None:
+        return replace(start, model=model)
+    adapter = replace(start.adapter, base_fingerprint=lora.fingerprint(model))
+    lora.add(model, adapter.config, settings["seed"])
+    return replace(start, model=model, adapter=adapter)
 
 
 def saved_settings(state: State, defaults: Settings) -> Settings:
@@ -157,13 +237,21 @@ def shape_of(start: Start, settings: Settings, vocab_size: int) -> Settings:
     return shape
 
 
-def open_model(folder: Path, settings: Settings, dataset: Dataset, merged: bool) -> GPT:
-    model, tokenizer = store.load(
-        folder, block_size=settings["block_size"], dropout=settings["dropout"], merged=merged
-    )
-    if tokenizer.fingerprint != dataset.tokenizer.fingerprint:
+def opened(folder: Path) -> tuple[Path, lora.Adapter | None]:
+    """The folder with the model of a checkpoint, and the adapter if the checkpoint is one."""
+    if not folders.is_adapter(folder):
+        return folder, None
+    adapter = adapters.describe(folder)
+    return adapters.base_folder(folder, adapter), adapter
+
+
+def check_tokenizer(folder: Path, shape: GPTConfig, dataset: Dataset | None) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises UserError if it is not that of the data."""
+    tokenizer = store.load_tokenizer(folder)
+    store.check_vocabulary(folder, tokenizer, shape)
+    if dataset and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(f"{folder} has another tokenizer than {dataset.folder}")
-    return model
+    return tokenizer
 
 
 def lora_config(settings: Settings) -> lora.LoRAConfig | None:

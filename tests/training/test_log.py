@@ -1,7 +1,6 @@
-"""The console line, the clock, and the peaks of known GPUs."""
+"""The console line and the clock."""
 
 import pytest
-import torch
 
 from plaingpt.training import log
 
@@ -77,40 +76,3 @@ def test_numbers_have_three_digits_and_a_unit(number, text):
 )
 def test_durations_are_rounded_once(seconds, text):
     assert log.duration(seconds) == text
-
-
-# --- the peaks
-
-
-@pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H20", 148),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40", 181),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA A40", 150),
-        ("NVIDIA RTX A6000", 155),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("Tesla T4", 65),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("NVIDIA RTX A4000", None),
-        ("NVIDIA T400 4GB", None),
-        ("NVIDIA GeForce RTX 2080 Ti", None),
-    ],
-)
-def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, tflops):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    peak = log.peak_flops(torch.device("cuda"))
-    assert peak == (tflops and tflops * 1e12)
-
-
-def test_other_devices_have_no_peak():
-    assert log.peak_flops(torch.device("cpu")) is None
-    assert log.peak_flops(torch.device("mps")) is None

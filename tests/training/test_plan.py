@@ -1,4 +1,4 @@
-"""What a run is said to do and to need."""
+"""What a run will do."""
 
 from dataclasses import replace
 
@@ -6,21 +6,21 @@ import pytest
 import torch
 
 import train
-from plaingpt import runtime
 from plaingpt.runtime import Runtime
-from plaingpt.training.plan import Plan, memory_gib, micro_batch_size, sentences, what_fits
-from plaingpt.training.start import planned_start
+from plaingpt.training.batches import Data
+from plaingpt.training.devices import Device
+from plaingpt.training.plan import Plan, divisors, make_plan, micro_batch_size
+from plaingpt.training.start import Start, model_config, outline
 
 CPU = torch.device("cpu")
 CFG = train.TrainConfig(batch_size=24, device="cpu")
-XL = replace(CFG, n_layer=48, n_head=25, n_embd=1600, block_size=1024, batch_size=64)
 
 
-def plan_of(cfg: train.TrainConfig, processes: int = 1) -> Plan:
+def plan_of(cfg: train.TrainConfig, processes: int = 1, data: Data | None = None) -> Plan:
     rt = Runtime(CPU, torch.bfloat16, world_size=processes)
-    start = planned_start(vars(cfg), 50257)
+    start = Start(outline(model_config(vars(cfg), 50257)))
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, processes)
-    return train.make_plan(cfg, start, None, micro, rt)
+    return make_plan(vars(cfg), start, data, micro, rt, Device("cpu", "cpu", 23.0))
 
 
 def test_a_processs_share_of_the_batch_is_taken_at_once_unless_said_otherwise():
@@ -58,40 +58,7 @@ def test_settings_of_none_become_numbers():
     assert not plan.sampling.due(1500) and plan.saving.due(50) and plan.saving.due(1500)
 
 
-@pytest.mark.parametrize(
-    "gib, processes, said",
-    [
-        (35, 8, "--micro_batch_size=2 takes 32.7 GiB"),
-        (28, 8, "--micro_batch_size=8 --activation_checkpointing takes 27.2 GiB"),
-        (25, 8, "--micro_batch_size=4 --fsdp takes 22.3 GiB"),
-        (12, 8, "--micro_batch_size=2 --fsdp --activation_checkpointing takes 11.5 GiB"),
-        (8, 8, "Neither will the smallest micro-batches"),
-        (20, 1, "Neither will the smallest micro-batches; --fsdp would split"),
-    ],
-)
-def test_the_first_change_that_fits_is_named(gib, processes, said):
-    """1.56 billion parameters: weights, gradients and moments take 18 GiB with Muon."""
-    assert what_fits(plan_of(XL, processes), gib).startswith(said)
-
-
-def test_a_plan_that_does_not_fit_says_so(monkeypatch):
-    for gib in (40.0, 50.0):
-        monkeypatch.setattr(runtime, "device_memory_gib", lambda device, gib=gib: gib)
-        lines = "\n".join(sentences(plan_of(XL, 8)))
-        assert "= 65,536 tokens, in 8 processes × 1 micro-step of 8 sequences." in lines
-        assert f"Memory: about 45.5 GiB of the {gib:.0f} GiB of cpu." in lines
-        assert ("This will not fit. --micro_batch_size=4 takes " in lines) == (gib == 40)
-    assert "--fsdp has no effect with one process." in sentences(plan_of(replace(XL, fsdp=True)))
-
-
-def test_a_warm_up_that_outlasts_the_run_is_said():
-    lines = "\n".join(sentences(plan_of(replace(CFG, warmup_steps=1500))))
-    assert "warmup_steps=1,500 >= max_steps: the peak learning rate is never held." in lines
-
-
-def test_memory_shrinks_with_what_is_meant_to_shrink_it():
-    full = memory_gib(plan_of(replace(XL, micro_batch_size=4), 4))
-    adamw = replace(XL, optimizer="adamw", micro_batch_size=4)
-    for changes in ({"fsdp": True}, {"activation_checkpointing": True}, {"optimizer": "muon"}):
-        assert memory_gib(plan_of(replace(adamw, **changes), 4)) < memory_gib(plan_of(adamw, 4))
-    assert memory_gib(plan_of(replace(XL, micro_batch_size=2), 4)) < full
+def test_the_divisors_of_a_huge_number_are_found_at_once():
+    assert divisors(24) == [24, 12, 8, 6, 4, 3, 2, 1]
+    assert divisors(10**8)[:3] == [10**8, 5 * 10**7, 25 * 10**6]
+    assert divisors(2**63 - 1)[0] == 2**63 - 1

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and the plot."""
+"""metrics.jsonl, the plot, and what must not be in the way."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from plaingpt.checkpoint import folders
 from plaingpt.training import run_folder
 
 # --- metrics.jsonl
@@ -17,12 +18,12 @@ def write(path, *lines):
 
 def test_records_are_appended_a_line_each(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = run_folder.MetricsLog(path, 0)
-    metrics.add({"step": 1, "loss": 2.5})
+    log = run_folder.RunLog(tmp_path, [])
+    log.add({"step": 1, "loss": 2.5})
     assert re.fullmatch(r'\{"step": 1, "loss": 2.5, "crc32": "[0-9a-f]{8}"\}\n', path.read_text())
-    metrics.add({"step": 2, "loss": 2.25})
+    log.add({"step": 2, "loss": 2.25})
     assert (
-        metrics.records
+        log.records
         == run_folder.read_records(path)
         == [
             {"step": 1, "loss": 2.5},
@@ -32,17 +33,23 @@ def test_records_are_appended_a_line_each(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_reopening_drops_the_steps_that_will_come_again(tmp_path):
+def begin(out_dir, step, source=None):
+    start = folders.RunStart(step=step, settings={"init_from": "scratch"})
+    return run_folder.begin_run(out_dir, start, source, None, {})
+
+
+def test_resuming_drops_the_steps_that_will_come_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = run_folder.MetricsLog(path, 0)
+    log = begin(tmp_path, 0)
     for step in range(1, 6):
-        metrics.add({"step": step, "run": 1})
-    metrics = run_folder.MetricsLog(path, 3)
+        log.add({"step": step, "run": 1})
+    log = begin(tmp_path, 3, tmp_path / "step_000003")
     assert [r["step"] for r in run_folder.read_records(path)] == [1, 2, 3]
-    metrics.add({"step": 4, "run": 2})
+    log.add({"step": 4, "run": 2})
     steps = [(r["step"], r["run"]) for r in run_folder.read_records(path)]
     assert steps == [(1, 1), (2, 1), (3, 1), (4, 2)]
-    assert run_folder.MetricsLog(path, 0).records == []
+    assert [start.step for start in folders.read_starts(tmp_path)] == [0, 3]
+    assert begin(tmp_path, 0).records == []
     assert path.read_bytes() == b""
 
 
@@ -50,8 +57,7 @@ def test_reopening_drops_the_steps_that_will_come_again(tmp_path):
 def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
-    metrics = run_folder.MetricsLog(path, 10)
-    metrics.add({"step": 3})
+    begin(tmp_path, 2, tmp_path / "step_000002").add({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
@@ -60,7 +66,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_and_the_file_stays(tmp_path):
     write(path, '{"step": 1}', '{"ste', '{"step": 3}')
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged: "):
-        run_folder.MetricsLog(path, 10)
+        begin(tmp_path, 10, tmp_path / "step_000010")
     assert path.read_bytes() == before
 
 
@@ -85,3 +91,17 @@ def test_the_plot_is_a_png(tmp_path):
     assert 400 <= width <= 2000 and 200 <= height <= 2000
     assert 5_000 < len(content) < 200_000
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
+
+
+# --- the place
+
+
+def test_what_is_in_the_way_of_a_checkpoint_is_noticed_at_the_start(tmp_path):
+    (tmp_path / "step_000003").mkdir()
+    (tmp_path / "step_3.bak").mkdir()
+    run_folder.check_out_dir(tmp_path, 3)
+    with pytest.raises(ValueError, match="step_000003 is in the way of a checkpoint"):
+        run_folder.check_out_dir(tmp_path, 2)
+    (tmp_path / "step_000003" / "state.json").touch()
+    run_folder.check_out_dir(tmp_path, 2)
+    run_folder.check_out_dir(tmp_path / "none", 0)

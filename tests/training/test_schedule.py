@@ -61,3 +61,13 @@ def test_something_is_due_every_so_many_steps_and_after_the_last():
     assert [step for step in range(1, 8) if every.due(step)] == [3, 6, 7]
     assert [step for step in range(1, 8) if Every(3).due(step)] == [3, 6]
     assert not any(Every(0).due(step) for step in range(1, 8))
+
+
+@pytest.mark.parametrize("steps, last", [(0, None), (0, 9), (3, None), (3, 9), (3, 10), (50, 10)])
+def test_what_is_due_is_counted_without_asking_for_each_step(steps, last):
+    every = Every(steps, last)
+    for after in range(14):
+        for until in range(14):
+            due = [step for step in range(after + 1, until + 1) if every.due(step)]
+            assert every.count(after, until) == len(due)
+    assert Every(1).count(0, 10**18) == 10**18

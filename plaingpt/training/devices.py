@@ -1,0 +1,80 @@
+"""Known GPUs: their nominal speed and memory, to rate a run by and to plan one for."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from configurator import DType, UserError
+from plaingpt import runtime
+from plaingpt.runtime import Runtime
+
+# Dense bf16 matrix products in TFLOP/s and memory in GB, by the vendors' data sheets.
+KNOWN = {
+    "A100": (312, 80),
+    "A100 40GB": (312, 40),
+    "A10G": (70, 24),
+    "A40": (150, 48),
+    "A6000": (155, 48),
+    "B200": (2250, 180),
+    "H100 PCIe": (756, 80),
+    "H100 NVL": (835, 94),
+    "H100": (989, 80),
+    "GH200": (989, 96),
+    "H200": (989, 141),
+    "H20": (148, 96),
+    "L40S": (362, 48),
+    "L40": (181, 48),
+    "L4": (121, 24),
+    "RTX 3090": (71, 24),
+    "RTX 4090": (165, 24),
+    "RTX 5090": (210, 32),
+    "T4": (65, 16),
+    "V100": (125, 16),
+}
+FP16_ONLY = ("T4", "V100")  # no bf16; their speed is that of fp16
+USABLE = 0.93  # of the nominal memory: the driver and error correction take the rest
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    kind: str  # cpu, cuda or mps
+    memory_gib: float | None = None  # None: unknown, as is the next
+    peak_flops: float | None = None  # per second, in bf16 or fp16
+
+
+def device_of(device: torch.device) -> Device:
+    """The device of this machine that a process runs on."""
+    peak = None
+    if device.type == "cuda":
+        found = torch.cuda.get_device_name(device)
+        # "H100 PCIe" stands before "H100"
+        names = [name for name in KNOWN if re.search(rf"\b{name}\b", found)]
+        peak = KNOWN[names[0]][0] * 1e12 if names else None
+    return Device(str(device), device.type, runtime.device_memory_gib(device), peak)
+
+
+def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
+    """The processes of a run on "8xH100" or "H100", and the device of each; none is touched.
+
+    Raises a UserError that lists the known ones.
+    """
+    words = re.fullmatch(r"(?:(\d{1,6})\s*[x×*]\s*)?(.*)", text.strip(), re.DOTALL)
+    names = {name.lower(): name for name in KNOWN}
+    name = names.get(words[2].lower()) if words and words[1] != "0" else None
+    if not words or not name:
+        raise UserError(
+            f"plan_for={text!r} does not name known devices, such as 8xH100; they are: "
+            f"{', '.join(KNOWN)}"
+        )
+    if dtype == "float32":
+        raise UserError("plan_for knows the speed of 16-bit products only: use --dtype=auto")
+    tflops, gigabytes = KNOWN[name]
+    best = torch.float16 if name in FP16_ONLY else torch.bfloat16
+    rt = Runtime(
+        torch.device("cuda"),
+        best if dtype == "auto" else getattr(torch, dtype),
+        world_size=int(words[1] or 1),
+    )
+    return rt, Device(name, "cuda", USABLE * gigabytes, tflops * 1e12)

@@ -1,0 +1,82 @@
+"""What a run will do, need and take, in sentences."""
+
+from plaingpt.training.log import duration
+from plaingpt.training.memory import memory_gib, what_fits
+from plaingpt.training.plan import Plan
+from plaingpt.wording import quantity
+
+WORTHWHILE = 4  # epochs up to which repeated text is almost as good as new (arXiv 2305.16264)
+
+
+def sentences(plan: Plan) -> list[str]:
+    config, sizes = plan.config, plan.sizes
+    micro_steps = plan.batch_size // plan.micro_batch_size // plan.world_size
+    processes = f"{plan.world_size} processes × " if plan.world_size > 1 else ""
+    needed, available = memory_gib(plan), plan.device.memory_gib
+    lines = [
+        f"Model: {sizes.total:,} parameters; {quantity(config.n_layer, 'layer')}, "
+        f"{quantity(config.n_head, 'head')}, {config.n_embd} wide, context "
+        f"{config.block_size:,}, vocabulary {config.vocab_size:,}.",
+        *lora_sentence(plan),
+        f"Step: {quantity(plan.batch_size, 'sequence')} × {config.block_size:,} = "
+        f"{quantity(plan.tokens_per_step, 'token')}, in {processes}"
+        f"{quantity(micro_steps, 'micro-step')} of {quantity(plan.micro_batch_size, 'sequence')}.",
+        *run_sentences(plan),
+        f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
+        f"on {plan.device.name} in {str(plan.dtype).removeprefix('torch.')}, "
+        f"{plan.optimizer.name}.",
+        f"Memory: about {needed:.1f} GiB"
+        + (f" of the {available:.0f} GiB of {plan.device.name}." if available else "."),
+    ]
+    if plan.learning_rate.warmup_steps >= plan.max_steps:
+        lines.append(
+            f"warmup_steps={plan.learning_rate.warmup_steps:,} >= max_steps: the peak learning "
+            "rate is never held."
+        )
+    if plan.fsdp and plan.world_size == 1:
+        lines.append("--fsdp has no effect with one process.")
+    if available and needed > available:
+        lines.append(f"This will not fit: {what_fits(plan, available)}.")
+    return lines
+
+
+def lora_sentence(plan: Plan) -> list[str]:
+    if not plan.lora:
+        return []
+    share = plan.sizes.trained / plan.sizes.total
+    return [
+        f"LoRA: {plan.sizes.trained:,} of them train ({share:.1%}), "
+        f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}."
+    ]
+
+
+def run_sentences(plan: Plan) -> list[str]:
+    tokens = plan.max_steps * plan.tokens_per_step
+    run = f"Run: {quantity(plan.max_steps, 'step')}, {quantity(tokens, 'token')}, "
+    run += f"{tokens / plan.sizes.total:.1f} per parameter"
+    if plan.epochs:
+        run += f", {plan.epochs:,.2f} epochs of {quantity(plan.split_tokens, 'token')}"
+    lines = [f"{run}."]
+    if plan.done:
+        left = max(0, plan.max_steps - plan.done)
+        tokens = left * plan.tokens_per_step
+        lines.append(f"Left: {quantity(left, 'step')}, {quantity(tokens, 'token')}.")
+    if plan.fresh and plan.epochs > WORTHWHILE:
+        lines.append(
+            f"This run reads its text {plan.epochs:,.0f} times: beyond {WORTHWHILE} epochs "
+            "repetition teaches less and less, beyond 16 next to nothing (arXiv 2305.16264). "
+            "More text or fewer steps serve better."
+        )
+    return lines
+
+
+def time_sentence(plan: Plan, step_s: float, how: str) -> str:
+    """How long the rest of the run takes at `step_s` seconds a step; `how` they are known.
+
+    Evaluating a token takes a third of the time of training on it: there is no backward pass.
+    """
+    left = max(0, plan.max_steps - plan.done)
+    evaluations = plan.evaluation.count(plan.done, plan.max_steps)
+    total = duration(step_s * (left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3))
+    step = f"{1000 * step_s:,.0f} ms" if step_s < 10 else f"{step_s:,.0f} s"
+    return f"Time: about {total}, {step} per step, {how}."

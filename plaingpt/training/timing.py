@@ -1,0 +1,94 @@
+"""How long a step takes: measured on this machine, or by the data sheet of another."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from plaingpt.runtime import Runtime
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training.batches import Batch
+from plaingpt.training.memory import memory_gib
+from plaingpt.training.plan import Plan, divisors
+from plaingpt.training.start import Start
+from plaingpt.training.state import TrainState, make_state
+from plaingpt.wording import quantity
+
+TRIAL_S = 1.0  # of work that a measured step has, at the speed of matrix products
+LONGEST_S = 4.0  # beyond which a single sequence is not tried
+# nanoGPT's 4 days for 300 billion tokens on 8 A100s are 30% of their peak; llm.c reports up to 60%.
+PEAK_SHARE = 0.4
+Step = Callable[[TrainState, Batch, float, Plan, Runtime], Any]
+
+
+def step_seconds(start: Start, plan: Plan, rt: Runtime, step: Step) -> tuple[float, str]:
+    """The seconds of a step on this machine, from a few real ones on made-up ids, and in words how
+    they are known. It takes a few seconds itself.
+
+    A step too large for that is extrapolated from one with fewer sequences, or from the speed of
+    matrix products alone.
+    """
+    speed = rt.sum(torch.tensor(product_flops(rt.device, rt.dtype))).item()  # of all processes
+    sequence_s = plan.flops_per_step / plan.batch_size / (speed / rt.world_size)
+    sizes = divisors(plan.micro_batch_size)
+    micro = next((size for size in sizes if size * sequence_s <= TRIAL_S), 1)
+    trial = replace(plan, micro_batch_size=micro)
+    available = plan.device.memory_gib
+    if sequence_s > LONGEST_S or (available and memory_gib(trial) > available):
+        how = "at the speed of matrix products alone: it will take longer"
+        return plan.flops_per_step / speed, how
+    micro_steps = 1
+    if micro == plan.micro_batch_size:
+        accumulated = plan.batch_size // plan.micro_batch_size // plan.world_size
+        micro_steps = max(1, min(accumulated, int(TRIAL_S / (micro * sequence_s))))
+    sequences = micro * micro_steps
+    steps = max(2, min(10, int(TRIAL_S / (sequences * sequence_s))))  # the same in all processes
+    seconds = timed(start, trial, rt, step, (sequences, steps))
+    share = plan.batch_size // plan.world_size
+    how = "as measured here"
+    if sequences < share:
+        how += f" on {sequences:,} of its {quantity(share, 'sequence')}"
+    return seconds * share / sequences, how
+
+
+def timed(start: Start, plan: Plan, rt: Runtime, step: Step, trial: tuple[int, int]) -> float:
+    """The median seconds of a step; `trial` is the sequences of a process, and the steps to do."""
+    sequences, steps = trial
+    model = start.model.to_empty(device="cpu")
+    model.tie_head()
+    model.init_weights(seed=0)
+    state = make_state(replace(start, model=model), Tokenizer.bytes(), plan, rt)
+    shape = (sequences, plan.config.block_size)
+    x = torch.randint(plan.config.vocab_size, shape, device=rt.device)
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step(state, (x, x, None), 0.0, plan, rt)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])  # the first is slower
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product alone, the best of ten, or of fewer if they are slow."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds: list[float] = []
+    while len(seconds) < 10 and sum(seconds) < 1:
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def nominal_seconds(plan: Plan) -> tuple[float, str]:
+    """The seconds of a step on known devices, and in words how they are known."""
+    peak = plan.device.peak_flops or math.nan
+    how = (
+        f"at {PEAK_SHARE:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {plan.device.name}: an "
+        "assumption (nanoGPT reaches about 30%, llm.c up to 60%)"
+    )
+    return plan.flops_per_step / (peak * PEAK_SHARE * plan.world_size), how

@@ -1,0 +1,48 @@
+"""What a run is said to do."""
+
+from dataclasses import replace
+
+import pytest
+from test_plan import CFG, plan_of
+
+from plaingpt.training.schedule import Every
+from plaingpt.training.sentences import sentences, time_sentence
+
+PLAN = plan_of(replace(CFG, max_steps=100, eval_interval=40))  # 24 × 256 = 6,144 tokens per step
+DATA = {"split_tokens": 30_720, "epochs": 20.0, "eval_tokens": 30_720}
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said():
+    lines = "\n".join(sentences(plan_of(replace(CFG, warmup_steps=1500))))
+    assert "warmup_steps=1,500 >= max_steps: the peak learning rate is never held." in lines
+
+
+def test_text_that_is_read_again_and_again_is_said():
+    words = "This run reads its text 20 times: beyond 4 epochs repetition teaches less and less"
+    plan = replace(PLAN, **DATA)
+    lines = "\n".join(sentences(plan))
+    assert "parameter, 20.00 epochs of 30,720 tokens." in lines and words in lines
+    for changes in ({"epochs": 4.0}, {"fresh": False}, {"epochs": 0.0}):
+        assert words not in "\n".join(sentences(replace(plan, **changes)))
+
+
+def test_a_resumed_run_says_what_is_left():
+    assert "Left:" not in "\n".join(sentences(PLAN))
+    assert "Left: 40 steps, 245,760 tokens." in sentences(replace(PLAN, done=60))
+    assert "Left: 0 steps, 0 tokens." in sentences(replace(PLAN, done=101))
+
+
+@pytest.mark.parametrize(
+    "changes, seconds, said",
+    [
+        ({}, 0.5, "Time: about 50s, 500 ms per step, as measured here."),
+        ({}, 30.0, "Time: about 50m00s, 30 s per step, as measured here."),
+        ({"done": 90}, 0.5, "Time: about 5s, "),
+        ({"done": 200}, 0.5, "Time: about 0s, "),
+        # 3 evaluations of as many tokens as 5 steps have, each at a third of their cost
+        (DATA, 1.0, "Time: about 1m45s, "),
+        (DATA | {"done": 50, "evaluation": Every(60)}, 1.2, "Time: about 1m02s, "),
+    ],
+)
+def test_the_time_is_that_of_the_steps_and_evaluations_to_come(changes, seconds, said):
+    assert time_sentence(replace(PLAN, **changes), seconds, "as measured here").startswith(said)
