@@ -4,8 +4,8 @@ compare what they end with to runs that were never killed.
 
     PYTHONPATH=. python tests/kills.py 1000        # about half an hour on two cores
 
-Half of the kills come at the calls of the file system, in turn, the others at random moments, up to
-three in a row. A test kills a few.
+Kills come at the calls of the file system, in turn, and at random moments, up to three in a row. A
+test kills a few times.
 """
 
 import json
@@ -295,9 +295,9 @@ def clean(job: Job) -> None:
 def kill(wanted: int, folder: Path, seed: int | None = None) -> dict[str, int]:
     """Kill about `wanted` times in all; return how many by job."""
     rng, done = np.random.default_rng(seed), {}
-    for job, share in zip(jobs_in(folder), (0.35, 0.35, 0.1, 0.2)):
+    for job, share in zip(jobs_in(folder), (0.4, 0.3, 0.07, 0.23)):
         mine = max(2, round(share * wanted))
-        at_calls = min(job.calls, mine // 2 if mine < 2 * job.calls else job.calls)
+        at_calls = job.calls if mine >= job.calls else mine // 2
         calls = np.unique(np.linspace(1, job.calls, at_calls).round().astype(int)).tolist()
         began = time.monotonic()
         kills = kill_at_calls(job, calls)
