@@ -46,7 +46,7 @@ CALLS = [  # what Python does not audit
     (shards.ShardWriter, "write"),
     (builder.SplitWriter, "end_document"),
 ]
-STEPS, SAVE_EVERY = 8, 2
+STEPS, SAVE_EVERY = 6, 2
 workers.context.set_forkserver_preload(
     [*workers.PRELOAD, "prepare", "tools.export", "huggingface_hub.repocard", "matplotlib.figure"]
 )
@@ -129,7 +129,9 @@ class Job:
     def check_promise(self) -> None:
         """That a kill has lost nothing that was said to be saved."""
         if self.command == "prepare":
-            self.resumes = (self.out / ".partial" / "progress.json").exists()
+            partial = self.out / ".partial"
+            saved, prepared = partial / "progress.json", partial / "dataset.json"
+            self.resumes = saved.exists() and not prepared.exists()
         if self.command == "train":
             lines = [line.split() for line in self.said().splitlines() if ": saved " in line]
             found = folders.step_folders(self.out)
@@ -206,12 +208,12 @@ def jobs_in(folder: Path) -> list[Job]:
         Job("train", folder / "pair", [*trained, f"--out_dir={folder}/pair"], processes=2),
         Job("export", folder / "gift", [f"--checkpoint={model}", f"--out_dir={folder}/gift"]),
     ]
+    jobs[0].run()  # which waits for the imports that all of them share
+    clean(jobs[0])
     for job in jobs:
-        for _ in range(2):  # the first one waits for imports
-            clean(job)
-            began = time.monotonic()
-            job.run()
-            job.seconds = time.monotonic() - began
+        began = time.monotonic()
+        job.run()
+        job.seconds = time.monotonic() - began
         job.whole = job.ends()
         job.calls = int(job.out.with_name(f"{job.out.name}.calls").read_text())
     aside = folder / "aside"  # training and exporting need what is killed in other jobs
