@@ -62,11 +62,8 @@ def sealed(text: str) -> str:
     return f'{body}, "crc32": "{zlib.crc32(body.encode()):08x}"}}'
 
 
-def check_seal(content: bytes, where: str) -> None:
-    """Raises UserError for a sealed object that has changed; one without a seal is not checked."""
+def check_seal(content: bytes) -> None:
+    """Raises ValueError for a sealed object that has changed; one without a seal is not checked."""
     seal = SEAL.search(content)
     if seal and zlib.crc32(content[: seal.start()]) != int(seal[1], 16):
-        raise UserError(
-            f"{where} is damaged or was edited: its checksum differs. Restore it or, if the change "
-            'is intended, delete its field "crc32"'
-        )
+        raise ValueError('its checksum differs (after an intended edit, remove its field "crc32")')

@@ -155,11 +155,11 @@ def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
 
 
 def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "") -> Record:
-    """`read_json`, of bytes that are found at `where`. Also raises as `check_seal`."""
-    check_seal(content, where)
+    """`read_json`, of bytes that are found at `where`."""
     # Not by msgspec's own parser: it refuses the names of files that are not UTF-8, which Python
     # represents by halves of surrogate pairs.
     try:
+        check_seal(content)
         text = content.decode()
         value = json.loads(text, parse_float=finite_number, parse_constant=finite_number)
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ else:
 
 NAME = ".lock"
 BEYOND = 1 << 30  # the byte that Windows locks: others can still read those before it
+TRIES = 1000
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -36,7 +37,6 @@ def locked(folder: Path) -> Iterator[None]:
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     path = folder / NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         handle = acquire(path)
         try:
             sign(handle)
@@ -50,9 +50,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquire(path: Path) -> int:
-    """Open a lock file, made if it is missing, and lock it; return the handle."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    """Open a lock file, made with its folder if it is missing, and lock it; return the handle."""
+    for attempt in range(TRIES):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileNotFoundError, FileExistsError):  # its last holder is removing the folder
+            if attempt == TRIES - 1:
+                raise
+            continue
         if not lock(handle, path):
             other = signature(handle)
             os.close(handle)
@@ -63,6 +69,7 @@ def acquire(path: Path) -> int:
         if is_at(path, handle):
             return handle
         os.close(handle)  # its last holder removed it in the meantime
+    raise OSError(f"{path} cannot be locked: it keeps disappearing")
 
 
 def lock(handle: int, path: Path) -> bool:

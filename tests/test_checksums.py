@@ -50,23 +50,23 @@ def test_any_bit_of_a_sealed_object_counts(indent):
     content = checksums.sealed(json.dumps(value, indent=indent) + "\n").encode()
     sealed = json.loads(content)
     assert len(sealed.pop("crc32")) == 8 and sealed == value
-    checksums.check_seal(content, "a.json")
+    checksums.check_seal(content)
     noticed = 0
     for bit in range(8 * len(content)):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         try:
-            checksums.check_seal(bytes(changed), "a.json")
+            checksums.check_seal(bytes(changed))
             found = json.loads(changed)
-        except ValueError:  # a UserError is one
+        except ValueError:
             noticed += 1
         else:
             assert value.items() <= found.items()
     assert noticed > 0.8 * 8 * len(content)
 
 
-def test_an_object_without_a_seal_is_taken(tmp_path):
-    checksums.check_seal(b'{"a": 1}', "a.json")
+def test_an_object_without_a_seal_is_taken():
+    checksums.check_seal(b'{"a": 1}')
 
 
 # --- blocks

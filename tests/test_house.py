@@ -99,6 +99,16 @@ def test_preparing_text_does_not_import_torch():
         assert not {name for name in IMPORTS[module] if "torch" in name.split(".")}, module
 
 
+def test_durations_are_not_measured_by_a_clock_that_may_be_set():
+    used = {
+        module
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "datetime.now")
+    }
+    assert used == set()
+
+
 def test_functions_take_few_parameters():
     def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs

@@ -26,7 +26,7 @@ from plaingpt.checkpoint.hugging_face import (
     tensors_of,
     write_tensors,
 )
-from plaingpt.checksums import write_sums
+from plaingpt.checksums import SUMS, write_sums
 from plaingpt.files import Count, as_record, atomic_folder, read_json, size_of, write_json
 from plaingpt.wording import shown
 
@@ -117,7 +117,7 @@ def base_of(folder: Path, adapter: lora.Adapter) -> str:
     if Path(adapter.base).is_absolute() or not on_hub(name):
         raise UserError(
             f"{folder} is an adapter for {adapter.base}, which does not exist; if it was moved, "
-            f"set its new place in {ADAPTER_CONFIG}: base_model_name_or_path"
+            f"set its new place in {ADAPTER_CONFIG}: base_model_name_or_path, and delete {SUMS}"
         )
     return name
 

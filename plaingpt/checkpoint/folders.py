@@ -140,13 +140,19 @@ def is_adapter(folder: Path) -> bool:
 
 
 def prune(out_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss."""
+    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss. Older
+    ones whose state.json is damaged stay: a training should not end because of them."""
     folders = step_folders(out_dir)
-    losses = {folder: read_state(folder).val_loss for folder in folders}
+    losses = {}
+    for folder in folders:
+        try:
+            losses[folder] = read_state(folder).val_loss
+        except UserError as problem:
+            print(f"{folder} stays: {problem}")
     evaluated = [(loss, folder) for folder, loss in losses.items() if loss is not None]
     best = min(evaluated)[1] if evaluated else None
     for folder in folders[:-keep]:
-        if folder != best:
+        if folder in losses and folder != best:
             remove_folder(folder)
 
 

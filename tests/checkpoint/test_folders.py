@@ -63,6 +63,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [int(p.name[5:]) for p in folders.step_folders(tmp_path)] == [2, 4, 5]
 
 
+def test_a_damaged_old_checkpoint_ends_no_training(tmp_path, capsys):
+    for step in range(1, 5):
+        save(tmp_path, step, val_loss=float(step))
+    (tmp_path / "step_000002" / "state.json").write_text("{")
+    folders.prune(tmp_path, keep=1)
+    assert [int(p.name[5:]) for p in folders.step_folders(tmp_path)] == [1, 2, 4]
+    assert "step_000002 stays: " in capsys.readouterr().out
+
+
 def test_folders_of_others_are_not_checkpoints(tmp_path):
     _, folder = save(tmp_path)
     (tmp_path / "step_000999").mkdir()
