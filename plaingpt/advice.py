@@ -22,7 +22,7 @@ out_dir: output_dir output out
 checkpoint: out_dir init_from model model_path model_name_or_path ckpt (its folder, or gpt2)
 data_dir: out_dir output_dir output out (the folder to write)
 data_dir: dataset data dataset_dir (the folder that prepare.py wrote)
-init_from: resume resume_from_checkpoint (--init_from=resume continues the run in out_dir)
+init_from: resume_from_checkpoint (--init_from=resume continues the run in out_dir)
 init_from: checkpoint model model_name_or_path pretrained ckpt (a checkpoint's folder, or gpt2)
 n_layer: layers num_layers num_hidden_layers depth
 n_head: heads num_heads num_attention_heads

@@ -155,7 +155,8 @@ def write_corpus(folder: Path, cfg: PrepareBench) -> tuple[Path, int]:
             text = "".join(rng.choices(lines, k=80))
             texts = [text]
             if cfg.documents == "tiny":
-                texts = [text[at : at + 20] for at in range(0, len(text), 20)]
+                parts = (text[at : at + 20] for at in range(0, len(text), 20))
+                texts = [part for part in parts if part.strip()]  # prepare.py refuses blank records
             for each in texts:
                 file.write(each if path.suffix == ".txt" else json.dumps({"text": each}) + "\n")
                 size += len(each.encode())

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from plaingpt.text.cutting import cut_runs
 from plaingpt.text.tokenizer_json import unspell
-from plaingpt.wording import byte_size
+from plaingpt.wording import byte_size, quantity
 
 LOG_SECONDS = 5.0  # between two lines of a log while merges are learned
 
@@ -40,7 +40,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         for text in texts:
             read += len(text.encode())
             yield from cut_runs(text)
-        phase = f"merging up to {size:,} tokens"
+        phase = f"merging up to {quantity(size, 'token')}"
 
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(backend.train_from_iterator, pieces(), trainer)

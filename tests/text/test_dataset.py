@@ -48,7 +48,8 @@ def test_a_missing_folder_and_one_without_shards_are_refused(shard_folder, tmp_p
     assert refusal(folder, "val").startswith(f"{folder} has no val shards")
     missing = tmp_path / "missing"
     assert refusal(missing) == (
-        f"there is no data in {missing}; prepare.py --data_dir={missing} makes it"
+        f"there is no data in {missing}; python prepare.py --sources=FILES --data_dir={missing} "
+        "makes it"
     )
 
 
