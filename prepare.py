@@ -111,6 +111,8 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
     with locked(folder):
+        if check_target(folder) != old:
+            raise UserError(f"{folder} was prepared by another process: run this command again")
         if not only_install_left(partial, settings, cfg.overwrite):
             build(cfg, folder, partial, settings)
         manifest = install(partial, folder)

@@ -291,7 +291,10 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
     folder = resumed_folder(asdict(cfg))
     settings = saved_settings(folders.read_state(folder), asdict(TrainConfig()))
     own = {"init_from", "resume", "overwrite", "plan", "plan_for"}
-    settings |= {"out_dir": str(folder.parent)}
+    if (folder.parent / "run.json").exists():  # not that of a copy outside its run folder
+        settings |= {"out_dir": str(folder.parent)}
+    elif cfg.out_dir == TrainConfig.out_dir and cfg.init_from != "resume":
+        raise UserError(f"{folder} is not in a run folder: choose an --out_dir")
     return {name: value for name, value in settings.items() if name not in own}
 
 

@@ -109,10 +109,12 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file. Raises UserError as `size_of`, and for one larger than MAX_BYTES."""
+    """The content of a file. Raises UserError as `size_of` and `check_sum` do, and if it is larger
+    than MAX_BYTES."""
     if size_of(path) > MAX_BYTES:
         raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not read")
-    with open_regular(path) as file:
+    check_sum(path)
+    with path.open("rb") as file:
         return file.read(MAX_BYTES)
 
 
@@ -146,12 +148,10 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
 def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
     """The content of a JSON file as a record of a type (a msgspec.Struct, as a rule).
 
-    Raises UserError as `read_bytes` and `check_sum`, and one that ends with `advice` if the file is
-    not JSON or holds something else.
+    Raises UserError as `read_bytes`, and one that ends with `advice` if the file is not JSON or
+    holds something else.
     """
-    record = parse_json(read_bytes(path), kind, str(path), advice)
-    check_sum(path)
-    return record
+    return parse_json(read_bytes(path), kind, str(path), advice)
 
 
 def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "") -> Record:
@@ -164,7 +164,7 @@ def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "")
         value = json.loads(text, parse_float=finite_number, parse_constant=finite_number)
     except (ValueError, RecursionError) as error:
         problem = f"{where} is damaged: {str(error)[:150]}"
-        raise UserError("; ".join([problem, advice] if advice else [problem])) from None
+        raise UserError(f"{problem}; {advice}" if advice else problem) from None
     return as_record(value, kind, where, advice)
 
 
@@ -174,7 +174,7 @@ def as_record(value: Any, kind: type[Record], where: str, advice: str = "") -> R
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         problem = f"{where}: {reworded(str(error)[:200])}"
-        raise UserError("; ".join([problem, advice] if advice else [problem])) from None
+        raise UserError(f"{problem}; {advice}" if advice else problem) from None
 
 
 def finite_number(text: str) -> float:

@@ -30,7 +30,7 @@ import prepare
 import train
 from plaingpt import locks
 from plaingpt.checkpoint import folders, store
-from plaingpt.text import builder, documents, shards, text_files
+from plaingpt.text import builder, cutting, documents, shards
 from plaingpt.training import run_folder
 from tools import export
 
@@ -157,7 +157,7 @@ def work(
     with open(f"{out}.txt", "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    builder.SAVE_SECONDS, documents.CHUNK, text_files.BLOCK = 0.01, 900, 500
+    builder.SAVE_SECONDS, documents.CHUNK, cutting.BLOCK = 0.01, 900, 500
     calls = 0
 
     def count(*_) -> None:

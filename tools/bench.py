@@ -45,9 +45,7 @@ class TrainBench:
     settings: str = "config/gpt2_124m.py --batch_size=2 --micro_batch_size=2"  # for train.py
     steps: Steps = 8  # per run; the first three do not count
     repeats: PositiveInt = 3  # runs
-    nanogpt: Folder | None = (
-        None  # a folder with nanoGPT, to run in turn on the same shape and data
-    )
+    nanogpt: Folder | None = None  # nanoGPT's folder, to run in turn on the same shape and data
     folder: Folder | None = None  # for the data and the runs; None: a temporary one
     output: PathName = "out/bench_train.json"  # where the figures go
 

@@ -67,6 +67,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[SourceEntry, ...] = ()
     inputs: str | None = None  # `progress.digest_of` the local files
 
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of every shard and mask, by file name."""
+        found = {}
+        for _, split in self.splits.items():
+            for shard in split.shards:
+                found[shard.file] = shard.sha256
+                if shard.mask_sha256:
+                    found[mask_path(Path(shard.file)).name] = shard.mask_sha256
+        return found
+
 
 @dataclass(frozen=True)
 class Dataset:

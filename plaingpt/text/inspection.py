@@ -8,7 +8,7 @@ import numpy as np
 from configurator import UserError
 from plaingpt.checksums import sha256_of
 from plaingpt.text.dataset import MANIFEST, Manifest, SplitName, open_dataset
-from plaingpt.text.shards import Split, mask_path, shard_paths
+from plaingpt.text.shards import Split, shard_paths
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
@@ -67,15 +67,9 @@ def report(manifest: Manifest) -> None:
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:
     """Raises UserError for a shard or mask whose hash is not that in the manifest."""
-    for _, split in manifest.splits.items():
-        for shard in split.shards:
-            path = folder / shard.file
-            hashes = {path: shard.sha256}
-            if shard.mask_sha256:
-                hashes[mask_path(path)] = shard.mask_sha256
-            for each, wanted in hashes.items():
-                if sha256_of(each) != wanted:
-                    raise UserError(f"{each} has changed since it was written (sha256)")
+    for name, wanted in manifest.hashes().items():
+        if sha256_of(folder / name) != wanted:
+            raise UserError(f"{folder / name} has changed since it was written (sha256)")
 
 
 def beginning(split: Split, tokenizer: Tokenizer) -> str:

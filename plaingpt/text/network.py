@@ -13,6 +13,8 @@ def require_answer(url: str) -> None:
 
     Looking up its name has no limit of its own, so a thread does it all.
     """
+    if any(proxy.startswith("socks") for proxy in urllib.request.getproxies().values()):
+        return  # urllib cannot use them; the libraries may
     problems: list[BaseException] = [TimeoutError(f"nothing after {SECONDS:g} seconds")]
 
     def ask() -> None:

@@ -63,8 +63,6 @@ def json_rows(path: str) -> Iterator[Row]:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.partition(b"\n")[0].strip() == b"{":
             raise UserError(f"{path} is one JSON object, not an array of records or one a line")
-        if start.partition(b"\n")[0].strip() == b"{":
-            raise UserError(f"{path} is one JSON object, not an array of records or one a line")
         if not start.startswith(b"["):
             yield from line_rows(path)
             return

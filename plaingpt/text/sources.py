@@ -132,8 +132,6 @@ def nothing_read(text: str, others: list[str]) -> str:
         )
     if os.path.lexists(text) and not os.path.isdir(text):
         return "is not a file but a pipe, a device or a broken link"
-    if os.path.lexists(text) and not os.path.isdir(text):
-        return "is not a file but a pipe, a device or a broken link"
     said = f"matches no file of these kinds: {kinds}"
     if "://" in text:
         return f"{said}; download it first, or write hf:OWNER/NAME for a dataset of the hub"

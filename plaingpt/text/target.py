@@ -11,7 +11,6 @@ from plaingpt.text import progress
 from plaingpt.text.builder import KEPT
 from plaingpt.text.dataset import MANIFEST, PARTIAL, Manifest, read_manifest
 from plaingpt.text.progress import check_settings_unchanged
-from plaingpt.text.shards import mask_path
 
 
 def check_target(folder: Path) -> Manifest | None:
@@ -77,9 +76,8 @@ def install(partial: Path, folder: Path) -> Manifest:
     """
     manifest = read_manifest(partial)
     assert manifest
-    names = [shard.file for _, split in manifest.splits.items() for shard in split.shards]
-    masks = [mask_path(Path(name)).name for name in names] * (manifest.template != "text")
-    names = [*names, *masks, "tokenizer.json", "tokenizer_config.json"]
+    hashes = manifest.hashes()
+    names = [*hashes, "tokenizer.json", "tokenizer_config.json"]
     for name in (MANIFEST, SUMS):
         (folder / name).unlink(missing_ok=True)
     if (partial / KEPT).is_dir():
@@ -93,13 +91,8 @@ def install(partial: Path, folder: Path) -> Manifest:
             if (place / name).exists():
                 (place / name).replace(folder / name)
     (partial / progress.NAME).unlink(missing_ok=True)  # there is nothing left to resume
-    hashes = {name: sha256_of(folder / name) for name in names if name.endswith(".json")}
+    hashes |= {name: sha256_of(folder / name) for name in names if name.endswith(".json")}
     hashes[MANIFEST] = sha256_of(partial / MANIFEST)
-    for _, split in manifest.splits.items():
-        for shard in split.shards:
-            hashes[shard.file] = shard.sha256
-            if shard.mask_sha256:
-                hashes[mask_path(Path(shard.file)).name] = shard.mask_sha256
     write_sums(partial, hashes)
     flush(partial / SUMS)
     for name in (SUMS, MANIFEST):

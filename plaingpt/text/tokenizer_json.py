@@ -153,6 +153,8 @@ def check_ids(path: Path, ranks: dict[bytes, int], special: dict[str, int]) -> N
         raise UserError(f"{path}: it must have all 256 bytes, and lacks {missing[0]:#04x}")
     if twice := [id for id, following in pairwise(sorted(ids)) if id == following]:
         raise UserError(f"{path}: the id {twice[0]} belongs to more than one token")
+    if unused := set(range(max(ids))) - set(ids):  # a model might draw one
+        raise UserError(f"{path}: no token has the id {min(unused)}")
 
 
 def check_merges(

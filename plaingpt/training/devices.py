@@ -60,9 +60,8 @@ def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
 
     Raises a UserError that lists the known ones.
     """
-    words = re.fullmatch(r"(?:(\d{1,6})\s*[x×*]\s*)?(.*)", text.strip(), re.DOTALL)
-    names = {name.lower(): name for name in KNOWN}
-    name = names.get(words[2].lower()) if words and words[1] != "0" else None
+    words = re.fullmatch(r"(?:([1-9]\d{0,5})\s*[x×*]\s*)?(.*)", text.strip(), re.DOTALL)
+    name = {known.lower(): known for known in KNOWN}.get(words[2].lower()) if words else None
     if not words or not name:
         raise UserError(
             f"plan_for={text!r} does not name known devices, such as 8xH100; they are: "

@@ -46,7 +46,6 @@ def memory_gib(plan: Plan) -> float:
     device. docs/benchmarks.md compares it with measurements on a CPU."""
     sizes, on_cpu = plan.sizes, plan.device.kind == "cpu"
     half = plan.dtype != torch.float32
-    micro_steps = plan.batch_size // plan.micro_batch_size // plan.world_size
     kept = 4 * (sizes.total + 2 * sizes.trained)  # weights and two moments
     gradients = 4 * sizes.trained
     update = 0  # while the optimizer runs
@@ -58,7 +57,7 @@ def memory_gib(plan: Plan) -> float:
         gathered = 8 * (others + 2 * sizes.matrices // plan.config.n_layer)  # two blocks at a time
         kept = kept // plan.world_size + gathered
         gradients //= plan.world_size
-    elif (plan.world_size > 1 or on_cpu) and micro_steps > 1:
+    elif (plan.world_size > 1 or on_cpu) and plan.micro_steps > 1:
         gradients *= 2  # outside of DDP's buckets, or in gaps of the heap
     tokens = plan.micro_batch_size * plan.config.block_size
     activations = tokens * activation_bytes_per_token(plan, half)

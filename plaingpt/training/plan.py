@@ -61,6 +61,14 @@ class Plan:
         return self.fsdp and self.world_size > 1
 
     @property
+    def micro_steps(self) -> int:
+        return self.batch_size // self.micro_batch_size // self.world_size
+
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.max_steps - self.done)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.config.block_size
 

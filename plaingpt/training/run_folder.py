@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -77,6 +78,8 @@ class RunLog:
         self.records.append(written)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{sealed(json.dumps(written))}\n")
+            file.flush()
+            os.fsync(file.fileno())  # a power cut may tear the line that is being written, no other
         if "val_loss" in record and record["step"] > 0:
             plot(self.records, self.out_dir / "loss.png")
         if self.tracker:

@@ -10,7 +10,6 @@ WORTHWHILE = 4  # epochs up to which repeated text is almost as good as new (arX
 
 def sentences(plan: Plan) -> list[str]:
     config, sizes = plan.config, plan.sizes
-    micro_steps = plan.batch_size // plan.micro_batch_size // plan.world_size
     processes = f"{plan.world_size} processes × " if plan.world_size > 1 else ""
     needed, available = memory_gib(plan), plan.device.memory_gib
     lines = [
@@ -20,7 +19,8 @@ def sentences(plan: Plan) -> list[str]:
         *lora_sentence(plan),
         f"Step: {quantity(plan.batch_size, 'sequence')} × {config.block_size:,} = "
         f"{quantity(plan.tokens_per_step, 'token')}, in {processes}"
-        f"{quantity(micro_steps, 'micro-step')} of {quantity(plan.micro_batch_size, 'sequence')}.",
+        f"{quantity(plan.micro_steps, 'micro-step')} of "
+        f"{quantity(plan.micro_batch_size, 'sequence')}.",
         *run_sentences(plan),
         f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
         f"on {plan.device.name} in {str(plan.dtype).removeprefix('torch.')}, "
@@ -58,9 +58,8 @@ def run_sentences(plan: Plan) -> list[str]:
         run += f", {plan.epochs:,.2f} epochs of {quantity(plan.split_tokens, 'token')}"
     lines = [f"{run}."]
     if plan.done:
-        left = max(0, plan.max_steps - plan.done)
-        tokens = left * plan.tokens_per_step
-        lines.append(f"Left: {quantity(left, 'step')}, {quantity(tokens, 'token')}.")
+        tokens = plan.steps_left * plan.tokens_per_step
+        lines.append(f"Left: {quantity(plan.steps_left, 'step')}, {quantity(tokens, 'token')}.")
     if plan.fresh and plan.epochs > WORTHWHILE:
         lines.append(
             f"This run reads its text {plan.epochs:,.0f} times: beyond {WORTHWHILE} epochs "
@@ -75,8 +74,7 @@ def time_sentence(plan: Plan, step_s: float, how: str) -> str:
 
     Evaluating a token takes a third of the time of training on it: there is no backward pass.
     """
-    left = max(0, plan.max_steps - plan.done)
     evaluations = plan.evaluation.count(plan.done, plan.max_steps)
-    total = duration(step_s * (left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3))
+    steps = plan.steps_left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3
     step = f"{1000 * step_s:,.0f} ms" if step_s < 10 else f"{step_s:,.0f} s"
-    return f"Time: about {total}, {step} per step, {how}."
+    return f"Time: about {duration(step_s * steps)}, {step} per step, {how}."

@@ -43,8 +43,7 @@ def step_seconds(start: Start, plan: Plan, rt: Runtime, step: Step) -> tuple[flo
         return plan.flops_per_step / speed, how
     micro_steps = 1
     if micro == plan.micro_batch_size:
-        accumulated = plan.batch_size // plan.micro_batch_size // plan.world_size
-        micro_steps = max(1, min(accumulated, int(TRIAL_S / (micro * sequence_s))))
+        micro_steps = max(1, min(plan.micro_steps, int(TRIAL_S / (micro * sequence_s))))
     sequences = micro * micro_steps
     steps = max(2, min(10, int(TRIAL_S / (sequences * sequence_s))))  # the same in all processes
     seconds = timed(start, trial, rt, step, (sequences, steps))

@@ -12,6 +12,7 @@ from plaingpt.runtime import Runtime
 from plaingpt.training import devices, timing
 from plaingpt.training.devices import Device
 from plaingpt.training.start import Start, model_config, outline
+from plaingpt.training.timing import product_flops  # before a fixture replaces it
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 TINY = replace(CFG, n_layer=1, n_embd=32, block_size=16, micro_batch_size=6)
@@ -31,6 +32,10 @@ def seconds_of(cfg, speed, monkeypatch, **changes):
     plan = replace(plan_of(cfg), dtype=torch.float32, **changes)
     start = Start(outline(model_config(vars(cfg), 50257)))
     return timing.step_seconds(start, plan, RT, step), tried
+
+
+def test_the_speed_of_a_product_is_measured():
+    assert 1e8 < product_flops(torch.device("cpu"), torch.float32) < 1e15
 
 
 def test_a_quick_step_is_measured_whole(monkeypatch):
