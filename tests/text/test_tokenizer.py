@@ -386,8 +386,11 @@ def test_a_field_of_another_kind_is_named(refusal, change, message):
 
 
 def test_a_name_that_is_not_utf8_is_refused(refusal):
-    odd = {"id": 2000, "content": "\udcff", "special": True}
-    assert "is not UTF-8" in refusal(lambda content: content["added_tokens"].append(odd))
+    def append(content):
+        next_id = len(content["model"]["vocab"])
+        content["added_tokens"].append({"id": next_id, "content": "\udcff", "special": True})
+
+    assert "is not UTF-8" in refusal(append)
 
 
 def test_an_end_of_text_of_another_kind_is_refused(bpe, tmp_path):
@@ -425,8 +428,8 @@ def test_an_unknown_end_of_text_is_refused(refusal):
     def rename(content):
         del content["model"]["vocab"][END_OF_TEXT]
         content["added_tokens"] = [
-            {"id": 5000 + number, "content": name, "special": True}
-            for number, name in enumerate(("<s>", "</s>"))
+            {"id": id, "content": name, "special": True}
+            for id, name in enumerate(("<s>", "</s>"), start=len(content["model"]["vocab"]))
         ]
 
     assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(
