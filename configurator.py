@@ -26,7 +26,7 @@ from plaingpt.advice import failure, unknown, unnamed
 from plaingpt.wording import shorten, shown
 
 Config = TypeVar("Config")
-Saved = Callable[[Any], dict[str, Any]]  # a config → what replaces its defaults
+Saved = Callable[[Any], dict[str, Any]]  # a config → values that replace its defaults
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
 BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
 INVALID = object()  # returned by `check` and `parse` for a value that does not fit its type
@@ -63,7 +63,7 @@ NonEmpty = Annotated[str, Range("non-empty", bool)]
 A_PATH = Range("a path", bool)  # where ~ stands for the home folder
 A_FOLDER = Range("a folder", lambda value: os.path.isdir(value) or not os.path.exists(value))
 PathName = Annotated[str, A_PATH]
-Folder = Annotated[str, A_PATH, A_FOLDER]  # that may not exist yet
+Folder = Annotated[str, A_PATH, A_FOLDER]  # which may not exist yet
 FractionAbove0 = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -80,8 +80,8 @@ def command(
     """The body of every main(): configure, run, and turn a user's mistake into one line.
 
     Returns the exit status: 0; 2 after a UserError (bad settings, bad data), an OSError (a full
-    disk) or lack of memory; 130 after Ctrl-C; 141 if the reader of the output left. Any other
-    exception is our own bug and keeps its traceback.
+    disk) or lack of memory; 130 after Ctrl-C; 141 if the reader of the output has exited. Any
+    other exception is a bug in plainGPT and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Flush at every line, so that logs stay current, and escape what cannot be printed.
@@ -108,7 +108,7 @@ def command(
 
 
 def drop_output() -> int:
-    """Discard what is left to print, after its reader left, as with `| head`; return status 141."""
+    """Discard the remaining output after its reader has exited, as `| head` does; return 141."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -121,9 +121,9 @@ def drop_output() -> int:
 def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) -> Config:
     """Resolve `argv` into a `cls`, and print what differs from the defaults to stderr.
 
-    `saved` gets what `argv` alone gives, and returns values that replace the defaults, such as
-    those of a run to resume. Raises UserError with all problems, one per line; SystemExit(0) after
-    --help.
+    `saved` is called with the config that `argv` alone gives, and returns values that replace the
+    defaults, such as the settings of a run to resume. Raises UserError with all problems, one per
+    line; SystemExit(0) after --help.
     """
     config, origin = resolve(cls, argv)
     if saved:
@@ -169,7 +169,7 @@ def one_line(problem: BaseException) -> str:
 def resolve(
     cls: type[Config], argv: list[str], saved: dict[str, Any] | None = None
 ) -> tuple[Config, dict[str, str]]:
-    """The config, and where each value that was given comes from; raises as `configure` does."""
+    """The config, and the origin of each value that was given. Raises as `configure` does."""
     hints, kinds = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     values = defaults_of(cls)
     origin: dict[str, str] = {}
@@ -214,7 +214,7 @@ def split_arguments(
     hints = get_type_hints(cls)
     files: list[str] = []
     pairs: list[tuple[str, Any]] = []
-    bare: list[str] = []  # neither
+    bare: list[str] = []  # words that are neither a config file nor a setting
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -293,7 +293,7 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 
 def check(value: Any, hint: Any) -> Any:
-    """`value` as a `hint` (for float an int is converted, for a tuple a list), or INVALID."""
+    """`value` converted to the type `hint` (an int to float, a list to a tuple), or INVALID."""
     options = options_of(hint)
     for option in options:
         if get_origin(option) is Literal:
@@ -307,7 +307,7 @@ def check(value: Any, hint: Any) -> Any:
         elif type(value) is int and option is int:
             return value if abs(value) < 2**63 else INVALID
         elif type(value) is str and option is str:
-            return INVALID if "\0" in value else value  # no file can have such a name
+            return INVALID if "\0" in value else value  # a file name cannot contain it
         elif type(value) is option or (value is None and option is type(None)):
             return value
     if float in options and type(value) is int and abs(value) < 1e300:
@@ -337,8 +337,8 @@ def parse(text: str, hint: Any) -> Any:
 
 
 def parse_tuple(text: str, item_hint: Any) -> Any:
-    """The tuple that `a,b`, Python's own `("a", "b")`, or the name of an existing file with a comma
-    in it means, or INVALID."""
+    """The tuple that a text means: `a,b`, Python's own `("a", "b")`, or the name of an existing
+    file that contains a comma. INVALID if it means none."""
     if item_hint is str and os.path.exists(os.path.expanduser(text)):
         return (text,)
     if text.startswith(("(", "[")):
@@ -351,7 +351,7 @@ def parse_tuple(text: str, item_hint: Any) -> Any:
 
 
 def has_path(hint: Any) -> bool:
-    """Whether a type, with its Annotated parts, is or holds a path."""
+    """Whether a type, including its Annotated parts, is or contains a path."""
     return hint == A_PATH or any(map(has_path, get_args(hint)))
 
 
@@ -408,7 +408,7 @@ def help_text(cls: type) -> str:
 
 
 def comments_of(cls: type) -> dict[str, tuple[str, str]]:
-    """The heading above each field (a comment on a line of its own) and the comment behind it, read
+    """The heading above each field (a comment on a line of its own) and the comment after it, read
     from the source of the dataclass and its bases."""
     comments: dict[str, tuple[str, str]] = {}
     for each in reversed([base for base in cls.__mro__ if is_dataclass(base)]):

@@ -3,7 +3,7 @@ Train a GPT-2 on the shards that prepare.py made.
 
     python train.py                                            # laptop: the defaults
     python train.py config/shakespeare_cpu.py --max_steps=100  # a config file, then overrides
-    python train.py config/gpt2_124m.py --plan                 # say what would happen, and stop
+    python train.py config/gpt2_124m.py --plan                 # print the plan, and stop
     python train.py config/gpt2_124m.py --plan_for=8xH100      # the same for other devices
     python train.py --init_from=resume                         # continue from the newest checkpoint
     python train.py config/finetune_instruct.py --lora_rank=16  # train adapters, not the weights
@@ -86,7 +86,7 @@ class TrainConfig:
     save_interval: PositiveInt | None = None  # steps between checkpoints; None: at evaluations
     keep_checkpoints: PositiveInt = 3  # how many of the newest to keep, besides the best
     tracker: Literal["wandb", "trackio"] | None = None  # where else to send the metrics
-    plan: bool = False  # print what would be done and how long it takes here, and stop
+    plan: bool = False  # print the plan and how long it takes here, and stop
     plan_for: str | None = None  # the same for known GPUs, such as 8xH100
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -156,7 +156,7 @@ def train(cfg: TrainConfig) -> Record:
 
 
 def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
-    """All that comes before the first step, then `run`; or only the plan."""
+    """Everything before the first step, then `run`; with --plan, only the plan."""
     if cfg.fsdp and rt.dtype == torch.float16:
         raise UserError("--fsdp does not combine with float16: use --dtype=bfloat16 or float32")
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, rt.world_size)
@@ -168,7 +168,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     if cfg.plan and not Path(cfg.data_dir).exists():
         print(f"{cfg.data_dir} does not exist yet; {command_for(Path(cfg.data_dir))} makes it.")
         if cfg.epochs and not cfg.max_steps:
-            print("Until then --epochs cannot be turned into steps: 1,500 are assumed.")
+            print("Until then --epochs cannot be converted into steps; 1,500 are assumed.")
     else:
         dataset = open_dataset(cfg.data_dir)
     start = open_start(asdict(cfg), asdict(TrainConfig()), dataset)
@@ -256,7 +256,7 @@ def run(
             save(cfg, state, losses, data, rt)
     if stopping:
         name = rt.stop[0] if rt.stop else "a signal"
-        print(f"stopped by {name}; {how_to_go_on(cfg.out_dir)}")
+        print(f"stopped by {name}; {how_to_resume(cfg.out_dir)}")
     if log:
         log.finish()
     return record
@@ -276,7 +276,7 @@ def check_settings(cfg: TrainConfig) -> None:
     if cfg.resume and cfg.init_from == "scratch":
         problems.append("resume needs init_from: the checkpoint to continue from")
     if cfg.resume and cfg.overwrite:
-        problems.append("resume does not combine with overwrite: it deletes nothing")
+        problems.append("resume deletes nothing, so it does not combine with overwrite")
     if Path(cfg.init_from).is_file():
         problems.append(f"init_from={cfg.init_from} is a file, not a folder")
     if cfg.overwrite and runtime.restartable():
@@ -285,7 +285,7 @@ def check_settings(cfg: TrainConfig) -> None:
 
 
 def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
-    """For a run that goes on, the settings it had, as defaults for this one."""
+    """The settings of the run to resume, as defaults for this one; {} for a new run."""
     if not resumes(asdict(cfg)):
         return {}
     folder = resumed_folder(asdict(cfg))
@@ -352,16 +352,16 @@ def optimizer_step(
 
 
 def report_skipped(cfg: TrainConfig, state: TrainState, loss: float, norm: float) -> None:
-    """Raises UserError if too many steps in a row were skipped."""
+    """Print that a step was skipped. Raises UserError after too many in a row."""
     print(f"step {state.step}: skipped: its loss ({loss}) or gradient ({norm}) is not finite")
     if state.skipped_in_a_row == MAX_BAD_STEPS:
         raise UserError(
             f"{MAX_BAD_STEPS} steps in a row were not finite: lower --learning_rate, raise "
-            f"--warmup_steps or try --dtype=float32; {how_to_go_on(cfg.out_dir)}"
+            f"--warmup_steps or try --dtype=float32; {how_to_resume(cfg.out_dir)}"
         )
 
 
-def how_to_go_on(out_dir: str) -> str:
+def how_to_resume(out_dir: str) -> str:
     saved = folders.step_folders(out_dir)
     if not saved:
         return "nothing has been saved"
@@ -394,7 +394,7 @@ def save(cfg: TrainConfig, state: TrainState, losses: Record, data: Data, rt: Ru
         "settings": asdict(cfg),
     }
     write_checkpoint(state, Path(cfg.out_dir), about, rt)
-    if rt.is_main and not state.skipped_in_a_row:  # older ones may be needed to avoid its cause
+    if rt.is_main and not state.skipped_in_a_row:  # one before the trouble may still be needed
         folders.prune(Path(cfg.out_dir), cfg.keep_checkpoints)
 
 

@@ -1,4 +1,4 @@
-"""Messages for unknown names, bare words and failing config files, with what was probably meant."""
+"""Messages for unknown names, bare words and failing config files, which suggest what was meant."""
 
 import contextlib
 import difflib
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from plaingpt.wording import shown
 
-# Our name: what nanoGPT, transformers' TrainingArguments and generate(), and others call the same
-# (how it differs). The first line whose setting the command has counts.
+# Our name: the names that nanoGPT, transformers' TrainingArguments and generate(), and others use
+# for it (how the meaning differs). The first line whose setting the command has applies.
 OTHER_NAMES = """
 sources: dataset data input input_file file files text path train_file
 val_sources: val_data val_file validation_file
@@ -59,7 +59,7 @@ lora_rank: lora lora_r r
 lora_targets: target_modules
 start: prompt text input
 num_samples: n num_return_sequences
-max_new_tokens: max_tokens max_length num_tokens (a number of tokens without the prompt's)
+max_new_tokens: max_tokens max_length num_tokens (a number of tokens, not counting the prompt)
 temperature: temp
 temperature: do_sample (--temperature=0 always takes the likeliest token)
 seed: random_seed
@@ -73,14 +73,14 @@ def unknown(name: str, known: Collection[str]) -> str:
         ours, _, rest = line.partition(": ")
         theirs, _, note = rest.partition(" (")
         if ours in known and name in theirs.split():
-            return f"{said}; here it is {ours!r}" + (f" ({note}" if note else "")
+            return f"{said}; plainGPT calls it {ours!r}" + (f" ({note}" if note else "")
     close = difflib.get_close_matches(name[:50], list(known), n=1, cutoff=0.5)
     return f"{said}; did you mean {close[0]!r}?" if close else said
 
 
 def unnamed(words: list[str], known: Collection[str], given: Collection[str]) -> str:
-    """The message for arguments that are neither config files nor --key=value, with what to write
-    instead, unless that setting is `given` as well."""
+    """The message for arguments that are neither config files nor --key=value. It says what to
+    write instead, unless that setting is already `given`."""
     text = " ".join(words)
     said = f"{shown(text)} is neither a config file (*.py) nor --key=value"
     configs = (f"{words[0]}.py", f"config/{words[0]}.py")
@@ -97,7 +97,7 @@ def unnamed(words: list[str], known: Collection[str], given: Collection[str]) ->
         name = "checkpoint"
     elif config := similar_config(words[0]):
         return f"{said}; did you mean {config}?"
-    if name in given or name not in known or len(text) > 500:  # as of a pattern for many files
+    if name in given or name not in known or len(text) > 500:  # such as the many files of a pattern
         return f"{said} (quote a value that contains spaces or *)"
     written = f"--{name}={shlex.quote(value)}"
     if name == "sources" and "data_dir" not in given:
@@ -117,7 +117,7 @@ def failure(path: str, error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename == path:
         similar = similar_config(path) if isinstance(error, FileNotFoundError) else None
         return f"{said}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
-    with contextlib.suppress(Exception):  # one of the file's own may have no str()
+    with contextlib.suppress(Exception):  # an exception of the file's own may have no str()
         said += f": {error}".removesuffix(": ")
     return said
 

@@ -1,6 +1,6 @@
-"""Checksums, by which a changed bit is noticed when it is read.
+"""Checksums, which reveal a changed bit when it is read.
 
-The files of a finished folder are listed in its SHA256SUMS, which `sha256sum -c` reads too. A JSON
+The files of a finished folder are listed in its SHA256SUMS, which `sha256sum -c` also reads. A JSON
 object in a file that is rewritten or grows ends with a seal: its own CRC-32. (The checksums of
 shards, which are read in pieces, are in plaingpt/text/blocks.py.)
 """
@@ -20,7 +20,7 @@ SEAL = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\s*\Z')
 
 
 def sha256_of(path: Path) -> str:
-    """Raises UserError for anything but a file."""
+    """The SHA-256 of a file, in hex. Raises UserError for anything but a regular file."""
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     digest = hashlib.sha256()
@@ -31,7 +31,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_sums(folder: Path, hashes: dict[str, str] | None = None) -> None:
-    """Write a folder's SHA256SUMS: the `hashes` of files by name, or else those of all files."""
+    """Write a folder's SHA256SUMS from `hashes` by file name, or by hashing all of its files."""
     if hashes is None:
         hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     text = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
@@ -39,8 +39,8 @@ def write_sums(folder: Path, hashes: dict[str, str] | None = None) -> None:
 
 
 def check_sum(path: Path) -> None:
-    """Raises UserError for a file that differs from the SHA256SUMS beside it. A file that it does
-    not list, or without one, is not checked."""
+    """Raises UserError if a file does not match the SHA256SUMS beside it. Without that list, or if
+    the list does not name the file, nothing is checked."""
     sums = path.with_name(SUMS)
     if not (sums.is_file() and path.is_file()):
         return
@@ -57,7 +57,7 @@ def check_sum(path: Path) -> None:
 
 
 def sealed(text: str) -> str:
-    """The text of a JSON object that is not empty, with a seal as its last field."""
+    """The text of a non-empty JSON object, with a seal as its last field."""
     body = text.rstrip().removesuffix("}").rstrip()
     return f'{body}, "crc32": "{zlib.crc32(body.encode()):08x}"}}'
 

@@ -90,8 +90,8 @@ MAX_BYTES = 128 << 20  # of a file that is read whole: far above the largest tok
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file. Raises UserError if there is none, and for a folder, a pipe or a device,
-    from which reading might never end."""
+    """The size of a file in bytes. Raises UserError if it is missing, or is a folder, a pipe or a
+    device, which might never end."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -135,7 +135,7 @@ WORDS = {
 
 
 def write_json(path: Path, value: Any, seal: bool = False) -> None:
-    """Write a record atomically, with a `seal` if the file is to be rewritten by later runs.
+    """Write a record atomically, with a `seal` if later runs rewrite the file.
 
     Raises ValueError for NaN and infinities, which JSON lacks.
     """
@@ -146,18 +146,18 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
 
 
 def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
-    """The content of a JSON file as a record of a type (a msgspec.Struct, as a rule).
+    """The content of a JSON file as a record of type `kind`, usually a msgspec.Struct.
 
-    Raises UserError as `read_bytes`, and one that ends with `advice` if the file is not JSON or
-    holds something else.
+    Raises UserError as `read_bytes` does, and one that ends with `advice` if the file is not JSON or
+    not such a record.
     """
     return parse_json(read_bytes(path), kind, str(path), advice)
 
 
 def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "") -> Record:
-    """`read_json`, of bytes that are found at `where`."""
-    # Not by msgspec's own parser: it refuses the names of files that are not UTF-8, which Python
-    # represents by halves of surrogate pairs.
+    """`read_json` for bytes, which messages call `where`."""
+    # msgspec's own parser would reject file names that are not UTF-8, which Python represents with
+    # halves of surrogate pairs.
     try:
         check_seal(content)
         text = content.decode()
@@ -169,7 +169,7 @@ def parse_json(content: bytes, kind: type[Record], where: str, advice: str = "")
 
 
 def as_record(value: Any, kind: type[Record], where: str, advice: str = "") -> Record:
-    """`read_json`, of JSON that has been parsed already."""
+    """`read_json` for JSON that is already parsed."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:

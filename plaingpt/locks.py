@@ -17,7 +17,7 @@ else:
     import fcntl
 
 NAME = ".lock"
-BEYOND = 1 << 30  # the byte that Windows locks: others can still read those before it
+BEYOND = 1 << 30  # Windows locks this byte, so that others can still read those before it
 TRIES = 1000
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -25,12 +25,13 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process that calls this out of `folder`, which is made if it is missing.
+    """Keep every other process that calls this out of `folder`, which is created if missing.
 
-    The lock is the kernel's, not the lock file: it ends with this process, however that ends, and
-    children do not inherit it. Afterwards the lock file is gone, and so are folders made here that
-    are still empty.
-    Raises a UserError that names the process that has the folder, and OSError if it is read-only.
+    The kernel holds the lock: it ends with this process, however that ends, and children do not
+    inherit it. On exit the lock file is removed, and so are folders created here that are still
+    empty.
+    Raises a UserError that names the process using the folder, and OSError if the folder is
+    read-only.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder")
@@ -50,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def acquire(path: Path) -> int:
-    """Open a lock file, made with its folder if it is missing, and lock it; return the handle."""
+    """Open a lock file, creating it and its folder if missing, and lock it; return the handle."""
     for attempt in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def acquire(path: Path) -> int:
             other = signature(handle)
             os.close(handle)
             raise UserError(
-                f"{path.parent} is in use by {other}: wait until it has ended, stop it, or use "
+                f"{path.parent} is in use by {other}: wait for it to end, stop it, or use "
                 "another folder"
             )
         if is_at(path, handle):
@@ -75,8 +76,7 @@ def acquire(path: Path) -> int:
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file; False if another process has locked it.
 
-    Of the two kinds of locks that POSIX systems have, this one is not inherited by children and is
-    known to NFS.
+    Of the two kinds of POSIX locks, this one works over NFS and is not inherited by children.
     """
     try:
         if sys.platform == "win32":
@@ -90,14 +90,15 @@ def lock(handle: int, path: Path) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         print(
-            f"{path.parent} is on a file system without locks: nothing keeps a second process out",
+            f"{path.parent} is on a file system without locks: nothing keeps a second process out "
+            "of it",
             file=sys.stderr,
         )
     return True
 
 
 def sign(handle: int) -> None:
-    """Write down who holds the lock, for `signature`."""
+    """Write into the lock file who holds the lock, for `signature`."""
     command = Path(sys.argv[0]).name or "python"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     text = f"{command}, process {os.getpid()} on {socket.gethostname()}, since {since}"
@@ -108,7 +109,7 @@ def sign(handle: int) -> None:
 
 
 def signature(handle: int) -> str:
-    """Who holds a lock. The holder may be about to write it down."""
+    """Who holds a lock; its holder may be about to write that down."""
     for _ in range(20):
         os.lseek(handle, 0, os.SEEK_SET)
         if text := os.read(handle, 1000):
@@ -118,7 +119,7 @@ def signature(handle: int) -> str:
 
 
 def is_at(path: Path, handle: int) -> bool:
-    """Whether an open file still has its name."""
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
@@ -126,7 +127,7 @@ def is_at(path: Path, handle: int) -> bool:
 
 
 def release(handle: int, path: Path) -> None:
-    """Remove the lock file, and close it, which ends the lock."""
+    """Remove the lock file and close it, which releases the lock."""
     if sys.platform == "win32":  # open files cannot be removed
         os.close(handle)
         with contextlib.suppress(OSError):  # another process is reading it

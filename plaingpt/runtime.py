@@ -28,7 +28,7 @@ from model import GPT
 from plaingpt import cpu
 from plaingpt.wording import quantity
 
-ECHO_S = 2.0
+ECHO_S = 2.0  # seconds in which a repeated signal counts as the same request
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Runtime:
 
 def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = None) -> Runtime:
     """Choose this process's device and dtype, and join the other processes that torchrun started.
-    `stop` is from stop_signals.
+    `stop` is the list that `stop_signals` yields.
 
     "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
@@ -158,11 +158,11 @@ def leave() -> None:
 def stop_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT and SIGTERM append their names instead of ending the process.
 
-    A second signal ends it at once. What arrives within ECHO_S of the first is the same request:
-    a terminal and torchrun, or a scheduler and torchrun, may both pass one on. A thread takes the
-    signals, because Python itself handles them between its instructions only, and a large matrix
-    product is a single one. Outside the main thread, which alone can set handlers, the list stays
-    empty.
+    A second signal ends the process at once. One that arrives within ECHO_S of the first counts as
+    the same request: a terminal and torchrun, or a scheduler and torchrun, may both deliver it.
+    A thread receives the signals, because Python runs its handlers only between instructions, and a
+    large matrix product is a single one. Outside the main thread, which alone can set handlers, the
+    list stays empty.
     """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -179,7 +179,8 @@ def stop_signals() -> Iterator[list[str]]:
             if not received:
                 first = time.monotonic()
                 received.append(signal.Signals(number[0]).name)
-                print(f"{received[0]}: stopping soon; a second one ends at once", file=sys.stderr)
+                words = "stopping soon; a second signal ends the run at once"
+                print(f"{received[0]}: {words}", file=sys.stderr)
             elif time.monotonic() - first > ECHO_S:
                 os._exit(128 + number[0])
 

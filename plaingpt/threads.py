@@ -6,10 +6,10 @@ SPINS = "2000"  # about 30 µs; GNU OpenMP's own 300,000 are several millisecond
 
 
 def wait_briefly() -> None:
-    """Have idle threads sleep soon instead of keeping their core busy, unless the user decides.
+    """Let idle threads sleep soon rather than spin, unless the environment already decides.
 
-    A thread that spins takes its core from the thread that it waits for as soon as any other
-    program runs: one busy program made a training step three times as long, at times twenty
+    As soon as any other program runs, a spinning thread takes a core from the very thread that it
+    waits for: one busy program made a training step three times as long, at times twenty times
     (docs/benchmarks.md). GNU OpenMP, which PyTorch uses on Linux, reads the variable when torch is
     loaded.
     """

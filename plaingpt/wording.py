@@ -1,4 +1,4 @@
-"""How messages write things: counts with their noun, sizes, and values of any length."""
+"""How messages write counts, sizes and values."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ def quantity(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def byte_size(of: float) -> str:
-    """A number of bytes in three digits and the unit that suits them: 850 bytes, 6.6 GB."""
+def byte_size(size: float) -> str:
+    """A number of bytes in three digits and a fitting unit: 850 bytes, 6.6 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if of < 999.5:
-            return quantity(round(of), "byte") if unit == "bytes" else f"{of:.3g} {unit}"
-        of /= 1000
-    return f"{of:,.4g} TB"
+        if size < 999.5:
+            return quantity(round(size), "byte") if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} TB"
 
 
 def shown(value: Any) -> str:
-    """`repr`, shortened; the name of its type for a value that has none."""
+    """`repr`, shortened; if `repr` fails, the name of the type."""
     try:
         return shorten(repr(value), 200)
     except Exception:  # nested too deeply, too many digits, or whatever a config file defines
@@ -26,6 +26,6 @@ def shown(value: Any) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """`text` on one line, without its middle if it has more than `most` characters."""
+    """`text` on one line; beyond `most` characters its middle becomes an ellipsis."""
     line = " ".join(text.splitlines())
     return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"

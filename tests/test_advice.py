@@ -66,15 +66,15 @@ def test_a_name_of_another_program_leads_to_ours(command, argument, ours):
 
 def test_where_the_meaning_differs_it_is_said(tmp_path):
     assert message("train", "--max_iters=5") == (
-        "unknown setting 'max_iters'; here it is 'max_steps' "
+        "unknown setting 'max_iters'; plainGPT calls it 'max_steps' "
         "(a step is one update of the weights, nanoGPT's iteration)"
     )
     path = tmp_path / "theirs.py"
     path.write_text("gradient_accumulation_steps = 40\n")
     assert message("train", str(path)) == (
-        f"{path}: unknown setting 'gradient_accumulation_steps'; here it is 'micro_batch_size' "
-        "(batch_size counts all sequences of a step; accumulation follows from it and "
-        "micro_batch_size)"
+        f"{path}: unknown setting 'gradient_accumulation_steps'; plainGPT calls it "
+        "'micro_batch_size' (batch_size counts all sequences of a step; accumulation follows "
+        "from it and micro_batch_size)"
     )
 
 
@@ -89,7 +89,7 @@ def test_every_line_of_the_table_leads_to_a_setting():
             said = [
                 advice.unknown(name, hints[each]) for each in commands if name not in hints[each]
             ]
-            assert any(f"here it is {ours!r}" in each for each in said), (name, ours)
+            assert any(f"plainGPT calls it {ours!r}" in each for each in said), (name, ours)
 
 
 @pytest.fixture

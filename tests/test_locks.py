@@ -73,7 +73,7 @@ def test_a_folder_is_refused_by_naming_who_has_it_until_that_process_is_dead(tmp
     folder = tmp_path / "new" / "folder"
     with held_elsewhere(folder) as other:
         who = rf"{folder} is in use by -c, process {other.pid} on {re.escape(socket.gethostname())}"
-        since = r", since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait until it has ended, stop it, or"
+        since = r", since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it to end, stop it, or"
         with pytest.raises(UserError, match=who + since), locks.locked(folder):
             pass
     assert list(folder.iterdir()) == [folder / locks.NAME]  # left by kill -9
@@ -142,7 +142,7 @@ def test_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch,
     with locks.locked(tmp_path):
         pass
     assert capsys.readouterr().err == (
-        f"{tmp_path} is on a file system without locks: nothing keeps a second process out\n"
+        f"{tmp_path} is on a file system without locks: nothing keeps a second process out of it\n"
     )
 
 

@@ -197,7 +197,7 @@ def test_bad_settings(run, changes, message):
 def test_the_plan_says_what_trains_and_what_it_takes(run, base, capsys):
     train.train(replace(run, plan=True))
     out = capsys.readouterr().out
-    assert "LoRA: 4,096 of them train (10.7%), rank 4 on c_attn, c_proj, c_fc." in out
+    assert "LoRA: 4,096 parameters train (10.7%), rank 4 on c_attn, c_proj, c_fc." in out
     model = store.load_model(base)
     rt, memory = runtime.start("cpu", "float32"), []
     for _ in range(2):

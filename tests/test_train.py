@@ -456,7 +456,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"init_from": __file__}, "init_from=.*test_train.py is a file, not a folder"),
         ({"resume": True}, "resume needs init_from"),
         ({"resume": True, "overwrite": True, "init_from": "x"}, "does not combine with overwrite"),
-        ({"plan_for": "8xH1000"}, "does not name known devices"),
+        ({"plan_for": "8xH1000"}, "is not a known device"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, message):

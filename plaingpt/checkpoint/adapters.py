@@ -31,7 +31,7 @@ from plaingpt.files import Count, as_record, atomic_folder, read_json, size_of, 
 from plaingpt.wording import shown
 
 BASE = "base"  # folder in which a run keeps the model that its adapters modify
-PREFIX = "base_model.model."  # of the names of peft's tensors
+PREFIX = "base_model.model."  # which peft puts before the names of tensors
 # Fields of plain LoRA, and those that make no difference once an adapter is trained.
 KNOWN = (
     "auto_mapping",
@@ -66,8 +66,8 @@ class AdapterFile(msgspec.Struct, frozen=True):
 
 
 def adapter_for(folder: Path, where: str, out_dir: Path, config: lora.LoRAConfig) -> lora.Adapter:
-    """A new adapter, trained by the run in `out_dir`, for the model in `folder`, which the user
-    named `where`. Its base is the hub's, or else the run's own copy (`keep_base`).
+    """A new adapter for the model in `folder`, which the user named `where`, to be trained by the
+    run in `out_dir`. Its base is the model on the hub, or else the run's own copy (`keep_base`).
 
     Raises UserError if `folder` is itself an adapter.
     """
@@ -83,8 +83,8 @@ def adapter_for(folder: Path, where: str, out_dir: Path, config: lora.LoRAConfig
 
 
 def keep_base(folder: Path, out_dir: Path) -> None:
-    """Copy the model in `folder` into the run folder, as links where the disk supports them: the
-    run that made it may remove it."""
+    """Copy the model in `folder` into the run folder, by hard links where possible: the run that
+    made it may remove it."""
     if folder.resolve() == (out_dir / BASE).resolve():
         return
     shutil.rmtree(out_dir / BASE, ignore_errors=True)
@@ -117,7 +117,7 @@ def base_of(folder: Path, adapter: lora.Adapter) -> str:
     if Path(adapter.base).is_absolute() or not on_hub(name):
         raise UserError(
             f"{folder} is an adapter for {adapter.base}, which does not exist; if it was moved, "
-            f"set its new place in {ADAPTER_CONFIG}: base_model_name_or_path, and delete {SUMS}"
+            f"set base_model_name_or_path in {ADAPTER_CONFIG} to its new path and delete {SUMS}"
         )
     return name
 
@@ -152,8 +152,8 @@ def add_adapter(model: GPT, adapter: lora.Adapter, tensors: dict[str, Tensor]) -
     """
     lora.add(model, adapter.config, seed=0)
     expected = {PREFIX + name: each for name, each in lora.adapter_tensors(model.weights()).items()}
-    problems = [f"it has {name}" for name in sorted(tensors.keys() - expected.keys())]
-    problems += [f"it has no {name}" for name in sorted(expected.keys() - tensors.keys())]
+    problems = [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     for name in sorted(tensors.keys() & expected.keys()):
         if tensors[name].shape != expected[name].shape:
             shapes = f"{tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
@@ -198,7 +198,7 @@ def from_peft(folder: Path, opened: Any) -> lora.Adapter:
         if name == "init_lora_weights":  # some ways of drawing them change the base as well
             plain = value in (True, False, "gaussian", "orthogonal")
         if not (plain or name in KNOWN):
-            raise UserError(f"{path}: {name}={shown(value)} is more than plain LoRA")
+            raise UserError(f"{path}: {name}={shown(value)} is not plain LoRA")
     file = as_record(found, AdapterFile, str(path))
     names = opened.keys()
     targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names})

@@ -88,12 +88,12 @@ def find(where: Path | str) -> Path:
 
 
 def missing(folder: Path) -> str:
-    """Why a folder cannot be opened as a checkpoint, and which others can."""
+    """Why a folder cannot be opened as a checkpoint, and which folder to open instead."""
     found = runs_near(folder)
     if os.path.exists(folder / "dataset.json"):
         trained = [str(run) for run in found if was_trained_on(run, folder)]
-        makes = f"train.py --data_dir={folder} --out_dir=out/{folder.name} trains one"
-        hint = f"trained on it: {', '.join(trained[:3])}" if trained else makes
+        makes = f"python train.py --data_dir={folder} --out_dir=out/{folder.name} trains one"
+        hint = f"models trained on it: {', '.join(trained[:3])}" if trained else makes
         return f"is a data folder, not a checkpoint; {hint}"
     if os.path.isfile(folder):
         return "is a file, but a checkpoint is a folder"
@@ -104,7 +104,9 @@ def missing(folder: Path) -> str:
     if close := difflib.get_close_matches(str(folder), names, n=1):
         return f"{problem}; did you mean {close[0]}?"
     there = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{problem}; " + (f"there is {there}" if names else "train.py makes checkpoints")
+    return f"{problem}; " + (
+        f"existing checkpoints: {there}" if names else "run train.py to make one"
+    )
 
 
 def runs_near(folder: Path) -> list[Path]:
@@ -140,15 +142,15 @@ def is_adapter(folder: Path) -> bool:
 
 
 def prune(out_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss. Older
-    ones whose state.json is damaged stay: a training should not end because of them."""
+    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss. An
+    older checkpoint whose state.json is damaged stays: it should not end a training."""
     folders = step_folders(out_dir)
     losses = {}
     for folder in folders:
         try:
             losses[folder] = read_state(folder).val_loss
         except UserError as problem:
-            print(f"{folder} stays: {problem}")
+            print(f"keeping {folder}: {problem}")
     evaluated = [(loss, folder) for folder, loss in losses.items() if loss is not None]
     best = min(evaluated)[1] if evaluated else None
     for folder in folders[:-keep]:
@@ -162,7 +164,7 @@ def read_state(folder: Path) -> State:
     state = read_json(path, State)
     named = STEP_FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != state.step:
-        raise UserError(f"{path}: step is {state.step}, in a folder named {folder.name}")
+        raise UserError(f"{path}: step is {state.step}, but the folder is named {folder.name}")
     return state
 
 

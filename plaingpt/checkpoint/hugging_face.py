@@ -23,7 +23,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # Weights are floats; the masks in old files are booleans or whole numbers.
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 MAX_LAYERS = 1024  # the deepest GPT-2 has 48
-MAX_TENSORS = 20_000  # of a file: more than MAX_LAYERS have
+MAX_TENSORS = 20_000  # per file; a model of MAX_LAYERS has fewer
 
 
 # --- config.json
@@ -52,7 +52,7 @@ class ConfigFile(msgspec.Struct, frozen=True):
 
 
 class IndexFile(msgspec.Struct, frozen=True):
-    """model.safetensors.index.json, of weights in several files."""
+    """model.safetensors.index.json, for weights in several files."""
 
     weight_map: dict[str, str]  # tensor → file
 
@@ -202,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
             pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
                 p.name for p in folder.glob("*.pt") if p.name != "optimizer.pt"
             )
-            hint = f" ({pickles[0]} is a pickle, which can run code: not read)" if pickles else ""
+            hint = f" ({pickles[0]} was not read: a pickle can run code)" if pickles else ""
             raise UserError(f"{folder} has no {name[:100]}{hint}")
     return [folder / name for name in names]
 
@@ -218,7 +218,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, of which this reads the header: names, types and shapes.
+    """Open a safetensors file and read its header: names, types and shapes.
 
     Raises UserError if the file is missing or damaged.
     """
@@ -236,8 +236,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def tensors_of(opened: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of an opened file. Raises UserError for one that no GPT-2 has, and if the file is
-    not as it was written."""
+    """The tensors of an opened file. Raises UserError for a type that no GPT-2 has, and if the file
+    does not match its checksum."""
     names = opened.keys()
     for name in names:
         if (dtype := opened.get_slice(name).get_dtype()) not in DTYPES:

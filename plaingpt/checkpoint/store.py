@@ -30,7 +30,7 @@ from plaingpt.checksums import check_sum, write_sums
 from plaingpt.files import as_record, atomic_folder, remove_leftovers, size_of, write_json
 from plaingpt.text.tokenizer import Tokenizer
 
-MAX_ENTRIES = 100_000  # of optimizer.pt: more than MAX_LAYERS have
+MAX_ENTRIES = 100_000  # in optimizer.pt; a model of MAX_LAYERS has fewer
 BIAS = re.compile(r"(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.bias$")
 
 
@@ -50,16 +50,17 @@ Moments = Annotated[dict[str, Tensor], msgspec.Meta(max_length=3)]
 
 
 class OptimizerFile(msgspec.Struct, frozen=True):
-    """optimizer.pt."""
+    """The content of optimizer.pt."""
 
     parameters: dict[str, Moments]  # by parameter name
-    scaler: dict[str, float]  # of torch.amp.GradScaler; {} but in float16
+    scaler: dict[str, float]  # of torch.amp.GradScaler; {} except in float16
 
 
 def save(out_dir: Path, snapshot: Snapshot) -> Path:
     """Write `out_dir/step_<step>`, a new folder; return its path.
 
-    Raises OSError if the folder exists or the disk refuses the files, and then leaves none of them.
+    Raises OSError if the folder exists or the disk refuses the files, and leaves none of them
+    behind.
     """
     remove_leftovers(out_dir)
     folder = out_dir / f"step_{snapshot.state.step:06d}"
@@ -162,7 +163,7 @@ def load_plain(folder: Path, block_size: int | None, dropout: float) -> GPT:
     config, files = read_config(folder, block_size, dropout), weight_files(folder)
     saved = read_weights(folder)
     if not config.bias and any(saved[name].any() for name in saved if BIAS.search(name)):
-        config = replace(config, bias=True)  # trained elsewhere since, where biases always train
+        config = replace(config, bias=True)  # since trained elsewhere, where biases always train
     return GPT.from_weights(config, from_file_layout(saved, config, files[0]))
 
 
@@ -179,19 +180,21 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     with code in it."""
     path = folder / "optimizer.pt"
     if not path.exists():
-        raise UserError(f"{folder} has no optimizer.pt: a run can start from it, but not resume")
+        raise UserError(f"{folder} has no optimizer.pt: a run can start from it, but not resume it")
     size_of(path)
     check_sum(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if len(entries) > MAX_ENTRIES or any(each.compress_type for each in entries):
-            raise ValueError("too many entries, or compressed ones, of any size")
+            raise ValueError("it has too many entries, or compressed ones")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0][:150]
-        raise UserError(f"{path} is damaged, or holds code: not loaded ({reason})") from None
-    as_record(saved, OptimizerFile, str(path), "a run can start from its model, but not resume")
+        raise UserError(
+            f"{path} is damaged or contains code, and was not loaded ({reason})"
+        ) from None
+    as_record(saved, OptimizerFile, str(path), "a run can start from its model, but not resume it")
     return saved

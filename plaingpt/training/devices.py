@@ -1,4 +1,4 @@
-"""Known GPUs: their nominal speed and memory, to rate a run by and to plan one for."""
+"""Known GPUs with their nominal speed and memory, to rate runs by and to plan them for."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from configurator import DType, UserError
 from plaingpt import runtime
 from plaingpt.runtime import Runtime
 
-# Dense bf16 matrix products in TFLOP/s and memory in GB, by the vendors' data sheets.
+# Dense bf16 matrix products in TFLOP/s and memory in GB, from the vendors' data sheets.
 KNOWN = {
     "A100": (312, 80),
     "A100 40GB": (312, 40),
@@ -40,8 +40,8 @@ USABLE = 0.93  # of the nominal memory: the driver and error correction take the
 class Device:
     name: str
     kind: str  # cpu, cuda or mps
-    memory_gib: float | None = None  # None: unknown, as is the next
-    peak_flops: float | None = None  # per second, in bf16 or fp16
+    memory_gib: float | None = None  # None: unknown
+    peak_flops: float | None = None  # per second, in bf16 or fp16; None: unknown
 
 
 def device_of(device: torch.device) -> Device:
@@ -56,16 +56,16 @@ def device_of(device: torch.device) -> Device:
 
 
 def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
-    """The processes of a run on "8xH100" or "H100", and the device of each; none is touched.
+    """The processes of a run on, say, "8xH100" or "H100", and the device of each, without touching
+    any.
 
-    Raises a UserError that lists the known ones.
+    Raises a UserError that lists the known devices.
     """
     words = re.fullmatch(r"(?:([1-9]\d{0,5})\s*[x×*]\s*)?(.*)", text.strip(), re.DOTALL)
     name = {known.lower(): known for known in KNOWN}.get(words[2].lower()) if words else None
     if not words or not name:
         raise UserError(
-            f"plan_for={text!r} does not name known devices, such as 8xH100; they are: "
-            f"{', '.join(KNOWN)}"
+            f"plan_for={text!r} is not a known device, such as 8xH100; known are {', '.join(KNOWN)}"
         )
     if dtype == "float32":
         raise UserError("plan_for knows the speed of 16-bit products only: use --dtype=auto")

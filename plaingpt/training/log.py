@@ -15,7 +15,7 @@ Record = dict[str, Any]  # of one step: the fields of Metrics, and others that a
 
 
 class Metrics(msgspec.Struct, frozen=True):
-    """A line of metrics.jsonl; null is a number that was not finite."""
+    """A line of metrics.jsonl; null stands for a number that was not finite."""
 
     step: Count
     loss: float | None = None

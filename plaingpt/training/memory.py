@@ -14,18 +14,18 @@ MARGIN = 1.5  # no measured run took less than two thirds of its estimate (docs/
 
 
 def check_fits(plan: Plan) -> None:
-    """Raises UserError if the run needs more memory than there is, even if the estimate is poor:
-    allocating it would take the machine down with it."""
+    """Raises UserError if the run needs more memory than the device has, even allowing for a poor
+    estimate: allocating it could take the machine down."""
     needed, available = memory_gib(plan), plan.device.memory_gib
     if available and needed > MARGIN * available:
         raise UserError(
-            f"this run needs about {needed:,.1f} GiB, and {plan.device.name} has {available:,.1f}; "
+            f"this run needs about {needed:,.1f} GiB, but {plan.device.name} has {available:,.1f}; "
             f"{what_fits(plan, available)}"
         )
 
 
 def what_fits(plan: Plan, available: float) -> str:
-    """The first change of settings with which a step fits into `available` GiB."""
+    """The first change of settings that makes a step fit into `available` GiB."""
     options: list[dict[str, Any]] = [{}, {"activation_checkpointing": True}]
     if plan.world_size > 1:
         options += [{"fsdp": True}, {"fsdp": True, "activation_checkpointing": True}]
@@ -42,8 +42,8 @@ def what_fits(plan: Plan, available: float) -> str:
 
 
 def memory_gib(plan: Plan) -> float:
-    """An estimate of the most memory that a process uses, on the machine for a CPU, else on the
-    device. docs/benchmarks.md compares it with measurements on a CPU."""
+    """An estimate of a process's peak memory: the machine's on a CPU, else the device's.
+    docs/benchmarks.md compares it with measurements on a CPU."""
     sizes, on_cpu = plan.sizes, plan.device.kind == "cpu"
     half = plan.dtype != torch.float32
     kept = 4 * (sizes.total + 2 * sizes.trained)  # weights and two moments

@@ -44,12 +44,12 @@ class Plan:
     optimizer: OptimizerConfig
     grad_clip: float  # inf: no limit
     # the run
-    done: int  # steps, if it is resumed
+    done: int  # steps done already, if resumed
     max_steps: int
-    fresh: bool  # it starts from random weights
-    split_tokens: int  # of the data; 0: not known, for want of data
-    epochs: float  # passes over the data; 0: likewise
-    eval_tokens: int  # per evaluation; 0: likewise
+    fresh: bool  # whether it starts from random weights
+    split_tokens: int  # in the training split; 0: no data yet
+    epochs: float  # passes over the data; 0: no data yet
+    eval_tokens: int  # per evaluation; 0: no data yet
     learning_rate: LearningRate
     evaluation: Every
     sampling: Every
@@ -91,8 +91,8 @@ def sizes_of(model: GPT) -> Sizes:
 def make_plan(
     settings: Settings, start: Start, data: Data | None, micro: int, rt: Runtime, device: Device
 ) -> Plan:
-    """The run that the settings ask for, with every None resolved. Without data, epochs do not
-    count."""
+    """The run that the settings ask for, with every None resolved. Without data, epochs are
+    ignored."""
     config = start.model.config
     steps = [settings["max_steps"]] if settings["max_steps"] else []
     windows = data.batches.windows if data else 0
@@ -171,6 +171,7 @@ def nearest(whole: int, wanted: int) -> str:
 
 
 def divisors(whole: int) -> list[int]:
-    """Downwards; beyond 10**12, those of which one factor is at most 10**6."""
+    """The divisors of `whole`, largest first; beyond 10**12, only those that are at most 10**6 and
+    their cofactors."""
     small = [n for n in range(1, min(math.isqrt(whole), 10**6) + 1) if whole % n == 0]
     return sorted({*small, *(whole // n for n in small)}, reverse=True)

@@ -39,9 +39,9 @@ METRICS, RUN = "metrics.jsonl", "run.json"
 
 @contextlib.contextmanager
 def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
-    """Keep other trainings out of a run folder; the main process holds the lock for all.
+    """Keep other trainings out of a run folder; the main process holds the lock for all processes.
 
-    Raises UserError or OSError, in every process, if the main process cannot have it.
+    Raises UserError or OSError, in every process, if the main process cannot get it.
     """
     problem: UserError | OSError | None = None
     with contextlib.ExitStack() as held:
@@ -56,10 +56,10 @@ def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
 
 
 class RunLog:
-    """Takes the records of a run, for `metrics.jsonl`, loss.png and a tracker.
+    """Writes the records of a run to metrics.jsonl, loss.png and a tracker.
 
-    `metrics.jsonl` has one record per line, in the order of the steps, none twice: it starts with
-    the `earlier` ones, and a resumed run writes those after its first step again.
+    metrics.jsonl has one record per line, in the order of the steps and without repetition: it
+    starts with the `earlier` records, and a resumed run replaces those after its first step.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class RunLog:
             partial.write_text("".join(lines), encoding="utf-8")
 
     def add(self, record: Record) -> None:
-        """Note a record; a number that is not finite becomes null, which JSON can carry. One with
-        a validation loss redraws the plot."""
+        """Add a record; non-finite numbers become null. A validation loss redraws the plot."""
         written = {key: finite(value) for key, value in record.items()}
         self.records.append(written)
         with self.path.open("a", encoding="utf-8") as file:

@@ -47,7 +47,7 @@ class Every:
         return step == self.last or (self.steps > 0 and step % self.steps == 0)
 
     def count(self, after: int, until: int) -> int:
-        """How often it is due after more than `after` and up to `until` steps."""
+        """How many times it is due after step `after`, up to and including step `until`."""
         regular = max(0, until // self.steps - after // self.steps) if self.steps else 0
         if self.last is None or not after < self.last <= until:
             return regular

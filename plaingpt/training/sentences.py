@@ -1,4 +1,4 @@
-"""What a run will do, need and take, in sentences."""
+"""What a run will do, how much memory it needs and how long it takes, in sentences."""
 
 from plaingpt.training.log import duration
 from plaingpt.training.memory import memory_gib, what_fits
@@ -45,7 +45,7 @@ def lora_sentence(plan: Plan) -> list[str]:
         return []
     share = plan.sizes.trained / plan.sizes.total
     return [
-        f"LoRA: {plan.sizes.trained:,} of them train ({share:.1%}), "
+        f"LoRA: {plan.sizes.trained:,} parameters train ({share:.1%}), "
         f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}."
     ]
 
@@ -62,17 +62,18 @@ def run_sentences(plan: Plan) -> list[str]:
         lines.append(f"Left: {quantity(plan.steps_left, 'step')}, {quantity(tokens, 'token')}.")
     if plan.fresh and plan.epochs > WORTHWHILE:
         lines.append(
-            f"This run reads its text {plan.epochs:,.0f} times: beyond {WORTHWHILE} epochs "
-            "repetition teaches less and less, beyond 16 next to nothing (arXiv 2305.16264). "
-            "More text or fewer steps serve better."
+            f"This run reads its text {plan.epochs:,.0f} times: repetition teaches less and less "
+            f"beyond {WORTHWHILE} epochs, and next to nothing beyond 16 (arXiv 2305.16264). "
+            "Use more text or fewer steps."
         )
     return lines
 
 
 def time_sentence(plan: Plan, step_s: float, how: str) -> str:
-    """How long the rest of the run takes at `step_s` seconds a step; `how` they are known.
+    """How long the rest of the run takes at `step_s` seconds per step; `how` says where that figure
+    comes from.
 
-    Evaluating a token takes a third of the time of training on it: there is no backward pass.
+    Evaluating a token takes a third as long as training on it: there is no backward pass.
     """
     evaluations = plan.evaluation.count(plan.done, plan.max_steps)
     steps = plan.steps_left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3

@@ -48,7 +48,7 @@ class Start:
 
 def open_start(settings: Settings, defaults: Settings, dataset: Dataset | None) -> Start:
     """Fresh weights, those of a checkpoint, or the run to resume, as `init_from` and `resume` say.
-    A plan may do without data.
+    A plan needs no dataset.
 
     Raises UserError for a checkpoint of another shape, tokenizer or data, and if a new run would
     overwrite an older one.
@@ -68,7 +68,7 @@ def open_start(settings: Settings, defaults: Settings, dataset: Dataset | None) 
 
 
 def outline(config: GPTConfig) -> GPT:
-    """A model without memory."""
+    """A model of shapes only, which takes no memory."""
     with torch.device("meta"):
         return GPT(config)
 
@@ -101,7 +101,9 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | N
         folder, shape = None, openai_shape(where, settings, dataset)
     else:
         folder = folders.find(where)
-        shape = read_config(opened(folder)[0], settings["block_size"], settings["dropout"])
+        shape = read_config(
+            model_and_adapter(folder)[0], settings["block_size"], settings["dropout"]
+        )
         check_tokenizer(folder, shape, dataset)
     other = [
         f"{name}={settings[name]}, where {folder or where} has {getattr(shape, name)}"
@@ -122,7 +124,8 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | N
 
 
 def openai_shape(name: str, settings: Settings, dataset: Dataset | None) -> GPTConfig:
-    """Raises UserError for data and a block_size that the model could not take."""
+    """The shape of one of OpenAI's models. Raises UserError for data of another tokenizer, and for
+    a block_size beyond its context."""
     if dataset and dataset.tokenizer.vocab_size != GPT2_IDS:
         raise UserError(f"{name} has another tokenizer than {dataset.folder}")
     block_size = settings["block_size"] or GPTConfig.block_size
@@ -133,13 +136,13 @@ def openai_shape(name: str, settings: Settings, dataset: Dataset | None) -> GPTC
 
 
 def resumes(settings: Settings) -> bool:
-    """Whether a run goes on: from its newest checkpoint, or from the one that init_from names."""
+    """Whether to resume a run: from its newest checkpoint, or from the one that init_from names."""
     where = settings["init_from"]
     return where == "resume" or (settings["resume"] and where != "scratch")
 
 
 def resumed_folder(settings: Settings) -> Path:
-    """The checkpoint from which a run goes on. Raises UserError if there is none."""
+    """The checkpoint to resume from. Raises UserError if there is none."""
     own = settings["init_from"] == "resume"
     return folders.find(settings["out_dir"] if own else settings["init_from"])
 
@@ -155,7 +158,7 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> 
         check_newest(folder, Path(settings["out_dir"]))
     state = folders.read_state(folder)
     before = saved_settings(state, defaults)
-    base, adapter = opened(folder)
+    base, adapter = model_and_adapter(folder)
     shape = read_config(base, before["block_size"], settings["dropout"])
     tokenizer = check_tokenizer(folder, shape, dataset)
     fixed = asdict(model_config(settings, tokenizer.vocab_size))
@@ -185,19 +188,21 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> 
 
 
 def check_newest(folder: Path, out_dir: Path) -> None:
-    """Raises UserError if out_dir has checkpoints that a run going on from `folder` would meet."""
+    """Raises UserError if out_dir has checkpoints that a run resumed from `folder` would run
+    into."""
     found = folders.step_folders(out_dir)
     places = [each.resolve() for each in found]
     after = found[places.index(folder.resolve()) + 1 :] if folder.resolve() in places else found
     if after:
         raise UserError(
-            f"{out_dir} has checkpoints up to {after[-1].name}, which stay: --out_dir=OTHER "
-            f"continues {folder} in another folder, --init_from=resume continues {after[-1]}"
+            f"{out_dir} has checkpoints up to {after[-1].name}, which are never overwritten: "
+            f"--out_dir=OTHER continues {folder} in another folder, --init_from=resume continues "
+            f"{after[-1]}"
         )
 
 
 def load_weights(start: Start, settings: Settings) -> Start:
-    """Fresh weights, or those of the checkpoint, and to resume its optimizer state.
+    """Fresh weights or those of the checkpoint; to resume, its optimizer state as well.
 
     Raises UserError if a file is missing, damaged, or does not fit the shape.
     """
@@ -211,8 +216,8 @@ def load_weights(start: Start, settings: Settings) -> Start:
         optimizer = store.read_optimizer(start.source)
         if not optimizer["parameters"] and start.skipped < start.step:
             raise UserError(
-                f"{start.source}/optimizer.pt is empty: a run can start from {start.source}, not "
-                "resume"
+                f"{start.source}/optimizer.pt is empty: a run can start from {start.source}, but "
+                "not resume it"
             )
         return replace(start, model=model, optimizer=optimizer)
     if start.adapter is None:
@@ -223,7 +228,8 @@ def load_weights(start: Start, settings: Settings) -> Start:
 
 
 def saved_settings(state: State, defaults: Settings) -> Settings:
-    """The settings in the state.json of a checkpoint; the `defaults` of those newer than it."""
+    """The settings in a checkpoint's state.json, with `defaults` for those that it is too old to
+    have."""
     saved = state.settings
     return defaults | {name: saved[name] for name in defaults.keys() & saved.keys()}
 
@@ -237,7 +243,7 @@ def shape_of(start: Start, settings: Settings, vocab_size: int) -> Settings:
     return shape
 
 
-def opened(folder: Path) -> tuple[Path, lora.Adapter | None]:
+def model_and_adapter(folder: Path) -> tuple[Path, lora.Adapter | None]:
     """The folder with the model of a checkpoint, and the adapter if the checkpoint is one."""
     if not folders.is_adapter(folder):
         return folder, None

@@ -18,7 +18,7 @@ from plaingpt.training.start import Start
 from plaingpt.training.state import TrainState, make_state
 from plaingpt.wording import quantity
 
-TRIAL_S = 1.0  # of work that a measured step has, at the speed of matrix products
+TRIAL_S = 1.0  # of work in a measured step, at the speed of matrix products
 LONGEST_S = 4.0  # beyond which a single sequence is not tried
 # nanoGPT's 4 days for 300 billion tokens on 8 A100s are 30% of their peak; llm.c reports up to 60%.
 PEAK_SHARE = 0.4
@@ -26,8 +26,8 @@ Step = Callable[[TrainState, Batch, float, Plan, Runtime], Any]
 
 
 def step_seconds(start: Start, plan: Plan, rt: Runtime, step: Step) -> tuple[float, str]:
-    """The seconds of a step on this machine, from a few real ones on made-up ids, and in words how
-    they are known. It takes a few seconds itself.
+    """The seconds that a step takes on this machine, measured on a few real steps with random ids,
+    and a phrase that says how they were found. Takes a few seconds itself.
 
     A step too large for that is extrapolated from one with fewer sequences, or from the speed of
     matrix products alone.
@@ -84,7 +84,7 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def nominal_seconds(plan: Plan) -> tuple[float, str]:
-    """The seconds of a step on known devices, and in words how they are known."""
+    """The seconds of a step on known devices, and a phrase that says how they were found."""
     peak = plan.device.peak_flops or math.nan
     how = (
         f"at {PEAK_SHARE:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {plan.device.name}: an "

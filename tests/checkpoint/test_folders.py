@@ -39,21 +39,21 @@ def test_a_folder_that_is_no_checkpoint_leads_to_one(tmp_path, monkeypatch):
             folders.find(where)
         return str(caught.value)
 
-    assert advice("nope") == "nope does not exist; train.py makes checkpoints"
+    assert advice("nope") == "nope does not exist; run train.py to make one"
     data = tmp_path / "data" / "tales"
     data.mkdir(parents=True)
     (data / "dataset.json").touch()
     assert advice("data/tales") == (
         "data/tales is a data folder, not a checkpoint; "
-        "train.py --data_dir=data/tales --out_dir=out/tales trains one"
+        "python train.py --data_dir=data/tales --out_dir=out/tales trains one"
     )
     for name in ("tales", "more"):
         save(tmp_path / "out" / name)
         start = folders.RunStart(settings={"init_from": "x", "data_dir": f"data/{name}"})
         files.write_json(tmp_path / "out" / name / "run.json", folders.Run((start,)))
-    assert advice("data/tales").endswith("not a checkpoint; trained on it: out/tales")
+    assert advice("data/tales").endswith("not a checkpoint; models trained on it: out/tales")
     assert advice("out/tale") == "out/tale does not exist; did you mean out/tales?"
-    assert advice("nope") == "nope does not exist; there is out/more, out/tales"
+    assert advice("nope") == "nope does not exist; existing checkpoints: out/more, out/tales"
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -69,7 +69,7 @@ def test_a_damaged_old_checkpoint_ends_no_training(tmp_path, capsys):
     (tmp_path / "step_000002" / "state.json").write_text("{")
     folders.prune(tmp_path, keep=1)
     assert [int(p.name[5:]) for p in folders.step_folders(tmp_path)] == [1, 2, 4]
-    assert "step_000002 stays: " in capsys.readouterr().out
+    assert f"keeping {tmp_path / 'step_000002'}: " in capsys.readouterr().out
 
 
 def test_folders_of_others_are_not_checkpoints(tmp_path):
@@ -87,7 +87,7 @@ def test_folders_of_others_are_not_checkpoints(tmp_path):
         ({"step": "abc"}, "step: expected a whole number, got a string"),
         ({"step": -5}, "step: expected a whole number >= 0"),
         ({"step": 10**30}, "step: expected a whole number <= "),
-        ({"step": 7}, "step is 7, in a folder named step_000001"),
+        ({"step": 7}, "step is 7, but the folder is named step_000001"),
         ({"skipped": "none"}, "skipped: expected a whole number"),
         ({"data": None}, "data: expected a string, got null"),
         ({"settings": []}, "settings: expected an object, got a list"),

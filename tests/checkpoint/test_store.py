@@ -146,7 +146,7 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch, name):
         read(folder)
     assert not (tmp_path / "exploded").exists()
     torch.save({"parameters": Bomb()}, folder / "optimizer.pt")
-    with pytest.raises(UserError, match="or holds code: not loaded"):
+    with pytest.raises(UserError, match="or contains code, and was not loaded"):
         store.read_optimizer(folder)
     assert not (tmp_path / "exploded").exists()
 

@@ -56,7 +56,7 @@ def test_memory_shrinks_with_what_is_meant_to_shrink_it():
 
 def test_what_cannot_fit_is_refused_before_it_takes_memory(cfg, tmp_path):  # noqa: F811
     for changes in ({"n_embd": 100_000}, {"batch_size": 100_000_000}):
-        with pytest.raises(ValueError, match="this run needs about .* GiB, and cpu has "):
+        with pytest.raises(ValueError, match="this run needs about .* GiB, but cpu has "):
             train.train(replace(cfg, out_dir=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
 

@@ -18,7 +18,7 @@ def test_a_warm_up_that_outlasts_the_run_is_said():
 
 
 def test_text_that_is_read_again_and_again_is_said():
-    words = "This run reads its text 20 times: beyond 4 epochs repetition teaches less and less"
+    words = "This run reads its text 20 times: repetition teaches less and less beyond 4 epochs"
     plan = replace(PLAN, **DATA)
     lines = "\n".join(sentences(plan))
     assert "parameter, 20.00 epochs of 30,720 tokens." in lines and words in lines

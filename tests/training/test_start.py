@@ -44,7 +44,10 @@ def test_a_run_goes_on_in_its_own_folder_if_nothing_is_newer(whole, tmp_path, ca
     shutil.copytree(whole, tmp_path / "copy")
     assert train.main(resume) == 2
     err = capsys.readouterr().err
-    assert f"{whole} has checkpoints up to step_000020, which stay: --out_dir=OTHER" in err
+    assert (
+        f"{whole} has checkpoints up to step_000020, which are never overwritten: --out_dir=OTHER"
+        in err
+    )
     assert names(whole) == ["step_000007", "step_000014", "step_000020"]
     assert train.main([*resume, f"--out_dir={tmp_path / 'copy'}"]) == 2  # another run is there
     assert "copy has checkpoints up to step_000020" in capsys.readouterr().err
