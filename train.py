@@ -16,6 +16,7 @@ the losses by rounding only.
 import contextlib
 import math
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -366,7 +367,8 @@ def how_to_resume(out_dir: str) -> str:
     if not saved:
         return "nothing has been saved"
     step = int(saved[-1].name.removeprefix("step_"))
-    return f"python train.py --init_from=resume --out_dir={out_dir} continues from step {step}"
+    where = shlex.quote(out_dir)
+    return f"python train.py --init_from=resume --out_dir={where} continues from step {step}"
 
 
 def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:

@@ -148,8 +148,8 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
 def read_json(path: Path, kind: type[Record], advice: str = "") -> Record:
     """The content of a JSON file as a record of type `kind`, usually a msgspec.Struct.
 
-    Raises UserError as `read_bytes` does, and one that ends with `advice` if the file is not JSON or
-    not such a record.
+    Raises UserError as `read_bytes` does, and one that ends with `advice` if the file is not JSON
+    or not such a record.
     """
     return parse_json(read_bytes(path), kind, str(path), advice)
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from itertools import islice
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def missing(folder: Path) -> str:
     found = runs_near(folder)
     if os.path.exists(folder / "dataset.json"):
         trained = [str(run) for run in found if was_trained_on(run, folder)]
-        makes = f"python train.py --data_dir={folder} --out_dir=out/{folder.name} trains one"
+        data, out = shlex.quote(str(folder)), shlex.quote(f"out/{folder.name}")
+        makes = f"python train.py --data_dir={data} --out_dir={out} trains one"
         hint = f"models trained on it: {', '.join(trained[:3])}" if trained else makes
         return f"is a data folder, not a checkpoint; {hint}"
     if os.path.isfile(folder):

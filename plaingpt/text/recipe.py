@@ -1,5 +1,6 @@
 """Which command makes a data folder: the recipes in config/ say which folder they fill."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def command_for(folder: Path) -> str:
         return "python prepare.py"
     if path := recipe_for(folder)[0]:
         return f"python prepare.py config/{path.name}"
-    return f"python prepare.py --sources=FILES --data_dir={folder}"
+    return f"python prepare.py --sources=FILES --data_dir={shlex.quote(str(folder))}"
 
 
 def vocab_size_for(folder: Path) -> int:
