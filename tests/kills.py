@@ -249,8 +249,8 @@ def kill_at_random(job: Job, wanted: int, rng: np.random.Generator) -> int:
         moments = rng.uniform(0, 1.1 * job.seconds, rng.integers(1, 4))
         for moment in moments:
             processes = job.start()
-            time.sleep(moment)
             victim = processes[rng.integers(len(processes))]
+            victim.join(timeout=moment)
             victim.kill()
             kills += was_killed(job, processes, victim)
             if job.is_done():
