@@ -15,6 +15,7 @@ import inspect
 import io
 import math
 import os
+import signal
 import sys
 import tokenize
 from collections.abc import Callable, Iterable
@@ -86,6 +87,8 @@ def command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Flush at every line, so that logs stay current, and escape what cannot be printed.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `answer_help`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
         if sys.stdout:  # None if it was closed
@@ -261,6 +264,8 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
     """
     space = {**values, "__name__": "config", "__file__": path}
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")
         with open(path, encoding="utf-8-sig") as file:
             exec(compile(file.read(), path, "exec"), space)
     except KeyboardInterrupt:
@@ -380,8 +385,11 @@ def describe(hint: Any) -> str:
 def answer_help(cls: type, argv: list[str] | None = None) -> None:
     """Print the help and exit if the command line asks for it.
 
-    Commands call this before they import torch, which takes seconds.
+    Commands call this before they import torch, which takes seconds. Until they run, Ctrl-C ends
+    them without a traceback.
     """
+    if argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
     except BrokenPipeError:

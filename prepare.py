@@ -221,7 +221,7 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
         return tokenizer
     if not Path(cfg.tokenizer).exists():
         raise UserError(
-            f"tokenizer must be bpe, bytes, gpt2, or a folder or file, not {cfg.tokenizer!r}"
+            f"tokenizer={cfg.tokenizer!r} is not bpe, bytes or gpt2, and does not exist"
         )
     return Tokenizer.load(cfg.tokenizer)
 

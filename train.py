@@ -28,6 +28,7 @@ from configurator import (
     Folder,
     Fraction,
     FractionBelow1,
+    NonEmpty,
     NonNegativeFloat,
     NonNegativeInt,
     PathName,
@@ -88,7 +89,7 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 3  # how many of the newest to keep, besides the best
     tracker: Literal["wandb", "trackio"] | None = None  # where else to send the metrics
     plan: bool = False  # print the plan and how long it takes here, and stop
-    plan_for: str | None = None  # the same for known GPUs, such as 8xH100
+    plan_for: NonEmpty | None = None  # the same for known GPUs, such as 8xH100
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
@@ -275,7 +276,10 @@ def check_settings(cfg: TrainConfig) -> None:
     if cfg.lora_rank and cfg.init_from == "scratch":
         problems.append("lora_rank needs init_from: adapters are added to an existing model")
     if cfg.resume and cfg.init_from == "scratch":
-        problems.append("resume needs init_from: the checkpoint to continue from")
+        problems.append(
+            "resume needs the checkpoint to continue from, as init_from=out/run/step_000500; "
+            "--init_from=resume continues the newest in out_dir"
+        )
     if cfg.resume and cfg.overwrite:
         problems.append("resume deletes nothing, so it does not combine with overwrite")
     if Path(cfg.init_from).is_file():

@@ -116,7 +116,7 @@ def failure(path: str, error: BaseException) -> str:
     said = f"{where}: {type(error).__name__}"
     if isinstance(error, OSError) and error.filename == path:
         similar = similar_config(path) if isinstance(error, FileNotFoundError) else None
-        return f"{said}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
+        return f"{where}: {error.strerror}" + (f"; did you mean {similar}?" if similar else "")
     with contextlib.suppress(Exception):  # an exception of the file's own may have no str()
         said += f": {error}".removesuffix(": ")
     return said

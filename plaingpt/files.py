@@ -26,6 +26,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     After an error `path` is as before, and the temporary file is gone.
     """
     partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.unlink(missing_ok=True)  # never written through, be it a link or a pipe
     try:
         yield partial
         flush(partial)

@@ -16,7 +16,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-NAME = ".lock"
+NAME = ".plaingpt_lock"
 BEYOND = 1 << 30  # Windows locks this byte, so that others can still read those before it
 TRIES = 1000
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -55,7 +55,7 @@ def acquire(path: Path) -> int:
     for attempt in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except (FileNotFoundError, FileExistsError):  # its last holder is removing the folder
             if attempt == TRIES - 1:
                 raise

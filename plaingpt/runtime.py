@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 import numpy as np
 import torch
@@ -92,11 +93,14 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
 
     "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = from_environment("WORLD_SIZE", default=1, least=1)
+    rank = from_environment("RANK", default=0 if world_size == 1 else None)
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; torchrun sets both")
     cpu.keep_freed_memory()
     name = best_device() if device == "auto" else device
     if name == "cuda" and world_size > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{from_environment('LOCAL_RANK')}"
     check_device(name)
     chosen = torch.device(name)
     if world_size > 1:
@@ -104,7 +108,7 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
     return Runtime(
         chosen,
         best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype),
-        rank=int(os.environ.get("RANK", 0)),
+        rank=rank,
         world_size=world_size,
         stop=[] if stop is None else stop,
     )
@@ -112,7 +116,18 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
 
 def restartable() -> bool:
     """Whether torchrun starts the processes again when one has died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    return from_environment("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
+
+
+def from_environment(name: str, default: int | None = None, least: int = 0) -> int:
+    """A number that torchrun sets. Raises UserError if it is missing or makes no sense."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text and re.fullmatch(r"\d{1,9}", text) and int(text) >= least:
+        return int(text)
+    problem = f"{name} is not set" if text is None else f"the environment has {name}={text!r}"
+    raise UserError(f"{problem}: torchrun sets it for several processes; unset it for one")
 
 
 def join(device: torch.device) -> None:
@@ -122,7 +137,7 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world_size = from_environment("RANK"), from_environment("WORLD_SIZE")
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = rendezvous(rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -134,7 +149,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     torchrun's own store outlives a restart and keeps the addresses of dead processes, which the
     new ones would wait for (pytorch issue 135712). Here it carries only the port of our own.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ.get("MASTER_ADDR", ""), from_environment("MASTER_PORT")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return dist.TCPStore(host, port, world_size, is_master=rank == 0)
     agent = dist.TCPStore(host, port, is_master=False)  # torchrun's
@@ -185,12 +200,17 @@ def stop_signals() -> Iterator[list[str]]:
                 os._exit(128 + number[0])
 
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32":
+        numbers.append(signal.SIGHUP)  # the terminal was closed
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    out = cast(TextIO, Output(sys.stdout, received))
+    error = cast(TextIO, Output(sys.stderr, received))
     try:
-        yield received
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -198,6 +218,30 @@ def stop_signals() -> Iterator[list[str]]:
         writer.close()
         watcher.join()
         reader.close()
+
+
+class Output:
+    """A stream of which the reader may leave, as `| tee` does at Ctrl-C: `stop` then gets an entry,
+    as from a signal, and the rest is discarded."""
+
+    def __init__(self, stream: TextIO, stop: list[str]) -> None:
+        self.stream, self.stop = stream, stop
+
+    def write(self, text: str) -> int:
+        return self.unless_broken(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self.unless_broken(self.stream.flush)
+
+    def unless_broken(self, use: Callable[[], Any]) -> Any:
+        try:
+            return use()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stop.append("the end of its output")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def versions() -> dict[str, str]:
@@ -226,7 +270,7 @@ def device_memory_gib(device: torch.device) -> float | None:
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     if sys.platform == "win32":
         return None
-    pages = os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pages = os.sysconf("SC_PHYS_PAGES") // from_environment("LOCAL_WORLD_SIZE", default=1, least=1)
     return os.sysconf("SC_PAGE_SIZE") * pages / 2**30
 
 

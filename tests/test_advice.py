@@ -143,7 +143,7 @@ def test_a_bare_word_is_answered_with_what_to_write(folder, command, argv, said)
 )
 def test_a_missing_config_file_leads_to_a_similar_one(folder, path, similar):
     said = f"; did you mean {similar}?" if similar else ""
-    assert message("train", path) == f"{path}: FileNotFoundError: No such file or directory{said}"
+    assert message("train", path) == f"{path}: No such file or directory{said}"
 
 
 def test_what_a_config_file_does_not_find_is_not_taken_for_itself(folder):

@@ -272,7 +272,7 @@ def test_a_file_that_cannot_be_run_names_file_and_line(config_file, tmp_path):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     missing = str(tmp_path / "missing.py")
-    assert problems(missing) == f"{missing}: FileNotFoundError: No such file or directory"
+    assert problems(missing) == f"{missing}: No such file or directory"
     latin = tmp_path / "latin.py"
     latin.write_bytes("name = 'é'".encode("latin-1"))
     assert problems(str(latin)).startswith(f"{latin}: UnicodeDecodeError: ")

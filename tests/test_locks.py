@@ -17,7 +17,7 @@ from test_train import cfg, command  # noqa: F401
 import prepare
 import train
 from configurator import UserError
-from plaingpt import locks
+from plaingpt import files, locks
 
 HOLD = """
 import os, sys, time
@@ -199,3 +199,16 @@ def test_of_several_processes_the_main_one_holds_the_folder(cfg, tmp_path):  # n
         assert told.count(f"error: {out_dir} is in use by -c, process {other.pid} on ") == 1
         assert told.count(f"error: the main process cannot use {out_dir}") == 1
     workers.run_all(2, tmp_path, runs)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX links")
+def test_a_link_is_never_written_through(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / locks.NAME).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError), locks.locked(tmp_path / "folder"):
+        pass
+    (tmp_path / ".partial_run.json").symlink_to(tmp_path / "precious")
+    with files.atomic_file(tmp_path / "run.json") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -122,3 +123,24 @@ def test_no_test_reaches_the_network(family, host):
 def test_tests_reach_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname()).close()
+
+
+@pytest.mark.parametrize(
+    "environment, problem",
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "1"}, "RANK=1 is not below WORLD_SIZE=1"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is not set"),
+    ],
+)
+def test_variables_that_torchrun_did_not_set_are_refused(monkeypatch, environment, problem):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(problem)):
+        runtime.start("cpu")

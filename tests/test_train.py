@@ -28,7 +28,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import optim, run_folder, state
 from plaingpt.training.devices import Device
 from plaingpt.training.plan import make_plan
-from plaingpt.training.start import Start, model_config
+from plaingpt.training.start import Start, model_config, open_start
 from plaingpt.training.state import make_state, maybe_compiled
 
 REPO = Path(__file__).parents[1]
@@ -454,15 +454,32 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
         ({"init_from": __file__}, "init_from=.*test_train.py is a file, not a folder"),
-        ({"resume": True}, "resume needs init_from"),
+        ({"resume": True}, "resume needs the checkpoint to continue from"),
         ({"resume": True, "overwrite": True, "init_from": "x"}, "does not combine with overwrite"),
         ({"plan_for": "8xH1000"}, "is not a known device"),
+        ({"n_layer": 1025}, "n_layer is at most 1,024"),
+        ({"n_embd": 2**40}, "n_embd and block_size 1,048,575"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train.train(replace(cfg, out_dir=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_dir_that_is_something_else_is_refused(cfg, tmp_path):
+    train.train(replace(cfg, max_steps=1, out_dir=str(tmp_path / "run")))
+    step = str(tmp_path / "run" / "step_000001")
+    for out_dir, changes, message in [
+        (cfg.data_dir, {}, "is a data folder: choose another"),
+        (step, {}, f"is a checkpoint; --init_from={step} --resume --out_dir=OTHER continues"),
+        (str(tmp_path / "\udcff"), {}, "is not UTF-8"),
+        (str(tmp_path / "run"), {"data_dir": "data/x"}, "out_dir=out/x"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            if changes:  # a new run on other data, which would have to exist
+                open_start(vars(replace(cfg, out_dir=out_dir, **changes)), {}, None)
+            train.train(replace(cfg, out_dir=out_dir))
 
 
 def test_a_file_in_place_of_out_dir_is_refused_before_anything_else(cfg):
@@ -654,13 +671,27 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
 
 
 def test_a_reader_that_leaves_ends_a_run_quietly(cfg, tmp_path, monkeypatch, capsys):
-    """As in `python train.py | head -1`."""
+    """As in `python train.py | head -1`: nothing has been trained yet."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone:
         monkeypatch.setattr("sys.stdout", gone)
-        assert train.main(command(cfg, tmp_path / "run")[2:]) == 141
+        assert train.main(command(cfg, tmp_path / "run")[2:]) == 0
     assert all(" (default " in line for line in capsys.readouterr().err.splitlines())
+    assert not folders.step_folders(tmp_path / "run")
+
+
+def test_a_run_whose_reader_leaves_saves_and_ends(cfg, tmp_path):
+    """As in `python train.py | tee log`, of which Ctrl-C ends tee first."""
+    long = replace(cfg, max_steps=100_000, eval_interval=100_000, log_interval=1)
+    arguments = command(long, tmp_path / "run")
+    with subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("step 000005"):
+                break
+        run.stdout.close()
+        assert run.wait(timeout=60) == 0
+    assert len(folders.step_folders(tmp_path / "run")) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -101,6 +101,8 @@ def missing(folder: Path) -> str:
         return "is a file, but a checkpoint is a folder"
     if steps := sorted(folder.glob("step_*/")):
         return f"holds no complete checkpoint: {steps[-1].name} has no state.json"
+    if os.path.exists(folder / "run.json"):
+        return "holds a run that has not saved a checkpoint yet"
     problem = "holds no checkpoint" if os.path.exists(folder) else "does not exist"
     names = [str(run) for run in found]
     if close := difflib.get_close_matches(str(folder), names, n=1):

@@ -28,7 +28,8 @@ MAX_TENSORS = 20_000  # per file; a model of MAX_LAYERS has fewer
 
 # --- config.json
 
-Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)]
+MAX_WIDTH = (1 << 20) - 1  # and the longest context
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
 
 
 class ConfigFile(msgspec.Struct, frozen=True):

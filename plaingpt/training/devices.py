@@ -55,6 +55,10 @@ def device_of(device: torch.device) -> Device:
     return Device(str(device), device.type, runtime.device_memory_gib(device), peak)
 
 
+def squeezed(name: str) -> str:
+    return name.lower().replace(" ", "")
+
+
 def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
     """The processes of a run on, say, "8xH100" or "H100", and the device of each, without touching
     any.
@@ -62,7 +66,8 @@ def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
     Raises a UserError that lists the known devices.
     """
     words = re.fullmatch(r"(?:([1-9]\d{0,5})\s*[x×*]\s*)?(.*)", text.strip(), re.DOTALL)
-    name = {known.lower(): known for known in KNOWN}.get(words[2].lower()) if words else None
+    names = {squeezed(known): known for known in KNOWN}
+    name = names.get(squeezed(words[2])) if words else None
     if not words or not name:
         raise UserError(
             f"plan_for={text!r} is not a known device, such as 8xH100; known are {', '.join(KNOWN)}"

@@ -123,7 +123,21 @@ def begin_run(
 
 
 def check_out_dir(out_dir: Path, step: int) -> None:
-    """Raises UserError if something would be in the way of a checkpoint after `step`."""
+    """Raises UserError for a folder that is not one for runs, and if something would be in the way
+    of a checkpoint after `step`."""
+    name = str(out_dir.absolute())
+    if name != name.encode(errors="ignore").decode():
+        raise UserError(f"out_dir={name!r} is not UTF-8, which safetensors needs: choose another")
+    if (out_dir / "dataset.json").exists():
+        raise UserError(
+            f"out_dir={out_dir} is a data folder: choose another, as out/{out_dir.name}"
+        )
+    if (out_dir / "config.json").exists() or folders.is_adapter(out_dir):
+        where = shlex.quote(str(out_dir))
+        raise UserError(
+            f"out_dir={out_dir} is a checkpoint; --init_from={where} --resume --out_dir=OTHER "
+            "continues its run from there"
+        )
     for path in sorted(out_dir.glob("step_*")):
         named = folders.STEP_FOLDER.fullmatch(path.name)
         if named and int(named[1]) > step and not (path / "state.json").exists():

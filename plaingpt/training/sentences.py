@@ -31,7 +31,7 @@ def sentences(plan: Plan) -> list[str]:
     if plan.learning_rate.warmup_steps >= plan.max_steps:
         lines.append(
             f"warmup_steps={plan.learning_rate.warmup_steps:,} >= max_steps: the peak learning "
-            "rate is never held."
+            "rate is never reached."
         )
     if plan.fsdp and plan.world_size == 1:
         lines.append("--fsdp has no effect with one process.")

@@ -6,6 +6,7 @@ Settings come as a dict of TrainConfig's fields, which is how a checkpoint remem
 
 import difflib
 import math
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from model import GPT, GPTConfig
 from plaingpt import lora
 from plaingpt.checkpoint import adapters, folders, store
 from plaingpt.checkpoint.folders import State
-from plaingpt.checkpoint.hugging_face import read_config
+from plaingpt.checkpoint.hugging_face import MAX_LAYERS, MAX_WIDTH, read_config
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.recipe import GPT2_IDS, vocab_size_for
 from plaingpt.text.tokenizer import Tokenizer
@@ -57,14 +58,24 @@ def open_start(settings: Settings, defaults: Settings, dataset: Dataset | None) 
         return resumed(settings, defaults, dataset)
     found = folders.step_folders(settings["out_dir"])
     if found and not (settings["overwrite"] or settings["plan"]):
-        raise UserError(
-            f"{found[-1]} exists: --init_from=resume continues it, --overwrite starts over, "
-            "--out_dir=OTHER leaves it alone"
-        )
+        raise UserError(f"{found[-1]} exists: {ways_on(settings)}")
     if settings["init_from"] != "scratch":
         return from_checkpoint(settings, defaults, dataset)
     ids = dataset.tokenizer.vocab_size if dataset else vocab_size_for(Path(settings["data_dir"]))
     return Start(outline(model_config(settings, ids)))
+
+
+def ways_on(settings: Settings) -> str:
+    """What a new run may do about the checkpoints in its out_dir, which may be another's."""
+    starts = folders.read_starts(Path(settings["out_dir"]))
+    trained_on = starts[-1].settings.get("data_dir") if starts else settings["data_dir"]
+    if trained_on == settings["data_dir"]:
+        return (
+            "--init_from=resume continues it, --overwrite deletes it and starts over, "
+            "--out_dir=OTHER leaves it alone"
+        )
+    name = shlex.quote(f"out/{Path(settings['data_dir']).name}")
+    return f"a model trained on {trained_on}; leave it alone with --out_dir={name}"
 
 
 def outline(config: GPTConfig) -> GPT:
@@ -76,6 +87,9 @@ def outline(config: GPTConfig) -> GPT:
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
     """The shape that the settings ask for. Raises UserError if it is impossible."""
     multiple = settings["vocab_multiple"]
+    widest = max(settings["n_embd"], settings["block_size"] or 0)
+    if settings["n_layer"] > MAX_LAYERS or widest > MAX_WIDTH:
+        raise UserError(f"n_layer is at most {MAX_LAYERS:,}, n_embd and block_size {MAX_WIDTH:,}")
     try:
         return GPTConfig(
             vocab_size=math.ceil(vocab_size / multiple) * multiple,
