@@ -236,7 +236,7 @@ def test_nanogpts_folder_trains_as_it_is(cfg, tmp_path, monkeypatch, capsys):
     for name in ("train", "val"):
         (np.arange(500, dtype="<u2") % 250).tofile(tmp_path / f"{name}.bin")
     assert train.train(replace(cfg, **folders, max_steps=2))["step"] == 2
-    assert "taking its ids for GPT-2's" in capsys.readouterr().out
+    assert "assuming GPT-2's ids" in capsys.readouterr().out
     (tmp_path / "meta.pkl").write_bytes(b"a pickle")
     with pytest.raises(ValueError, match="whose table is a pickle: not read"):
         train.train(replace(cfg, **folders, overwrite=True))
