@@ -32,7 +32,7 @@ class PrepareConfig:
     val_sources: tuple[PathName, ...] = ()  # what to validate on; empty: a share of sources
     template: TemplateName = "text"  # how a record becomes text: text, alpaca, chat, synth
     text_field: str = "text"  # the record's field that template=text takes
-    bad_records: Literal["refuse", "skip"] = "refuse"  # what to do with malformed ones
+    bad_records: Literal["refuse", "skip"] = "refuse"  # what to do with malformed records
     max_record_tokens: PositiveInt | None = None  # longer records are bad; None: no limit
     # how much of it
     val_fraction: FractionBelow1 = 0.05  # share to validate on if val_sources is empty
@@ -69,7 +69,7 @@ from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
 from plaingpt.text.hub import hub_hash, impatient
 from plaingpt.text.inspection import inspect, report
-from plaingpt.text.preview import look_at
+from plaingpt.text.preview import check_source
 from plaingpt.text.progress import (
     Progress,
     changed_settings,
@@ -105,7 +105,8 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
     old = check_target(folder)
     if old and not cfg.overwrite:
         if changed_settings(old.settings or {}, settings):
-            open_streams(cfg.sources, cfg.val_sources, reading_of(cfg))  # their mistakes come first
+            # Report their mistakes first.
+            open_streams(cfg.sources, cfg.val_sources, reading_of(cfg))
         check_settings_unchanged(folder, "was prepared", old.settings or {}, settings)
         check_inputs(old, (*cfg.sources, *cfg.val_sources), folder)
         print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
@@ -131,11 +132,11 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
         progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
         if not progress.notes.streams:
             for stream in streams:
-                look_at(stream, reading, folder_of(cfg))
+                check_source(stream, reading, folder_of(cfg))
     announce_left_out(cfg, streams)
     repairing = partial.exists()
     try:
-        tokenizer = begin(cfg, progress, streams, reading)
+        tokenizer = open_tokenizer(cfg, progress, streams, reading)
         announce_size(cfg, streams, folder)
         builder = SplitBuilder(progress, tokenizer, streams, reading, limits_of(cfg))
         builder.run(cfg.workers or DEFAULT_THREADS)
@@ -158,9 +159,9 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
 
 
 def problems_of(cfg: PrepareConfig) -> Iterator[str]:
-    """What `configurator.validate` cannot know."""
+    """Problems that no `Range` can express."""
     if cfg.val_sources and cfg.val_fraction not in (0, PrepareConfig.val_fraction):
-        yield "val_fraction is a share of sources: leave it out beside val_sources"
+        yield "val_fraction does not combine with val_sources: leave it out"
 
 
 def reading_of(cfg: PrepareConfig) -> Reading:
@@ -193,7 +194,7 @@ def limits_of(cfg: PrepareConfig) -> Limits:
     )
 
 
-def begin(
+def open_tokenizer(
     cfg: PrepareConfig, progress: Progress, streams: list[Stream], reading: Reading
 ) -> Tokenizer:
     """The tokenizer of the run being resumed, or a new one, for which the folder is emptied."""
@@ -227,7 +228,7 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
 
 
 def announce_left_out(cfg: PrepareConfig, streams: list[Stream]) -> None:
-    """Say which files are left out, and where the template does not apply."""
+    """Say which files are left out, and if the template applies to none."""
     for stream in streams:
         for reason, (count, where) in stream.dropped.items():
             left_out = f"left out {count:,}: {reason} (the first: {where})"

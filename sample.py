@@ -52,21 +52,16 @@ BATCH_SIZE = 32  # samples that are drawn together
 SETTINGS = [field.name for field in fields(Sampling)]  # that a conversation may change
 MEMORY_COMMANDS = """\
 /reset            starts over
-/system TEXT      starts over, and says how to answer
+/system TEXT      starts over, with TEXT as instructions
 """
 COMMANDS = f"""\
 /NAME VALUE       changes a setting: {", ".join(SETTINGS)}
 /exit             ends the conversation, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
-def sample(cfg: SampleConfig) -> list[str]:
-    """The result of `samples`, as a list."""
-    return list(samples(cfg))
-
-
 def samples(cfg: SampleConfig) -> Iterator[str]:
-    """Print and yield the samples, each with its prompt; with `chat` the answers. However many
-    they are, they take the memory of BATCH_SIZE.
+    """Print and yield the samples, each with its prompt; with `chat` the answers. However many are
+    drawn, they take the memory of BATCH_SIZE samples.
 
     Raises UserError for settings out of range, or a checkpoint that cannot be opened.
     """
@@ -116,7 +111,7 @@ def read_prompt(start: str) -> str:
         return start
     path = Path(start.removeprefix("FILE:")).expanduser()
     if not path.name:
-        raise UserError("start=FILE: names no file: write --start=FILE:prompt.txt")
+        raise UserError("start=FILE: lacks a file name: write --start=FILE:prompt.txt")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -148,7 +143,7 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
     if not generation.holds_conversations(tokenizer):
         raise UserError(
             "--chat needs a model that was trained on conversations (prepare.py --template=chat, "
-            "alpaca or synth): this one's tokenizer has no such chat_template"
+            "alpaca or synth): the tokenizer of this one has none of their chat templates"
         )
     if tokenizer.chat_template == templates.INSTRUCTION:
         print("each question is answered on its own", file=sys.stderr)
@@ -197,13 +192,13 @@ def obey(
     elif name == "system" and not remembers:
         raise UserError(templates.NO_SYSTEM)
     elif name == "system" and not text:
-        raise UserError("/system needs a text: /system TEXT says how to answer")
+        raise UserError("/system needs a text that says how to answer: /system TEXT")
     elif name == "system":
         messages[:] = [{"role": "system", "content": text}]
     elif name in SETTINGS:
         return changed_setting(sampling, name, text)
     else:
-        raise UserError(f"no command /{name}: /help lists them")
+        raise UserError(f"unknown command /{name}: /help lists all commands")
     return None
 
 
@@ -220,7 +215,7 @@ def changed_setting(sampling: Sampling, name: str, text: str) -> Sampling:
 
 
 def typed_lines() -> Iterator[str]:
-    """The lines typed, stripped, until Ctrl-D or Ctrl-C."""
+    """The typed lines, stripped, until Ctrl-D or Ctrl-C."""
     asking = "> " if sys.stdin.isatty() else ""
     try:
         while True:

@@ -17,5 +17,5 @@ class Sampling:
     temperature: Temperature = 0.8  # below 1 is safer, above is wilder; 0: the likeliest token
     top_k: PositiveInt | None = None  # draw from the k likeliest tokens only
     top_p: FractionAbove0 | None = 0.95  # draw from the likeliest that together reach this share
-    min_p: FractionAbove0 | None = None  # drop tokens below this share of the likeliest one's
-    seed: NonNegativeInt | None = None  # the same seed draws the same text; None: another each time
+    min_p: FractionAbove0 | None = None  # drop tokens less likely than this share of the likeliest
+    seed: NonNegativeInt | None = None  # the same seed draws the same text; None: new each time

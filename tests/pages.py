@@ -29,8 +29,8 @@ class Site:
     """A server in a thread of this process."""
 
     def __init__(self, folder: Path, **changes):
-        model = store.load_model(folder).eval()
-        served = page.Served(model, Tokenizer.load(folder), "tiny", EXAMPLES)
+        self.model = store.load_model(folder).eval()
+        served = page.Served(self.model, Tokenizer.load(folder), "tiny", EXAMPLES)
         app = page.build_app(served, replace(SAMPLING, **changes), 2, list(serve.LOOPBACK))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]

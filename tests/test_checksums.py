@@ -100,7 +100,7 @@ def test_a_file_that_changed_is_not_continued(tmp_path):
     file.write(b"abc")
     file.close()
     (tmp_path / "a").write_bytes(b"abd")
-    with pytest.raises(UserError, match="a has changed since it was written: --overwrite"):
+    with pytest.raises(UserError, match="a has changed since it was written: remove"):
         blocks.GrowingFile(tmp_path / "a", 0, 3, file.sums)
     blocks.GrowingFile(tmp_path / "a", 0, 3).close()  # as an older version left it, without sums
 

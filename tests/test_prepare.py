@@ -348,7 +348,7 @@ def test_advice_never_replaces_what_nobody_named(tmp_path, monkeypatch, capsys):
             ["--sources=my novel.txt", "--data_dir=./data/stdlib/../stdlib"],
             "Use --overwrite to replace it, or another --data_dir",
         ),
-        (["--sources=novel.docx"], "'novel.docx' is of another kind: only .csv"),
+        (["--sources=novel.docx"], "'novel.docx' is of an unsupported kind: only .csv"),
         (["--sources=nothing.txt"], "'nothing.txt' matches no file"),
     ):
         assert prepare.main([bytes_only, *arguments]) == 2
@@ -465,7 +465,7 @@ MISTAKES = {
     "empty": (lambda folder: write(folder / "x.txt", b""), "there is no text in "),
     "not utf-8": (
         lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
-        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, as with iconv -f latin1 -t utf-8",
+        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, for example with iconv -f latin1 -t utf-8",
     ),
     "missing": (
         lambda folder: str(folder / "x.txt"),
@@ -475,7 +475,7 @@ MISTAKES = {
     "folder without text": (str, "matches no file of these kinds: .csv"),
     "extension": (
         lambda folder: write(folder / "x.pdf", b"%PDF"),
-        ".txt files are read, or compressed ones",
+        ".txt files are read, compressed or not",
     ),
 }
 
@@ -872,15 +872,34 @@ def test_a_run_begun_with_other_settings_or_texts_is_not_resumed(
     monkeypatch.undo()
     assert (target / dataset.PARTIAL / "progress.json").exists()
     assert command(texts, target, "--seed=5") == 2
-    assert "was begun with other settings: seed was 1337, is now 5" in capsys.readouterr().err
+    assert "was started with other settings: seed was 1337, is now 5" in capsys.readouterr().err
     (texts / "a.txt").write_text("changed")
     assert command(texts, target) == 2
-    assert "a.txt is new, has changed or has gone since" in capsys.readouterr().err
+    assert "a.txt is new, has changed or is gone since" in capsys.readouterr().err
     (texts / "a.txt").unlink()
     assert command(texts, target) == 2
-    assert "a.txt is new, has changed or has gone since" in capsys.readouterr().err
+    assert "a.txt is new, has changed or is gone since" in capsys.readouterr().err
     assert command(texts, target, "--overwrite", "--val_fraction=0") == 0
     assert documents_of(target, "train") == [SECOND.encode()]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed"])
+def test_a_run_whose_shards_are_damaged_starts_over_as_the_message_says(
+    texts, target, capsys, monkeypatch, damage
+):
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda writer: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(texts, target)
+    monkeypatch.undo()
+    path = target / dataset.PARTIAL / "train_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:-1] if damage == "cut off" else content)
+    assert command(texts, target) == 2
+    assert f"remove {path.parent} to start over" in capsys.readouterr().err
+    shutil.rmtree(path.parent)
+    assert command(texts, target) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -955,7 +974,9 @@ def test_an_interrupted_move_is_not_mistaken_for_another_run(run, texts, target,
     with pytest.raises(ZeroDivisionError):
         run()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"was begun with other settings: val_fraction was 0\.05"):
+    with pytest.raises(
+        ValueError, match=r"was started with other settings: val_fraction was 0\.05"
+    ):
         run(val_fraction=0.0)
     run(val_fraction=0.0, overwrite=True)
     assert len(documents_of(target, "train")) == 2

@@ -99,7 +99,7 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, "--start=FILE:nowhere.txt") == 2
     assert "nowhere.txt" in capsys.readouterr().err
     assert run(folder, "--start=FILE:") == 2
-    assert "names no file: write --start=FILE:prompt.txt" in capsys.readouterr().err
+    assert "lacks a file name: write --start=FILE:prompt.txt" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompt.txt").write_text("At home")
     assert run(folder, "--start=FILE:~/prompt.txt", "--max_new_tokens=1") == 0
@@ -164,7 +164,7 @@ def talk(monkeypatch, folder, *lines, **changes) -> list[str]:
 
     monkeypatch.setattr("builtins.input", typed)
     settings = {"checkpoint": str(folder), "chat": True, "device": "cpu", "max_new_tokens": 30}
-    return sample.sample(sample.SampleConfig(**settings | changes))
+    return list(sample.samples(sample.SampleConfig(**settings | changes)))
 
 
 def test_a_conversation_streams_each_answer_and_ends_at_ctrl_d(talker, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
         assert [p.split("### Instruction:\n")[1] for p in prompts] == [
             f"{word}?\n\n### Response:\n" for word in ("One", "Two", "Three")
         ]
-    assert "no command /nothing" in err
+    assert "unknown command /nothing" in err
 
 
 def test_commands_change_how_tokens_are_drawn(talker, monkeypatch, capsys):
@@ -228,8 +228,8 @@ def test_commands_change_how_tokens_are_drawn(talker, monkeypatch, capsys):
         ("/temperature hot", "/temperature expects float, not 'hot'"),
         ("/temperature -1", "temperature must be 0, or at least 0.001, not -1.0"),
         ("/top_p 1.5", "top_p must be above 0 and at most 1, not 1.5"),
-        ("/checkpoint out", "no command /checkpoint: /help lists them"),
-        ("/", "no command /: /help lists them"),
+        ("/checkpoint out", "unknown command /checkpoint: /help lists all commands"),
+        ("/", "unknown command /: /help lists all commands"),
     ],
 )
 def test_a_wrong_command_changes_nothing(talker, monkeypatch, capsys, line, said):

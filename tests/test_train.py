@@ -236,7 +236,7 @@ def test_nanogpts_folder_trains_as_it_is(cfg, tmp_path, monkeypatch, capsys):
     for name in ("train", "val"):
         (np.arange(500, dtype="<u2") % 250).tofile(tmp_path / f"{name}.bin")
     assert train.train(replace(cfg, **folders, max_steps=2))["step"] == 2
-    assert "taking its ids for GPT-2's" in capsys.readouterr().out
+    assert "assuming GPT-2's ids" in capsys.readouterr().out
     (tmp_path / "meta.pkl").write_bytes(b"a pickle")
     with pytest.raises(ValueError, match="whose table is a pickle: not read"):
         train.train(replace(cfg, **folders, overwrite=True))
@@ -470,8 +470,10 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, 
 def test_an_out_dir_that_is_something_else_is_refused(cfg, tmp_path):
     train.train(replace(cfg, max_steps=1, out_dir=str(tmp_path / "run")))
     step = str(tmp_path / "run" / "step_000001")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").touch()
     for out_dir, changes, message in [
-        (cfg.data_dir, {}, "is a data folder: choose another"),
+        (str(tmp_path / "data"), {}, "is a data folder: choose another"),
         (step, {}, f"is a checkpoint; --init_from={step} --resume --out_dir=OTHER continues"),
         (str(tmp_path / "\udcff"), {}, "is not UTF-8"),
         (str(tmp_path / "run"), {"data_dir": "data/x"}, "out_dir=out/x"),

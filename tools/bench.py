@@ -115,19 +115,19 @@ def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
     Raises UserError for settings out of range, and if prepare.py fails.
     """
     configurator.validate(cfg)
-    threads, cores = cfg.workers or DEFAULT_THREADS, os.cpu_count() or 1
+    workers, cores = cfg.workers or DEFAULT_THREADS, os.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = Path(name)
         source, size = write_corpus(folder, cfg)
-        print(f"{source.name}: {byte_size(size)} of text, {quantity(threads, 'thread')}")
+        print(f"{source.name}: {byte_size(size)} of text, {quantity(workers, 'thread')}")
         # The first run warms up and leaves the tokenizer.
-        measure_prepare(source, folder / "data", cfg.tokenizer, threads)
+        measure_prepare(source, folder / "data", cfg.tokenizer, workers)
         tokenizer = Tokenizer.load(folder / "data")
         runs, alone = [], []
         for _ in range(cfg.repeats):
-            seconds = min(tiktoken_seconds(source, tokenizer, n) for n in {threads, cores})
+            seconds = min(tiktoken_seconds(source, tokenizer, n) for n in {workers, cores})
             alone.append(size / 1e6 / seconds)
-            runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, threads))
+            runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, workers))
     ours = [size / 1e6 / seconds for seconds, _ in runs]
     table = {
         "tiktoken alone, MB/s": alone,

@@ -34,8 +34,8 @@ class Speller:
         return self.decoder.decode(content, final)
 
 
-def considered(probabilities: Tensor, token: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the page shows of a token, given the probabilities (V,) of all tokens in its place.
+def with_alternatives(probabilities: Tensor, token: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the page shows about a token, given the probabilities (V,) of all tokens in its place.
 
     That is its "id", its own text as "token", its "probability", and [id, text, probability] of the
     likeliest "alternatives".
@@ -60,7 +60,8 @@ def rounded(probability: float) -> float:
 def drawn(
     model: GPT, speller: Speller, ids: list[int], sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
-    """Draw the tokens that follow `ids`; yield each as `considered`, with the "text" it completes.
+    """Draw the tokens that follow `ids`; yield each as `with_alternatives`, with the "text" it
+    completes.
 
     The last has an "end": "stop" if it is <|endoftext|>, "length" otherwise. Probabilities are the
     model's own, before temperature and filters.
@@ -76,7 +77,7 @@ def drawn(
     count = sampling.max_new_tokens
     tokens = generation.continuations(model, tokenizer, ids, count, pick_and_keep)
     for number, token in enumerate(map(int, tokens), start=1):
-        found = considered(seen.pop()[0].softmax(dim=-1), token, tokenizer)
+        found = with_alternatives(seen.pop()[0].softmax(dim=-1), token, tokenizer)
         stopped = token == tokenizer.eot_id
         last = stopped or number == count
         found["text"] = speller.text(token, final=last)
@@ -85,8 +86,8 @@ def drawn(
 
 @torch.no_grad()
 def scored(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
-    """Each of `ids` as `considered`, given those before it. The first, which nothing precedes, has
-    the probability None and no alternatives."""
+    """Each of `ids` as `with_alternatives`, given those before it. The first, which nothing
+    precedes, has the probability None and no alternatives."""
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
     hidden = model.transformer(idx)[0, :-1]  # (T - 1, C)
     first = {"id": ids[0], "token": tokenizer.decode(ids[:1])}
@@ -94,7 +95,7 @@ def scored(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, A
     for rows in hidden.split(ROWS):
         logits = model.lm_head(rows)[:, : tokenizer.vocab_size].float()
         for probabilities in logits.softmax(dim=-1):
-            found.append(considered(probabilities, ids[len(found)], tokenizer))
+            found.append(with_alternatives(probabilities, ids[len(found)], tokenizer))
     return found
 
 

@@ -36,7 +36,8 @@ def examples(checkpoint: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def validation_text(checkpoint: str, tokenizer: Tokenizer) -> str:
-    """The beginning of the validation text of the run that made a checkpoint, "" without it."""
+    """The beginning of the validation text of the run that made a checkpoint, or "" if that is not
+    here."""
     if folders.on_hub(checkpoint):
         return ""
     try:

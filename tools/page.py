@@ -2,14 +2,14 @@
 What tools.serve sends to a browser: page.html, and what the page asks for as JSON.
 
 GET /model describes the model. POST /answer takes {"messages": [{"role": …, "content": …}, …]} for
-a model that holds conversations, {"text": …} for one that continues texts, or for any model the
-{"ids": […]} of a context, to which a "text" may add, and any settings of `Sampling`. The reply is
-JSON lines: first the "prompt" as [id, text] of each token, how much of it the model cannot see
+a model that holds conversations, {"text": …} for one that continues texts, or for any model
+{"ids": […]}, a context that a "text" may extend; and any settings of `Sampling`. The reply is JSON
+lines: first the "prompt" as [id, text] of each token, how much of it the model cannot see
 ("forgotten" messages, or tokens of a text) and the "seed", then one line per token.
 
 POST /score takes {"ids": […]} and returns {"tokens": […]}: the probability of each, and its
 alternatives. POST /attention takes the same and returns the {"weights": …} of the last token by
-layer, head and token. Errors are {"error": …}.
+layer, head and token. Errors are {"error": …}, as the last line if an answer has begun.
 """
 
 import asyncio
@@ -36,6 +36,7 @@ import configurator
 from configurator import UserError
 from model import GPT
 from plaingpt import generation
+from plaingpt.advice import unknown
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ POLICY = (
 
 @dataclass(frozen=True)
 class Served:
-    """What the page is about."""
+    """The model that the page serves."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -63,33 +64,22 @@ class Served:
 
 
 def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list[str]) -> Starlette:
-    """The application that answers `max_requests` at a time, addressed by one of the `hosts`."""
+    """The application: it answers `max_requests` requests at a time, addressed to one of the
+    `hosts`."""
     model, tokenizer = served.model, served.tokenizer
     block_size = model.config.block_size
     slots = asyncio.Semaphore(max_requests)
-
-    @contextlib.asynccontextmanager
-    async def slot() -> AsyncIterator[None]:
-        """One of the `max_requests`. Raises HTTPException if none becomes free."""
-        try:
-            await asyncio.wait_for(slots.acquire(), PATIENCE)
-        except asyncio.TimeoutError:
-            raise HTTPException(503, "busy with other answers: try again in a moment") from None
-        try:
-            yield
-        finally:
-            slots.release()
 
     async def describe(request: Request) -> JSONResponse:
         return JSONResponse(description(served, defaults))
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
+        sampling = sampling_of(asked, defaults)
 
         async def respond(*arguments: Any) -> None:
             """Send the answer; a visitor who leaves cancels it, which stops the drawing."""
-            async with slot():
-                sampling = sampling_of(asked, defaults)
+            async with slot(slots):
                 count = sampling.max_new_tokens
                 ids, forgotten = await run_in_threadpool(
                     prompt_of, asked, tokenizer, block_size, count
@@ -107,13 +97,13 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
 
     async def score(request: Request) -> JSONResponse:
         ids = window_of(await read_json(request), tokenizer, block_size)
-        async with slot():
+        async with slot(slots):
             tokens = await run_in_threadpool(insight.scored, model, tokenizer, ids)
         return JSONResponse({"tokens": tokens})
 
     async def attention(request: Request) -> JSONResponse:
         ids = window_of(await read_json(request), tokenizer, block_size)
-        async with slot():
+        async with slot(slots):
             weights = await run_in_threadpool(insight.attention, model, ids)
         rows = [[[round(w, 5) for w in head] for head in layer] for layer in weights.tolist()]
         return JSONResponse({"weights": rows})
@@ -131,6 +121,19 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
     )
     app.state.stopping = lambda: False  # whoever runs the server replaces it
     return app
+
+
+@contextlib.asynccontextmanager
+async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Take one of the `slots` for a while. Raises HTTPException if none becomes free."""
+    try:
+        await asyncio.wait_for(slots.acquire(), PATIENCE)
+    except asyncio.TimeoutError:
+        raise HTTPException(503, "busy with other answers: try again in a moment") from None
+    try:
+        yield
+    finally:
+        slots.release()
 
 
 def description(served: Served, defaults: Sampling) -> dict[str, Any]:
@@ -185,8 +188,11 @@ async def json_lines(
     first: dict[str, Any], tokens: Iterator[dict[str, Any]], stopping: Callable[[], bool]
 ) -> AsyncIterator[str]:
     yield json.dumps(first) + "\n"
-    while not stopping() and (token := await run_in_threadpool(next, tokens, None)):
-        yield json.dumps(token) + "\n"
+    try:
+        while not stopping() and (token := await run_in_threadpool(next, tokens, None)):
+            yield json.dumps(token) + "\n"
+    except UserError as error:  # too late for another status
+        yield json.dumps({"error": str(error)}) + "\n"
 
 
 # --- what a request asks for
@@ -222,7 +228,7 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
     hints, given, problems = typing.get_type_hints(Sampling), {}, []
     for name in sorted(asked.keys() - {"messages", "text", "ids"}):
         if name not in hints:
-            problems.append(configurator.unknown(name, hints))
+            problems.append(unknown(name, hints))
             continue
         value = configurator.check(asked[name], hints[name])
         if value is configurator.INVALID:
@@ -241,7 +247,7 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
 def prompt_of(
     asked: dict[str, Any], tokenizer: Tokenizer, block_size: int, max_new_tokens: int
 ) -> tuple[list[int], int]:
-    """The ids of the prompt, and how many messages (of a text, tokens) the model does not see.
+    """The ids of the prompt, and how many messages (or tokens of a text) the model does not see.
 
     Raises UserError for messages that are not a conversation, a text that is missing, and ids that
     are not the tokenizer's.
@@ -259,7 +265,7 @@ def prompt_of(
 
 def window_of(asked: dict[str, Any], tokenizer: Tokenizer, block_size: int) -> list[int]:
     """The ids of a request that has nothing else. Raises UserError if they do not fit the model."""
-    problems = [configurator.unknown(name, ["ids"]) for name in sorted(asked.keys() - {"ids"})]
+    problems = [unknown(name, ["ids"]) for name in sorted(asked.keys() - {"ids"})]
     if problems:
         raise UserError("; ".join(problems))
     ids = ids_of(asked, tokenizer)

@@ -1,6 +1,6 @@
 """
-CRC-32s of the blocks of large files, which are read in pieces: a changed bit is noticed when its
-block is first read.
+CRC-32s of the blocks of large files, which are read in pieces, so that a changed bit is noticed
+when its block is first read.
 """
 
 import os
@@ -15,19 +15,19 @@ from configurator import UserError
 
 BLOCK = 128 * 1024  # bytes: about what an operating system reads at once
 BUFFER = 1 << 20  # bytes between two writes of a file
-BlockSums = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{8})*$")]  # the CRC-32s, in turn
+BlockSums = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{8})*$")]  # the CRC-32s, in order
 
 
 class GrowingFile:
-    """A file that is written from its start to its end, possibly by one process after another, and
-    the checksums of its blocks behind a header."""
+    """A file that grows at its end, possibly over several processes, and the checksums of the
+    blocks after its header."""
 
     def __init__(self, path: Path, header: int = 0, size: int = 0, sums: BlockSums = "") -> None:
-        """A new file if `size` is 0. Else the file is continued behind its header and `size` bytes,
-        and the rest is cut off.
+        """Start a new file if `size` is 0. Otherwise keep the header and the `size` bytes after it,
+        cut off the rest and continue there.
 
-        Raises UserError if the file is shorter than that, or has other checksums than `sums`; ""
-        are those of older versions, which have none.
+        Raises UserError if the file is shorter, or does not match `sums` ("" from older versions,
+        which kept none).
         """
         self.size, self.header = 0, header
         self._sums: list[int] = []
@@ -36,12 +36,18 @@ class GrowingFile:
             self._file.write(bytes(header))
             return
         self._file = path.open("r+b", buffering=BUFFER)
-        if self._file.seek(0, os.SEEK_END) < header + size:
-            raise UserError(f"{path} has lost its end: remove {path.parent} to start over")
-        self._file.truncate(header + size)
-        self._count(np.memmap(path, np.uint8, "r", header, size).data)
-        if sums not in ("", self.sums):
-            raise UserError(f"{path} has changed since it was written: --overwrite starts over")
+        try:
+            if self._file.seek(0, os.SEEK_END) < header + size:
+                raise UserError(f"{path} is cut off: remove {path.parent} to start over")
+            self._file.truncate(header + size)
+            self._count(np.memmap(path, np.uint8, "r", header, size).data)
+            if sums not in ("", self.sums):
+                raise UserError(
+                    f"{path} has changed since it was written: remove {path.parent} to start over"
+                )
+        except UserError:
+            self._file.close()
+            raise
         self._file.seek(header + size)
 
     @property
@@ -77,11 +83,11 @@ class GrowingFile:
 
 
 class BlockCheck:
-    """Compares the blocks of a mapped file with their checksums, each when it is first read."""
+    """Compares each block of a mapped file with its checksum when the block is first read."""
 
     def __init__(self, path: Path, header: int, content: np.ndarray, sums: BlockSums) -> None:
-        """`content` is the file behind its header. Raises UserError if the number of checksums is
-        not that of its blocks."""
+        """`content` is the file after its header. Raises UserError unless there is one checksum per
+        block."""
         self.path, self.header, self.content = path, header, content.view(np.uint8)
         self.sums = np.frombuffer(bytes.fromhex(sums), ">u4")
         self.unread = np.ones(len(self.sums), bool)
@@ -89,7 +95,7 @@ class BlockCheck:
             raise UserError(f"{path} and its checksums differ in length: prepare the data again")
 
     def __call__(self, start: int, stop: int) -> None:
-        """Raises UserError if a block with some of the bytes start … stop - 1 has changed."""
+        """Raises UserError if a block that holds any of the bytes start … stop - 1 has changed."""
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if self.unread[block]:
                 content = self.content[block * BLOCK : (block + 1) * BLOCK]

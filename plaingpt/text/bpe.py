@@ -1,4 +1,4 @@
-"""Byte pair encoding: learning the merges of a text, and telling them from their tokens."""
+"""Byte pair encoding: learning merges from text, and recovering them from the tokens."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from plaingpt.text.cutting import cut_runs
 from plaingpt.text.tokenizer_json import unspell
 from plaingpt.wording import byte_size, quantity
 
-LOG_SECONDS = 5.0  # between two lines of a log while merges are learned
+LOG_SECONDS = 5.0  # between log lines while merges are learned
 
 
 def single_bytes() -> dict[bytes, int]:
@@ -21,8 +21,8 @@ def single_bytes() -> dict[bytes, int]:
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """The 256 bytes, then the tokens that BPE merges in `texts`: at most `size` in all.
 
-    Takes up to a minute for 50 MB; a terminal shows the library's own bars meanwhile, a log gets a
-    line every LOG_SECONDS.
+    50 MB take up to a minute. Meanwhile a terminal shows the library's own progress bars, and a log
+    gets a line every LOG_SECONDS.
     """
     import tokenizers  # not at the top: only this function needs its 50 ms
 
@@ -60,7 +60,8 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     for token, rank in ranks.items():
         if len(token) > 1:
             parts = [token[at : at + 1] for at in range(len(token))]
-            while len(parts) > 2:  # BPE with the merges learned before this one, all of a kind
+            # Apply the merges learned before this one, one kind at a time.
+            while len(parts) > 2:
                 first = min(ranks.get(a + b, rank) for a, b in pairwise(parts))
                 assert first < rank, f"token {rank} is not a merge of earlier tokens"
                 joined = parts[:1]

@@ -23,7 +23,7 @@ from plaingpt.wording import byte_size, quantity
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
 pack_document = struct.Struct("<3Q").pack  # the same, much faster than an array of one
-CUT = 0  # digest of a document that was cut short: equal to no other
+CUT = 0  # digest of a document that was cut short, which equals no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
 SAVE_SECONDS = 5.0  # between two saves of the progress
 
@@ -32,7 +32,7 @@ SAVE_SECONDS = 5.0  # between two saves of the progress
 class Limits:
     """Where to stop; inf where there is no limit."""
 
-    max_tokens: float  # of all sources but validation sources
+    max_tokens: float  # of all sources except validation sources
     max_documents: float
     max_record_tokens: float
     shard_tokens: int
@@ -53,7 +53,7 @@ class SplitWriter:
         known = np.fromfile(self.path, DOCUMENT)
         counted = (known["tokens"].sum() + self.open[0], known["bytes"].sum() + self.open[1])
         if counted != (self.tokens, self.bytes):
-            raise UserError(f"{self.path} does not match {NAME}: --overwrite starts over")
+            raise UserError(f"{self.path} does not match {NAME}: remove {folder} to start over")
 
     @property
     def in_document(self) -> bool:
@@ -113,7 +113,7 @@ class SplitBuilder:
         )
         before = progress.notes.streams
         if before and len(before) != len(streams):
-            raise UserError(f"{progress.folder / NAME} has other sources: --overwrite starts over")
+            raise UserError(f"{NAME} has other sources: remove {progress.folder} to start over")
         for stream, known in zip(streams, before):
             stream.restore(known)
         self.saved = self.began = time.monotonic()
@@ -263,7 +263,7 @@ class SplitBuilder:
 
 
 def in_both(train: Path, val: Path) -> np.ndarray:
-    """For each validation document whether it is a training document as well."""
+    """For each validation document, whether it is also a training document."""
     wanted = np.fromfile(val, DOCUMENT)["digest"]
     found = np.zeros(len(wanted), dtype=bool)
     with train.open("rb") as file:

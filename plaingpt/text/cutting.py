@@ -1,5 +1,5 @@
 """
-Where a text may be cut: at borders, which never change its ids, and within very long runs.
+Where a text may be cut: at borders, where a cut never changes its ids, and within very long runs.
 
 Long texts are read, sampled and encoded in pieces. Ordinary text has a border every few characters.
 A million blanks, equal letters or zeros have none: they are a single word, for which BPE takes
@@ -25,7 +25,7 @@ BORDER = re.compile(
 
 def in_pieces(blocks: Iterable[str]) -> Iterator[str]:
     """Regroup a text that comes in blocks into pieces of about BLOCK characters, the last one
-    shorter. The ids of the pieces join to those of the whole text."""
+    shorter. Joined, the ids of the pieces are those of the whole text."""
     rest = ""
     for block in blocks:
         rest += block
@@ -53,7 +53,7 @@ def last_cut(text: str) -> int:
 
 def cut_runs(text: str) -> list[str]:
     """The text, cut within its runs of more than LONGEST_RUN characters; usually one piece."""
-    pieces, done, start = [], 0, 0  # a run or several shorter ones begin at `start`
+    pieces, done, start = [], 0, 0  # one run, or several short ones, begin at `start`
     half = LONGEST_RUN // 2
     while len(text) - start > LONGEST_RUN:
         stop = start + LONGEST_RUN

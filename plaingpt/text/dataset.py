@@ -30,7 +30,7 @@ class SplitEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         if self.tokens != sum(shard.tokens for shard in self.shards):
-            raise ValueError("tokens is not the sum of those of its shards")
+            raise ValueError("tokens is not the sum over its shards")
 
 
 class SplitEntries(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,7 +51,7 @@ class SourceEntry(msgspec.Struct, frozen=True):
     source: str
     documents: Count
     tokens: Count
-    dropped: dict[str, tuple[Count, str]]  # reason → how many, where the first is
+    dropped: dict[str, tuple[Count, str]]  # reason → count, place of the first
     ended: bool  # whether it was read to its end
 
 
@@ -102,7 +102,7 @@ class Dataset:
                 f"{self.folder} holds nanoGPT's characters, whose table is a pickle: not read. "
                 "Prepare its input.txt with --tokenizer=bytes"
             )
-        print(f"{self.folder} has no tokenizer.json: taking its ids for GPT-2's")
+        print(f"{self.folder} has no tokenizer.json: assuming GPT-2's ids")
         return Tokenizer.gpt2()
 
     def split(self, name: SplitName) -> Split:

@@ -108,8 +108,8 @@ def open_streams(
             stream = Stream(*hold_out(replace(source, files=tuple(new))), all_val)
             for reason, paths in (
                 ("an empty file", source.empty),
-                ("a file of another kind", source.others),
-                ("a file that an earlier source has", [file.path for file in old]),
+                ("a file of an unsupported kind", source.others),
+                ("a file that an earlier source already has", [file.path for file in old]),
             ):
                 for path in paths:
                     stream.drop(reason, path)
@@ -131,7 +131,7 @@ class Record(NamedTuple):
     held_out: bool
     digest: int
     where: str  # for messages
-    after: Position  # where reading resumes behind it
+    after: Position  # where reading resumes after it
 
 
 class Part(NamedTuple):
@@ -186,7 +186,7 @@ def read_items(stream: Stream, reading: Reading) -> Iterator[Item]:
 def read_file(
     file: TextFile, after: Position, done: int, held_out: HeldOut, seed: int
 ) -> Iterator[Item]:
-    """The parts of a text file behind its first `done` characters, and its end."""
+    """The parts of a text file after its first `done` characters, and its end."""
     digest = document_hash(seed)
     is_held_out = file in held_out.files
     characters = 0
@@ -220,7 +220,8 @@ def read_record(row: Row, after: Position, held_out: HeldOut, reading: Reading) 
 
 
 def pieces_of(segment: Segment) -> list[Segment]:
-    """A segment, in pieces where it is long: threads share them, and a sample ends behind any."""
+    """A segment, cut into pieces if it is long: threads share them, and a sample can end after
+    any."""
     if len(segment.text) <= cutting.BLOCK:
         return [segment]
     *pieces, last = cutting.in_pieces(cutting.blocks_of(segment.text))
@@ -246,7 +247,7 @@ def without_surrogates(text: str) -> str:
 
 
 def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Iterator[str]:
-    """Training text, the same amount of each source, its text files in random order."""
+    """Training text: equal amounts from each source, whose text files come in random order."""
     training = [stream for stream in streams if not stream.all_val]
     for stream in training:
         files = stream.source.files

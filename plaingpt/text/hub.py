@@ -70,8 +70,8 @@ def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
         splits = streamed_splits(hub_builder(hub), fields)
     except ConnectionError as error:
         raise ConnectionError(
-            f"source {name!r}: {error}; is there a network? (a dataset that was downloaded "
-            "before is a folder, and a folder is a source)"
+            f"source {name!r}: {error}; is there a network? (for a dataset that you have "
+            "downloaded, give its folder as the source)"
         ) from None
     except Exception as error:  # no such dataset or config, a private one, …: many kinds
         raise UserError(f"source {name!r}: {' '.join(str(error).split())}") from None
@@ -102,12 +102,12 @@ def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:
 
 @contextmanager
 def impatient(hubs: list[HubDataset]) -> Iterator[None]:
-    """At the start of a run nobody waits for minutes: within this, a broken connection is tried
-    only once again. Raises ConnectionError if a dataset is on a hub that does not answer."""
+    """Within this, a broken connection is retried only once: at the start of a run nobody should
+    wait for minutes. Raises ConnectionError if the hub of a dataset does not answer."""
     if not hubs:
         yield
         return
-    from huggingface_hub import constants  # not at the top, as datasets, which takes a second
+    from huggingface_hub import constants  # not at the top, like datasets: it takes a second
 
     if not constants.HF_HUB_OFFLINE and not all(Path(hub.path).is_dir() for hub in hubs):
         require_answer(constants.ENDPOINT)

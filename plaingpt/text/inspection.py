@@ -58,7 +58,7 @@ def report(manifest: Manifest) -> None:
         )
         if split.trained_on:
             left_out = quantity(split.trained_on, "document")
-            print(f"  {left_out} left out: in the training split as well")
+            print(f"  {left_out} left out: also in the training split")
     if not (splits.train and splits.train.bytes):
         print("train: empty, but train.py needs some: use more documents")
     if not (splits.val and splits.val.bytes):
@@ -66,7 +66,7 @@ def report(manifest: Manifest) -> None:
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError for a shard or mask whose hash is not that in the manifest."""
+    """Raises UserError for a shard or mask whose hash differs from the manifest's."""
     for name, wanted in manifest.hashes().items():
         if sha256_of(folder / name) != wanted:
             raise UserError(f"{folder / name} has changed since it was written (sha256)")

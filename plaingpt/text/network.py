@@ -1,4 +1,4 @@
-"""Whether there is a network: asked once, before libraries that would try again for minutes."""
+"""Whether there is a network, asked once before libraries that would retry for minutes."""
 
 import ssl
 import threading
@@ -11,11 +11,11 @@ SECONDS = 6.0  # for an answer of any kind
 def require_answer(url: str) -> None:
     """Raises ConnectionError if no server, or proxy, answers at `url` within SECONDS.
 
-    Looking up its name has no limit of its own, so a thread does it all.
+    Looking up the host name has no time limit, so a thread does the asking.
     """
     if any(proxy.startswith("socks") for proxy in urllib.request.getproxies().values()):
         return  # urllib cannot use them; the libraries may
-    problems: list[BaseException] = [TimeoutError(f"nothing after {SECONDS:g} seconds")]
+    problems: list[BaseException] = [TimeoutError(f"nothing within {SECONDS:g} seconds")]
 
     def ask() -> None:
         try:
@@ -23,7 +23,7 @@ def require_answer(url: str) -> None:
             urllib.request.urlopen(request, timeout=SECONDS).close()
         except urllib.error.HTTPError:
             pass  # an answer
-        except Exception as error:  # whatever it is, it is said below
+        except Exception as error:  # reported below
             reason = getattr(error, "reason", error)
             if not isinstance(reason, ssl.SSLError):  # libraries may have other certificates
                 problems[0] = reason

@@ -1,8 +1,9 @@
 """
-The first look at a source: what keeps all of it from becoming text is said before anything is
-written, with the command that helps.
+A first look at each source: if nothing in it can become text, say why before anything is written,
+with the command that helps.
 """
 
+import re
 import shlex
 from typing import Any
 
@@ -13,14 +14,14 @@ from plaingpt.text.templates import FIELDS, fits
 from plaingpt.text.text_files import TextFile
 from plaingpt.wording import shorten
 
-LOOK = 1000  # bad records that are passed over in search of a good one
+LOOK = 1000  # bad records to skip in search of a good one
 
 
-def look_at(stream: Stream, reading: Reading, data_dir: str) -> None:
+def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
     """Read a source as far as its first document.
 
-    Raises UserError if there is none among the first LOOK records, or if a bad record comes first
-    that may not be skipped. `data_dir` is for the command in the message.
+    Raises UserError if the first LOOK records hold none, or if the first record is bad and bad
+    records are refused. `data_dir` is for the command in the message.
     """
     source, problem, count, kind = stream.source, "", 0, "has no records"
     for item, after in source.items(
@@ -64,14 +65,16 @@ def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:
     said = f" (its fields: {shorten(names, 200)})"
     texts = [name for name, value in record.items() if isinstance(value, str)]
     texts = ["text"] if "text" in texts else texts
+    if len(record) == 1 and (found := re.search(r"[;\t|]", next(iter(record)))):
+        return f"{said}; its separator seems to be {found[0]!r}, but only commas are read as one"
     if fitting := [f"--template={name}" for name in FIELDS if fits(name, record)]:
         settings = fitting[:1]
     elif len(texts) == 1:
         settings = ["--template=text", f"--text_field={texts[0]}"]
     elif texts:
         return (
-            f"{said}; choose one with --text_field, or call question and answer instruction and "
-            "output, and use --template=alpaca"
+            f"{said}; choose one with --text_field, or rename question and answer to instruction "
+            "and output and use --template=alpaca"
         )
     else:
         return said

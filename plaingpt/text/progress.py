@@ -34,7 +34,7 @@ class SplitNotes(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         written = self.shards.filled + sum(shard.tokens for shard in self.shards.shards)
         if self.tokens != written:
-            raise ValueError("tokens is not the sum of those of its shards")
+            raise ValueError("tokens is not the sum over its shards")
 
 
 class SplitsNotes(msgspec.Struct, frozen=True):
@@ -63,10 +63,10 @@ class Notes(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has saved in its folder, and saves there."""
+    """The saved state of a preparation, and where it is saved."""
 
     folder: Path
-    notes: Notes  # of an earlier run; without streams to start anew
+    notes: Notes  # of an earlier run; no streams: start anew
 
     def save(self, splits: SplitsNotes, streams: tuple[StreamNotes, ...]) -> None:
         notes = Notes(self.notes.settings, self.notes.inputs, splits, streams)
@@ -90,11 +90,11 @@ def read_progress(folder: Path, settings: Settings, inputs: Inputs, overwrite: b
         before = notes.settings
         if settings["bad_records"] == "skip":  # none was refused so far, so nothing changes
             before = before | {"bad_records": "skip"}
-        check_settings_unchanged(folder.parent, "was begun", before, settings)
+        check_settings_unchanged(folder.parent, "was started", before, settings)
         for path in sorted(inputs.keys() | notes.inputs.keys()):
             if inputs.get(path) != notes.inputs.get(path):
                 raise UserError(
-                    f"{path} is new, has changed or has gone since {folder.parent} was begun: "
+                    f"{path} is new, has changed or is gone since {folder.parent} was started: "
                     "--overwrite starts over"
                 )
     except UserError:
@@ -124,7 +124,7 @@ def check_settings_unchanged(folder: Path, what: str, old: Settings, now: Settin
 
 
 def inputs_of(sources: tuple[str, ...]) -> Inputs:
-    """Size and time of change of every local file that the sources read."""
+    """Size and modification time of every local file of the sources."""
     found = [find_source(name) for name in sources]
     stats = {file.path: os.stat(file.path) for source in found for file in source.files}
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in sorted(stats.items())}

@@ -1,4 +1,4 @@
-"""Which command makes a data folder: the recipes in config/ say which folder they fill."""
+"""Which command makes a data folder, looked up among the recipes in config/."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from configurator import run_file
 
 CONFIG = Path(__file__).parents[2] / "config"
-# prepare.py's own settings, as far as they matter here
+# prepare.py's defaults, as far as they matter here
 DEFAULTS: dict[str, Any] = {"data_dir": "data/stdlib", "tokenizer": "bpe", "vocab_size": 4096}
 GPT2_IDS = 50_257
 
@@ -22,7 +22,7 @@ def command_for(folder: Path) -> str:
 
 
 def vocab_size_for(folder: Path) -> int:
-    """The ids that its tokenizer will have; GPT-2's for a folder that no recipe makes."""
+    """The number of ids of its tokenizer; GPT-2's for a folder that no recipe makes."""
     path, settings = recipe_for(folder)
     if path is None and folder != Path(DEFAULTS["data_dir"]):
         return GPT2_IDS

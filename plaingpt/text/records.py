@@ -62,7 +62,7 @@ def json_rows(path: str) -> Iterator[Row]:
     with open_bytes(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.partition(b"\n")[0].strip() == b"{":
-            raise UserError(f"{path} is one JSON object, not an array of records or one a line")
+            raise UserError(f"{path} is one JSON object, not an array of records or one per line")
         if not start.startswith(b"["):
             yield from line_rows(path)
             return
@@ -88,8 +88,8 @@ def csv_rows(path: str) -> Iterator[Row]:
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 raise UserError(
-                    f"{path}, line {first:,}: the quote that opens in this record is never closed; "
-                    "it would take in the rest of the file"
+                    f"{path}, line {first:,}: a quote that opens in this record is never closed "
+                    "and would swallow the rest of the file"
                 ) from None
             yield Row(f"{path}, line {lines.line_num:,}", None, f"not CSV ({error})")
             continue
@@ -97,7 +97,7 @@ def csv_rows(path: str) -> Iterator[Row]:
             names = values
         elif values:
             same = len(values) == len(names)
-            problem = None if same else "another number of fields than the header"
+            problem = None if same else "a different number of fields from the header"
             yield Row(f"{path}, line {lines.line_num:,}", dict(zip(names, values)), problem)
 
 
@@ -113,4 +113,4 @@ def parquet_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
             for number, value in enumerate(values, 1):
                 yield Row(f"{path}, row {number:,}", value)
     except Exception as error:  # pyarrow's own kinds
-        raise UserError(f"{path} is not a parquet file that can be read: {error}") from None
+        raise UserError(f"{path} cannot be read as parquet: {error}") from None

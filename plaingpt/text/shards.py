@@ -94,9 +94,9 @@ class Split:
         vocab_size: int,
         entries: Sequence[ShardEntry] = (),
     ) -> None:
-        """`entries` are the shards in the manifest, with whose checksums all is compared.
+        """`entries` are the manifest's shards; what is read is compared with their checksums.
 
-        Raises UserError for shards and masks whose length is not what it should be.
+        Raises UserError for shards and masks of the wrong length.
         """
         self.name, self.paths, self.vocab_size = name, paths, vocab_size
         self.shards = [open_shard(path) for path in paths]
@@ -232,7 +232,9 @@ class ShardWriter:
         state = state or ShardsSoFar()
         if state.filled >= shard_tokens:
             filled = quantity(state.filled, "token")
-            raise UserError(f"{folder}: an open shard of {filled} is full: --overwrite starts over")
+            raise UserError(
+                f"{folder}: the open shard already holds {filled}: remove the folder to start over"
+            )
         self.shards, self.filled = state.shards, state.filled
         self._file: GrowingFile | None = None
         self._mask_file: GrowingFile | None = None

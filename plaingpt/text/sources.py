@@ -8,7 +8,7 @@ Where text comes from: a source string → local files, or a dataset of the hub 
 
 An item is a `TextFile` (one document, however large, read in pieces) or a `Row` (a record of a
 .jsonl, .json, .csv or .parquet file or of the hub). Files may be compressed (.gz, .bz2, .xz, .zst,
-…). Memory holds one item at a time, but for a .json file that is one array.
+…). Memory holds one item at a time, except for a .json file, which is one array.
 """
 
 import difflib
@@ -122,13 +122,13 @@ def nothing_read(text: str, others: list[str]) -> str:
     kinds = ", ".join(sorted(KINDS))
     if others == [text]:
         return (
-            f"is of another kind: only {kinds} files are read, or compressed ones; "
-            "save it as plain text, with a name that ends with .txt"
+            f"is of an unsupported kind: only {kinds} files are read, compressed or not; "
+            "save it as plain text, with a name that ends in .txt"
         )
     if others:
         return (
-            f"matches no file of these kinds: {kinds}, but {counted_suffixes(others)}; "
-            "save them as plain text, with names that end with .txt"
+            f"matches {counted_suffixes(others)}, but no file of these kinds: {kinds}; "
+            "save them as plain text, with names that end in .txt"
         )
     if os.path.lexists(text) and not os.path.isdir(text):
         return "is not a file but a pipe, a device or a broken link"
@@ -141,7 +141,7 @@ def nothing_read(text: str, others: list[str]) -> str:
     if close := difflib.get_close_matches(Path(text).name, known, n=1):
         return f"{said}; did you mean {str(parent / close[0])!r}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not parent.exists():
-        return f"{said}; for the dataset of the hub write hf:{text}"
+        return f"{said}; for a dataset on the hub, write hf:{text}"
     return said
 
 

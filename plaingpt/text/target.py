@@ -35,8 +35,8 @@ def check_target(folder: Path) -> Manifest | None:
 
 
 def check_inputs(manifest: Manifest, sources: tuple[str, ...], folder: Path) -> None:
-    """Raises UserError if files have changed since they were prepared. Files that have gone
-    since then cannot be compared."""
+    """Raises UserError if files have changed since they were prepared. Files that no longer
+    exist cannot be compared."""
     try:
         now = progress.digest_of(progress.inputs_of(sources))
     except (UserError, OSError):
@@ -51,14 +51,14 @@ def check_inputs(manifest: Manifest, sources: tuple[str, ...], folder: Path) -> 
 def only_install_left(partial: Path, settings: Settings, overwrite: bool) -> bool:
     """Whether an earlier run with these settings did everything but move its files.
 
-    Raises UserError if its settings were others; with `overwrite` its files are removed.
+    Raises UserError if its settings differ; with `overwrite`, its files are removed instead.
     """
     if not (partial / MANIFEST).exists():
         return False
     try:
         old = read_manifest(partial)
         before = old.settings if old else None
-        check_settings_unchanged(partial.parent, "was begun", before or {}, settings)
+        check_settings_unchanged(partial.parent, "was started", before or {}, settings)
     except UserError:
         if not overwrite:
             raise

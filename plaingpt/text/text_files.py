@@ -14,7 +14,7 @@ from plaingpt.text import cutting
 TEXT_SUFFIXES = {".txt", ".py"}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
 NOT_TEXT = {  # what files begin with that are not text, whatever their names say
-    b"%PDF-": "a PDF: extract its text, as with pdftotext",
+    b"%PDF-": "a PDF: extract its text, for example with pdftotext",
     b"PK\x03\x04": "a zip archive or an Office document: save it as plain text",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
@@ -35,7 +35,7 @@ class TextFile:
     stop: int | None = None
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces of about BLOCK characters, whose ids join to those of the whole.
+        """The text in pieces of about BLOCK characters; joined, their ids are those of the whole.
 
         Raises UserError as `blocks`.
         """
@@ -43,7 +43,7 @@ class TextFile:
 
     def blocks(self) -> Iterator[str]:
         """The text as it is read, cut anywhere. Raises UserError for a file that is not UTF-8 (a
-        .py file: not what it declares)."""
+        .py file: not in the encoding that it declares)."""
         return clipped(read_text(self.path), self.start, self.stop)
 
 
@@ -66,9 +66,9 @@ def open_bytes(path: str) -> IO[bytes]:
     import fsspec  # not at the top: only compressed files need it
 
     codec = fsspec.utils.infer_compression(path)
-    if not codec:  # those that Python itself lacks come with a package each
+    if not codec:  # codecs outside the standard library each need a package
         package = {".zst": "zstandard"}.get(Path(path).suffix, "lz4")
-        raise UserError(f"{path} needs a package to be read: pip install {package}")
+        raise UserError(f"reading {path} needs a package: pip install {package}")
     return fsspec.open(path, "rb", compression=codec).open()
 
 
@@ -96,7 +96,8 @@ def refuse_foreign(path: str) -> None:
     by_turns = max(even, odd) > 2 + len(head) / 4 > min(even, odd)  # a NUL in each ASCII character
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or by_turns:
         raise UserError(
-            f"{path} is not UTF-8, but UTF-16: convert it, as with iconv -f utf-16 -t utf-8"
+            f"{path} is not UTF-8, but UTF-16: convert it, for example with "
+            "iconv -f utf-16 -t utf-8"
         )
 
 
@@ -119,7 +120,7 @@ def read_text(path: str) -> Iterator[str]:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                advice = "convert it, as with iconv -f latin1 -t utf-8"
+                advice = "convert it, for example with iconv -f latin1 -t utf-8"
                 if b"\0" in error.object:
                     advice = "it seems to be a binary file"
                 raise UserError(

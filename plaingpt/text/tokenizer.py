@@ -2,8 +2,8 @@
 Text ↔ token ids: one byte-level BPE, whether GPT-2's own, trained here, or plain bytes.
 
 Encoding runs on tiktoken; a folder holds Hugging Face's `tokenizer.json` and
-`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids (but
-for runs of thousands of characters without a border, which are cut here: see cutting.py).
+`tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` opens with the same ids
+(except for runs of thousands of characters without a border, which are cut here: see cutting.py).
 Ids are 0–255 for single bytes, then the merges in the order they were learned, then
 `<|endoftext|>`, which separates documents. Text never encodes to that id: where a document spells
 out `<|endoftext|>`, it gets the ids of the letters.
@@ -96,7 +96,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` - 257 merges from `texts`, or fewer if they have no more to give.
+        """Learn `vocab_size` - 257 merges from `texts`, or fewer if the texts have no more.
 
         Raises UserError for a size outside 257 … 65,536.
         """

@@ -22,7 +22,7 @@ from plaingpt.wording import quantity
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 65536  # ids are stored as uint16
 
-ChatTemplate = str | tuple[dict[str, str], ...]  # Jinja: one, or several with names
+ChatTemplate = str | tuple[dict[str, str], ...]  # Jinja: one template, or several by name
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Vocabulary:
 
 class AddedToken(msgspec.Struct, frozen=True):
     id: Count
-    content: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]  # tiktoken is slow beyond
+    # Beyond 100 characters, tiktoken is slow.
+    content: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
     special: bool = False
 
 
@@ -102,7 +103,7 @@ def read_vocabulary(where: Path) -> Vocabulary:
     except KeyError as error:  # a character that spells no byte
         raise UserError(f"{path} is not a byte-level BPE: it spells a byte as {error}") from None
     except ValueError:
-        raise UserError(f"{path}: a merge is not of two tokens") from None
+        raise UserError(f"{path}: a merge does not consist of two tokens") from None
     check_ids(path, ranks, special)
     check_merges(path, ranks, merges)
     beside = path.with_name("tokenizer_config.json")
@@ -119,8 +120,8 @@ def read_vocabulary(where: Path) -> Vocabulary:
 
 
 def splits_digits(content: TokenizerFile) -> bool | None:
-    """Whether a tokenizer.json makes every digit a token; None where it does not split text as
-    GPT-2 does otherwise."""
+    """Whether a tokenizer.json makes every digit a token; None if it does not otherwise
+    split text as GPT-2 does."""
     split = content.pre_tokenizer
     parts = split.pretokenizers or (split,)
     digits = [part for part in parts if part.type == "Digits"]
@@ -150,7 +151,7 @@ def check_ids(path: Path, ranks: dict[bytes, int], special: dict[str, int]) -> N
             f"{path} has ids beyond {MAX_VOCAB_SIZE:,}, which shards of uint16 cannot hold"
         )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{path}: it must have all 256 bytes, and lacks {missing[0]:#04x}")
+        raise UserError(f"{path}: its vocabulary lacks the byte {missing[0]:#04x}")
     if twice := [id for id, following in pairwise(sorted(ids)) if id == following]:
         raise UserError(f"{path}: the id {twice[0]} belongs to more than one token")
     if unused := set(range(max(ids))) - set(ids):  # a model might draw one
@@ -164,11 +165,12 @@ def check_merges(
     order of their ids, which is how tiktoken ranks them."""
     learned = [token for token in ranks if len(token) != 1]
     if learned != list(dict.fromkeys(a + b for a, b in merges)):
-        raise UserError(f"{path}: it must have its ids in the order of merges")
+        raise UserError(f"{path}: its ids must be in the order of merges")
     for a, b in merges:
         for part in (a, b):
             if len(part) != 1 and ranks.get(part, MAX_VOCAB_SIZE) >= ranks[a + b]:
-                raise UserError(f"{path}: a merge uses {spell(part)[:40]!r}, not an earlier token")
+                name = repr(spell(part)[:40])
+                raise UserError(f"{path}: a merge uses {name}, which is not an earlier token")
 
 
 def end_of_text(path: Path, config: ConfigFile, special: dict[str, int]) -> str:
@@ -182,7 +184,8 @@ def end_of_text(path: Path, config: ConfigFile, special: dict[str, int]) -> str:
             return name
     names = ", ".join(special) or "none"
     raise UserError(
-        f"{path}: which special token ends a text? (it has {names[:100]}, but no eos_token)"
+        f"{path} does not say which special token ends a text: it has {names[:100]}, "
+        "but no eos_token"
     )
 
 

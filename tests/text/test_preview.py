@@ -33,6 +33,12 @@ def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def test_a_csv_with_another_separator_is_recognized(say, tmp_path):
+    for mark in (";", "\t"):
+        (tmp_path / "a.csv").write_text(f"title{mark}body\nA{mark}Some text.\n")
+        assert f"its separator seems to be {mark!r}, but only commas" in say("--sources=a.csv")
+
+
 @pytest.mark.parametrize(
     ("record", "given", "wanted"),
     [
@@ -69,7 +75,7 @@ def test_fields_that_fit_nothing_are_listed(say, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"n": 1, "m": [2]}])
     assert say("--sources=a.jsonl").endswith("no field 'text' (its fields: 'n', 'm')")
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Why?", "completion": "So."}])
-    assert "choose one with --text_field, or call question" in say("--sources=a.jsonl")
+    assert "choose one with --text_field, or rename question" in say("--sources=a.jsonl")
 
 
 def test_bad_records_are_passed_over_if_a_good_one_comes(say, tmp_path):
@@ -118,7 +124,7 @@ FOREIGN = {
     "plain.txt.gz": (b"just text", "is damaged, or not compressed as its name says"),
     "plain.jsonl.gz": (b'{"text": "x"}', "is damaged, or not compressed as its name says"),
     "pretty.json": (b'{\n "text": "x"\n}\n', "is one JSON object, not an array of records"),
-    "quote.csv": (b'text\n"never closed\n1\n2\n3\n', "line 2: the quote that opens in this record"),
+    "quote.csv": (b'text\n"never closed\n1\n2\n3\n', "line 2: a quote that opens in this record"),
 }
 
 
@@ -133,7 +139,7 @@ def test_a_file_that_is_not_what_it_seems_is_refused(say, tmp_path, name):
 def test_a_quote_that_is_never_closed_takes_nothing_in(say, tmp_path):
     (tmp_path / "a.csv").write_text('text\none\ntwo\n"three\nfour\nfive\n')
     line = say("--sources=a.csv", "--bad_records=skip")
-    assert "a.csv, line 4: the quote that opens in this record is never closed" in line
+    assert "a.csv, line 4: a quote that opens in this record is never closed" in line
 
 
 def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
@@ -142,13 +148,14 @@ def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
     (tmp_path / "scans").mkdir()
     for name in ("1.pdf", "2.pdf", "3.png"):
         (tmp_path / "scans" / name).write_bytes(b"\0")
-    assert "'novel.docx' is of another kind: only .csv" in say("--sources=novel.docx")
+    assert "'novel.docx' is of an unsupported kind: only .csv" in say("--sources=novel.docx")
     line = say("--sources=scans")
-    assert "but 2 .pdf, 1 .png; save them as plain text" in line
+    assert "matches 2 .pdf, 1 .png, but no file of these kinds: .csv" in line
+    assert "save them as plain text, with names that end in .txt" in line
     (tmp_path / "scans" / "4.txt").write_text("some text\n" * 9)
     assert prepare.main(["--sources=scans", "--tokenizer=bytes"]) == 0
     out, err = capsys.readouterr()
-    wanted = "3: a file of another kind (the first: "
+    wanted = "3: a file of an unsupported kind (the first: "
     assert f"scans: left out {wanted}" in err and f"skipped {wanted}" in out
 
 
@@ -159,7 +166,7 @@ def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
         ("txets/novel.txt", "matches no file"),
         ("texts/novle.txt", "did you mean 'texts/novel.txt'?"),
         ("stdlbi", "did you mean 'stdlib'?"),
-        ("roneneldan/TinyStories", "for the dataset of the hub write hf:roneneldan/TinyStories"),
+        ("roneneldan/TinyStories", "for a dataset on the hub, write hf:roneneldan/TinyStories"),
         ("https://example.com/novel.txt", "download it first, or write hf:"),
         ("novel.txt,novel.txt", "source 'novel.txt' is given twice"),
         ("hf:own/er,hf:own/er", "source 'hf:own/er' is given twice"),
@@ -177,9 +184,8 @@ def test_a_codec_that_is_missing_is_named(say, tmp_path, monkeypatch):
     monkeypatch.setattr("fsspec.utils.infer_compression", lambda path: None)
     for name, package in (("a.txt.zst", "zstandard"), ("a.jsonl.lz4", "lz4")):
         (tmp_path / name).write_bytes(b"text")
-        assert f"{name} needs a package to be read: pip install {package}" in say(
-            f"--sources={name}"
-        )
+        said = say(f"--sources={name}")
+        assert f"{name} needs a package: pip install {package}" in said and "reading" in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX files")
@@ -195,7 +201,7 @@ def test_only_files_are_read(say, tmp_path):
         assert say(f"--sources={name}").endswith(
             "is not a file but a pipe, a device or a broken link"
         )
-    assert "matches no file of these kinds" in say(f"--sources={tmp_path}")
+    assert "but no file of these kinds" in say(f"--sources={tmp_path}")
 
 
 def test_a_template_for_text_files_is_mentioned(tmp_path, monkeypatch, capsys):
@@ -217,5 +223,7 @@ def test_a_share_to_validate_on_beside_sources_for_it_is_refused(say, tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"the text of {name}\n" * 9)
     sources = ("--sources=a.txt", "--val_sources=b.txt")
-    assert "leave it out beside val_sources" in say(*sources, "--val_fraction=0.1")
+    assert "val_fraction does not combine with val_sources: leave it out" in say(
+        *sources, "--val_fraction=0.1"
+    )
     assert say(*sources, "--val_fraction=0").startswith("wrote ")

@@ -122,7 +122,7 @@ def test_malformed_records_are_located(tmp_path):
         ("a.jsonl, line 5", None),
         ("a.jsonl, line 6", "not JSON"),
         ("b.csv, line 2", None),
-        ("b.csv, line 3", "another number of fields than the header"),
+        ("b.csv, line 3", "a different number of fields from the header"),
         ("b.csv, line 5", None),
     ]
 

@@ -333,7 +333,7 @@ def test_ids_out_of_order_are_refused(refusal):
         first, second = list(vocab)[300:302]
         vocab[first], vocab[second] = vocab[second], vocab[first]
 
-    assert "ids in the order of merges" in refusal(swap)
+    assert "its ids must be in the order of merges" in refusal(swap)
 
 
 def test_an_id_of_two_tokens_is_refused(refusal):
@@ -353,7 +353,7 @@ def test_an_id_left_out_is_refused(refusal):
 
 
 def test_a_merge_left_out_is_refused(refusal):
-    assert "ids in the order" in refusal(lambda content: content["model"]["merges"].pop(9))
+    assert "ids must be in the order" in refusal(lambda content: content["model"]["merges"].pop(9))
 
 
 def test_a_merge_of_no_earlier_token_is_refused(refusal):
@@ -364,13 +364,16 @@ def test_a_merge_of_no_earlier_token_is_refused(refusal):
                 merges[place] = [a[:1], a[1:] + b]
                 return
 
-    assert "not an earlier token" in refusal(split_elsewhere)
+    assert "which is not an earlier token" in refusal(split_elsewhere)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content["model"]["merges"].append("a b c"), "is not of two tokens"),
+        (
+            lambda content: content["model"]["merges"].append("a b c"),
+            "does not consist of two tokens",
+        ),
         (lambda content: content["model"]["merges"].append([1, 2]), "model.merges["),
         (lambda content: content["model"]["vocab"].update(a=64.5), "model.vocab[…]: expected a"),
         (lambda content: content["model"]["vocab"].update(a=-1), "vocab[…]: expected a whole"),
@@ -432,9 +435,8 @@ def test_an_unknown_end_of_text_is_refused(refusal):
             for id, name in enumerate(("<s>", "</s>"), start=len(content["model"]["vocab"]))
         ]
 
-    assert "which special token ends a text? (it has <s>, </s>, but no eos_token)" in refusal(
-        rename
-    )
+    said = "does not say which special token ends a text: it has <s>, </s>, but no eos_token"
+    assert said in refusal(rename)
 
 
 @pytest.mark.parametrize("digits", [False, True])
@@ -488,7 +490,7 @@ def test_a_byte_left_out_is_refused(refusal):
             "ĀĀĀ" if number == 65 else word: number for word, number in vocab.items()
         }
 
-    assert "must have all 256 bytes" in refusal(replace)
+    assert "its vocabulary lacks the byte 0x41" in refusal(replace)
 
 
 @pytest.mark.parametrize(

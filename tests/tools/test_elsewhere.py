@@ -57,7 +57,7 @@ def write(out_dir, config, tokenizer):
 def ours(folder, start: str, tokens: int) -> str:
     """What the model continues `start` with, always the likeliest."""
     settings = {"temperature": 0.0, "max_new_tokens": tokens, "dtype": "float32", "device": "cpu"}
-    [text] = sample.sample(
+    [text] = sample.samples(
         sample.SampleConfig(checkpoint=str(folder), start=start, stream=False, **settings)
     )
     return text.removeprefix(start)

@@ -122,6 +122,16 @@ def focused(page) -> str:
     return page.evaluate("document.activeElement.id")
 
 
+def test_an_answer_that_fails_says_why(folder, open_page):
+    with closing(Site(folder)) as site:
+        page = open_page(site)
+        write_on(page, "Once")
+        site.model.transformer.ln_f.bias.data.fill_(float("nan"))
+        write_on(page, "upon")
+        page.wait_for_selector("#send:visible")
+        assert "the model's logits are not finite" in page.inner_text("#problem")
+
+
 def test_a_conversation_streams_into_the_page(talk, slow, open_page):
     page = open_page(talk)
     send(page, "Hello?")

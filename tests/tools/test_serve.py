@@ -63,7 +63,7 @@ def test_a_text_goes_on_as_in_sample(site, folder):
     assert status == 200 and start["forgotten"] == 0
     assert start["prompt"] == [[ord(letter), letter] for letter in "Once"]
     settings = {"temperature": 0.0, "max_new_tokens": 20, "stream": False, "dtype": "float32"}
-    [text] = sample.sample(
+    [text] = sample.samples(
         sample.SampleConfig(checkpoint=str(folder), start="Once", device="cpu", **settings)
     )
     assert "Once" + "".join(token["text"] for token in tokens) == text
@@ -110,6 +110,16 @@ def test_characters_come_out_once_their_bytes_are_in(folder, tmp_path, monkeypat
     assert [token["text"] for token in tokens] == ["a", "", "é", "", "", "€", "�"]
     assert tokens[-1]["end"] == "length"
     assert tokens[0]["probability"] == pytest.approx(1 / 257, 1e-3)
+
+
+def test_an_answer_that_fails_ends_with_the_reason(folder, capfd):
+    with closing(Site(folder)) as site:
+        site.model.transformer.ln_f.bias.data.fill_(float("nan"))
+        status, [start, *lines] = site.ask({"text": "Once"})
+        again, _ = site.ask({"ids": [1]}, "/attention")  # its slot is free
+    assert status == again == 200 and start["prompt"] and len(lines) == 1
+    assert "the model's logits are not finite" in lines[0]["error"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_any_text_that_json_can_carry_is_answered(site):
@@ -328,6 +338,7 @@ def test_requests_beyond_the_limit_are_told_to_wait(site, slow, monkeypatch):
         time.sleep(0.01)
     status, [line] = site.ask({"text": "x"})
     assert status == 503 and "busy with other answers" in line["error"]
+    assert site.ask({"text": "x", "top_k": 0})[0] == 400  # which needs no slot
     assert site.ask({"ids": [1]}, "/score")[0] == site.ask({"ids": [1]}, "/attention")[0] == 503
     for thread in threads:
         thread.join()
