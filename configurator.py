@@ -10,7 +10,6 @@ A config file is plain Python whose public names are settings. It sees the value
 `max_steps = 2 * max_steps` works; modules, functions and names that start with _ are ignored.
 """
 
-import ast
 import inspect
 import io
 import math
@@ -20,17 +19,15 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from types import ModuleType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from plaingpt.advice import failure, unknown, unnamed
+from plaingpt.values import INVALID, check, describe, misfit, options_of, parse
 from plaingpt.wording import shorten, shown
 
 Config = TypeVar("Config")
 Saved = Callable[[Any], dict[str, Any]]  # a config → values that replace its defaults
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True}
-BOOLEANS |= {"false": False, "no": False, "off": False, "0": False}
-INVALID = object()  # returned by `check` and `parse` for a value that does not fit its type
 MAX_LINE, MAX_PROBLEMS = 2000, 20  # characters of a line, and lines, of an error message
 
 
@@ -181,10 +178,7 @@ def resolve(
     def put(name: str, value: Any, where: str) -> None:
         checked = check(value, hints[name])
         if checked is INVALID:
-            wanted = describe(hints[name])
-            huge = type(value) is int and abs(value) >= 2**63  # repr() may refuse it
-            given = "an integer beyond 64 bits" if huge else shown(value)
-            problems.append(f"{where}: {name} expects {wanted}, not {given}")
+            problems.append(f"{where}: {misfit(name, value, hints[name])}")
         else:
             values[name] = with_home(checked) if has_path(kinds[name]) else checked
             origin[name] = where
@@ -282,7 +276,7 @@ def run_file(path: str, values: dict[str, Any], problems: list[str]) -> dict[str
     }
 
 
-# --- values: which ones a type allows, and how they are written on a command line
+# --- fields and paths
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
@@ -290,69 +284,6 @@ def defaults_of(cls: type) -> dict[str, Any]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(cls)
     }
-
-
-def options_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def check(value: Any, hint: Any) -> Any:
-    """`value` converted to the type `hint` (an int to float, a list to a tuple), or INVALID."""
-    options = options_of(hint)
-    for option in options:
-        if get_origin(option) is Literal:
-            if any(type(value) is type(word) and value == word for word in get_args(option)):
-                return value
-        elif get_origin(option) is tuple:
-            if isinstance(value, (tuple, list)):
-                items = tuple(check(item, get_args(option)[0]) for item in value)
-                if not any(item is INVALID for item in items):
-                    return items
-        elif type(value) is int and option is int:
-            return value if abs(value) < 2**63 else INVALID
-        elif type(value) is str and option is str:
-            return INVALID if "\0" in value else value  # a file name cannot contain it
-        elif type(value) is option or (value is None and option is type(None)):
-            return value
-    if float in options and type(value) is int and abs(value) < 1e300:
-        return float(value)
-    return INVALID
-
-
-def parse(text: str, hint: Any) -> Any:
-    """The value that `text` means on a command line, or INVALID."""
-    for option in sorted(options_of(hint), key=lambda option: option is str):
-        if option is type(None) and text.lower() == "none":
-            return None
-        if option is bool and text.lower() in BOOLEANS:
-            return BOOLEANS[text.lower()]
-        if get_origin(option) is Literal:
-            for word in get_args(option):
-                if text == str(word):
-                    return word
-        elif get_origin(option) is tuple:
-            return parse_tuple(text, get_args(option)[0])
-        elif option in (int, float, str):
-            try:
-                return option(text)
-            except ValueError:
-                continue
-    return INVALID
-
-
-def parse_tuple(text: str, item_hint: Any) -> Any:
-    """The tuple that a text means: `a,b`, Python's own `("a", "b")`, or the name of an existing
-    file that contains a comma. INVALID if it means none."""
-    if item_hint is str and os.path.exists(os.path.expanduser(text)):
-        return (text,)
-    if text.startswith(("(", "[")):
-        try:
-            return check(ast.literal_eval(text), tuple[item_hint, ...])
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return INVALID  # the last three: [{[]}], and brackets nested too deeply
-    items = tuple(parse(item.strip(), item_hint) for item in text.split(",") if item.strip())
-    return INVALID if any(item is INVALID for item in items) else items
 
 
 def has_path(hint: Any) -> bool:
@@ -365,18 +296,6 @@ def with_home(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(with_home, value))
     return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def describe(hint: Any) -> str:
-    words = []
-    for option in options_of(hint):
-        if get_origin(option) is Literal:
-            words += [str(word) for word in get_args(option)]
-        elif get_origin(option) is tuple:
-            words.append(f"{describe(get_args(option)[0])},…")
-        else:
-            words.append("None" if option is type(None) else option.__name__)
-    return " or ".join(words)
 
 
 # --- help

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from plaingpt import generation, runtime
+from plaingpt import generation, runtime, values
 from plaingpt.checkpoint import store
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
@@ -205,9 +205,9 @@ def obey(
 def changed_setting(sampling: Sampling, name: str, text: str) -> Sampling:
     """Raises UserError for a value of another type or out of range."""
     hint = get_type_hints(Sampling)[name]
-    value = configurator.check(configurator.parse(text, hint), hint)
-    if value is configurator.INVALID:
-        raise UserError(f"/{name} expects {configurator.describe(hint)}, not {text!r}")
+    value = values.check(values.parse(text, hint), hint)
+    if value is values.INVALID:
+        raise UserError(values.misfit(f"/{name}", text, hint))
     changed = replace(sampling, **{name: value})
     configurator.validate(changed)
     print(f"{name} = {value}", file=sys.stderr)

@@ -15,8 +15,9 @@ COMMANDS = {"train", "prepare", "sample"} | {
 MAX_PARAMETERS = 6
 LEAVES = {  # what the files at the root of all imports may import of ours
     "model": set(),
-    "configurator": {"plaingpt.advice", "plaingpt.wording"},
+    "configurator": {"plaingpt.advice", "plaingpt.values", "plaingpt.wording"},
     "plaingpt.advice": {"plaingpt.wording"},
+    "plaingpt.values": {"plaingpt.wording"},
     "plaingpt.wording": set(),
 }
 

@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import configurator
 from configurator import UserError
 from model import GPT
-from plaingpt import generation
+from plaingpt import generation, values
 from plaingpt.advice import unknown
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
@@ -230,10 +230,9 @@ def sampling_of(asked: dict[str, Any], defaults: Sampling) -> Sampling:
         if name not in hints:
             problems.append(unknown(name, hints))
             continue
-        value = configurator.check(asked[name], hints[name])
-        if value is configurator.INVALID:
-            wanted = configurator.describe(hints[name])
-            problems.append(f"{name} expects {wanted}, not {str(asked[name])[:50]!r}")
+        value = values.check(asked[name], hints[name])
+        if value is values.INVALID:
+            problems.append(values.misfit(name, asked[name], hints[name]))
         else:
             given[name] = value
     sampling = replace(defaults, **given)

@@ -41,7 +41,7 @@ def blocks_of(text: str) -> Iterator[str]:
 
 
 def last_cut(text: str) -> int:
-    """The last place in a text where it may be cut, whatever follows it; 0 if there is none."""
+    """The last place in a text where it may be cut, whatever follows it; 0 without one."""
     start = 0
     for first in (max(1, len(text) - LONGEST_RUN), 1):
         for border in BORDER.finditer(text, first):

@@ -156,7 +156,7 @@ def resumes(settings: Settings) -> bool:
 
 
 def resumed_folder(settings: Settings) -> Path:
-    """The checkpoint to resume from. Raises UserError if there is none."""
+    """The checkpoint to resume from. Raises UserError if it is missing."""
     own = settings["init_from"] == "resume"
     return folders.find(settings["out_dir"] if own else settings["init_from"])
 

@@ -231,7 +231,7 @@ def test_a_conversation(chat, talker):
         ({"text": "x" * 70_000}, 413, "a request may have at most 65,536 bytes"),
         ('{"text": "x", "temperature": NaN}', 400, "temperature must be 0, or at least 0.001"),
         ({"text": ["x"]}, 400, "text is not a string"),
-        ({"text": "x", "top_k": 1.5}, 400, "top_k expects int or None, not '1.5'"),
+        ({"text": "x", "top_k": 1.5}, 400, "top_k expects int or None, not 1.5"),
         ({"text": "x", "top_k": True}, 400, "top_k expects int or None"),
         ({"ids": "x"}, 400, "ids is not a list of integers"),
         ({"ids": [True]}, 400, "ids is not a list of integers"),
