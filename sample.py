@@ -48,6 +48,7 @@ from plaingpt.checkpoint import store
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 
+MAX_PROMPT = 10_000_000  # characters
 BATCH_SIZE = 32  # samples that are drawn together
 SETTINGS = [field.name for field in fields(Sampling)]  # that a conversation may change
 MEMORY_COMMANDS = """\
@@ -113,9 +114,13 @@ def read_prompt(start: str) -> str:
     if not path.name:
         raise UserError("start=FILE: lacks a file name: write --start=FILE:prompt.txt")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start:,})") from None
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"{path} has over {MAX_PROMPT:,} characters: too long for a prompt")
+    return text
 
 
 def print_stream(tokens: Iterable[Tensor], tokenizer: Tokenizer, pieces: list[str]) -> None:

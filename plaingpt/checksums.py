@@ -42,8 +42,10 @@ def check_sum(path: Path) -> None:
     """Raises UserError if a file does not match the SHA256SUMS beside it. Without that list, or if
     the list does not name the file, nothing is checked."""
     sums = path.with_name(SUMS)
-    if not (sums.is_file() and path.is_file()):
+    if not (sums.exists() and path.is_file()):
         return
+    if not sums.is_file():
+        raise UserError(f"{sums} is not a file")
     for line in sums.read_bytes().splitlines():
         digest, _, name = line.partition(b"  ")
         if name == path.name.encode() and digest != sha256_of(path).encode():

@@ -97,6 +97,7 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
     assert run(folder, f"--start=FILE:{tmp_path}/prompt.txt") == 2
     assert run(folder, "--start=FILE:nowhere.txt") == 2
+    assert run(folder, "--start=FILE:/dev/zero") == 2  # which never ends
     assert "nowhere.txt" in capsys.readouterr().err
     assert run(folder, "--start=FILE:") == 2
     assert "lacks a file name: write --start=FILE:prompt.txt" in capsys.readouterr().err

@@ -94,10 +94,12 @@ def refuse_foreign(path: str) -> None:
             raise UserError(f"{path} is not text, but {kind}")
     even, odd = head[::2].count(0), head[1::2].count(0)
     by_turns = max(even, odd) > 2 + len(head) / 4 > min(even, odd)  # a NUL in each ASCII character
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or by_turns:
+    wide = head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff"))
+    if wide or by_turns or head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        bits = 32 if wide else 16
         raise UserError(
-            f"{path} is not UTF-8, but UTF-16: convert it, for example with "
-            "iconv -f utf-16 -t utf-8"
+            f"{path} is not UTF-8, but UTF-{bits}: convert it, for example with "
+            f"iconv -f utf-{bits} -t utf-8"
         )
 
 

@@ -111,6 +111,7 @@ def test_a_source_without_text_is_refused(say, tmp_path, name, beside):
 FOREIGN = {
     "utf16.txt": ("ab\ncd".encode("utf-16"), "not UTF-8, but UTF-16: convert it"),
     "utf16le.txt": ("Some text of Windows\r\n".encode("utf-16-le"), "not UTF-8, but UTF-16"),
+    "utf32.txt": ("Some text.".encode("utf-32"), "not UTF-8, but UTF-32: convert it"),
     "utf16.csv": ("text\nx\n".encode("utf-16"), "not UTF-8, but UTF-16"),
     "utf16.jsonl": ('{"text": "x"}\n'.encode("utf-16-be"), "not UTF-8, but UTF-16"),
     "paper.txt": (b"%PDF-1.7\n%\xe2\xe3", "not text, but a PDF: extract its text"),
