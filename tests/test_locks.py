@@ -212,3 +212,11 @@ def test_a_link_is_never_written_through(tmp_path):
     with files.atomic_file(tmp_path / "run.json") as partial:
         partial.write_text("new")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_run_folder_is_not_prepared(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    arguments = [f"--data_dir={tmp_path}/run", f"--sources={__file__}", "--tokenizer=bytes"]
+    assert prepare.main(arguments) == 2
+    assert f"{tmp_path}/run holds a training run" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 
 import sample
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt import lora, runtime
 from plaingpt.checkpoint import adapters, folders, store
@@ -250,3 +251,11 @@ def test_an_adapter_starts_no_other_adapter_but_a_whole_run(run, tmp_path):
     train.train(replace(after, lora_rank=0))
     before = records(run.out_dir)[-1]["val_loss"]
     assert records(tmp_path / "after")[0]["val_loss"] == pytest.approx(before, abs=1e-3)
+
+
+def test_a_folder_named_base_that_is_not_a_copy_is_not_replaced(run, base, tmp_path):
+    shutil.copytree(base.parent, tmp_path / "base")
+    for start in (base, tmp_path / "base"):
+        with pytest.raises(UserError, match="base is in the way of a copy of"):
+            train.train(replace(run, init_from=str(start), out_dir=str(tmp_path)))
+    assert folders.find(tmp_path / "base").name == base.name

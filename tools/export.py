@@ -30,6 +30,7 @@ if __name__ == "__main__":
 from model import GPT
 from plaingpt.checkpoint import folders, store
 from plaingpt.files import atomic_folder
+from plaingpt.locks import locked
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import run_folder
@@ -51,12 +52,12 @@ def export(cfg: ExportConfig) -> Path:
     if cfg.dry_run:
         print(f"would be uploaded to {cfg.push_to_hub}, with this README.md:\n\n{card}")
         return out_dir
-    with atomic_folder(out_dir) as partial:
+    with locked(out_dir.absolute().parent), atomic_folder(out_dir) as partial:
         store.write_model(partial, model.config, model.weights(), tokenizer)
         # Names of folders that are not UTF-8 are spelled as Python spells them.
         (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         if out_dir.exists():
-            out_dir.rmdir()  # it is empty
+            out_dir.rmdir()  # it is empty, unless another process was faster
     print(f"wrote {out_dir}")
     if cfg.push_to_hub:
         print(f"uploaded: {upload(out_dir, cfg.push_to_hub, cfg.private)}")

@@ -84,11 +84,16 @@ def adapter_for(folder: Path, where: str, out_dir: Path, config: lora.LoRAConfig
 
 def keep_base(folder: Path, out_dir: Path) -> None:
     """Copy the model in `folder` into the run folder, by hard links where possible: the run that
-    made it may remove it."""
-    if folder.resolve() == (out_dir / BASE).resolve():
+    made it may remove it. Raises UserError if that would replace anything but an earlier copy."""
+    base = out_dir / BASE
+    if folder.resolve() == base.resolve():
         return
-    shutil.rmtree(out_dir / BASE, ignore_errors=True)
-    with atomic_folder(out_dir / BASE) as partial:
+    ours = [*MODEL_FILES, SUMS]
+    there = list(base.glob("*"))
+    if there and not ((base / SUMS).exists() and all(any(map(p.match, ours)) for p in there)):
+        raise UserError(f"{base} is in the way of a copy of {folder}: choose another --out_dir")
+    shutil.rmtree(base, ignore_errors=True)
+    with atomic_folder(base) as partial:
         for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
             size_of(path)
             try:

@@ -20,6 +20,8 @@ def check_target(folder: Path) -> Manifest | None:
     """
     if not folder.is_dir():
         return None
+    if (folder / "run.json").exists():
+        raise UserError(f"{folder} holds a training run: use another data_dir")
     if not (folder / MANIFEST).exists():
         foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer.json")]
         if foreign and not (folder / PARTIAL).exists():
