@@ -1,5 +1,6 @@
 """Adapters on disk, in the format of the `peft` library."""
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -88,19 +89,25 @@ def keep_base(folder: Path, out_dir: Path) -> None:
     base = out_dir / BASE
     if folder.resolve() == base.resolve():
         return
-    ours = [*MODEL_FILES, SUMS]
-    there = list(base.glob("*"))
+    files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
+    there, ours = list(base.glob("*")), [*MODEL_FILES, SUMS]
+    if there and files and all(same_file(path, base / path.name) for path in files):
+        return
     if there and not ((base / SUMS).exists() and all(any(map(p.match, ours)) for p in there)):
         raise UserError(f"{base} is in the way of a copy of {folder}: choose another --out_dir")
     shutil.rmtree(base, ignore_errors=True)
     with atomic_folder(base) as partial:
-        for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+        for path in files:
             size_of(path)
             try:
                 os.link(path.resolve(), partial / path.name)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(path, partial / path.name)
         write_sums(partial)
+
+
+def same_file(path: Path, other: Path) -> bool:
+    return other.is_file() and path.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def base_folder(folder: Path, adapter: lora.Adapter) -> Path:
