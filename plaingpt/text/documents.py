@@ -41,6 +41,11 @@ class Reading:
     bad_records: Literal["refuse", "skip"]
     validation: Validation
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a record that are read."""
+        return FIELDS.get(self.template, (self.text_field,))
+
 
 @dataclass
 class Stream:
@@ -174,8 +179,7 @@ Item = Record | Part | End | Bad
 def read_items(stream: Stream, reading: Reading) -> Iterator[Item]:
     """The documents of a source from the stream's position on."""
     start = stream.position
-    fields = FIELDS.get(reading.template, (reading.text_field,))
-    for item, after in stream.source.items(start, fields):
+    for item, after in stream.source.items(start, reading.fields):
         if isinstance(item, TextFile):
             done = start.characters if after.items == start.items + 1 else 0
             yield from read_file(item, after, done, stream.held_out, reading.validation.seed)

@@ -24,9 +24,7 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
     records are refused. `data_dir` is for the command in the message.
     """
     source, problem, count, kind = stream.source, "", 0, "has no records"
-    for item, after in source.items(
-        Position(), FIELDS.get(reading.template, (reading.text_field,))
-    ):
+    for item, after in source.items(Position(), reading.fields):
         if isinstance(item, TextFile):
             if any(block.strip() for block in item.blocks()):
                 return

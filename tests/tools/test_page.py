@@ -103,6 +103,14 @@ def send(page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
+def start_writing(page, text: str) -> None:
+    """Send a text with a temperature that keeps the model going, and wait for its first token."""
+    page.click("summary")
+    page.fill("#temperature", "1.5")
+    send(page, text)
+    page.wait_for_selector(".token")
+
+
 def answered(page) -> None:
     page.wait_for_selector("#send:visible")
 
@@ -201,10 +209,7 @@ def test_a_click_shows_what_was_considered(talk, open_page):
 
 def test_a_text_is_continued_and_stopped(site, slow, open_page):
     page = open_page(site)
-    page.click("summary")
-    page.fill("#temperature", "1.5")
-    send(page, "Once upon")
-    page.wait_for_selector(".token")
+    start_writing(page, "Once upon")
     page.click("#stop")
     answered(page)
     assert 0 < page.locator(".token").count() < 30
@@ -217,10 +222,7 @@ def test_a_text_is_continued_and_stopped(site, slow, open_page):
 
 def test_leaving_the_page_stops_the_work(site, slow, open_page):
     page = open_page(site)
-    page.click("summary")
-    page.fill("#temperature", "1.5")
-    send(page, "Once")
-    page.wait_for_selector(".token")
+    start_writing(page, "Once")
     page.close()
     assert ended(slow) < 30
 
