@@ -22,7 +22,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from plaingpt.advice import failure, unknown, unnamed
+from plaingpt.advice import explain_import, failure, unknown, unnamed
 from plaingpt.values import INVALID, check, describe, misfit, options_of, parse
 from plaingpt.wording import shorten, shown
 
@@ -84,7 +84,7 @@ def command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Flush at every line, so that logs stay current, and escape what cannot be printed.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `answer_help`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `begin`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
@@ -301,14 +301,20 @@ def with_home(value: Any) -> Any:
 # --- help
 
 
+def begin() -> None:
+    """For a script, before its slow imports: until `command` runs, Ctrl-C ends it without a
+    traceback, and a package that cannot be imported is explained in a line."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = explain_import
+
+
 def answer_help(cls: type, argv: list[str] | None = None) -> None:
     """Print the help and exit if the command line asks for it.
 
-    Commands call this before they import torch, which takes seconds. Until they run, Ctrl-C ends
-    them without a traceback.
+    Commands call this before they import torch, which takes seconds.
     """
     if argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        begin()
     try:
         split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
     except BrokenPipeError:

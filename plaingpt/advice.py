@@ -1,14 +1,17 @@
-"""Messages for unknown names, bare words and failing config files, which suggest what was meant."""
+"""Messages for unknown names, bare words, failing config files and missing packages, which suggest
+what was meant and what helps."""
 
 import contextlib
 import difflib
 import os
 import shlex
+import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
+from types import TracebackType
 
-from plaingpt.wording import shown
+from plaingpt.wording import shorten, shown
 
 # Our name: the names that nanoGPT, transformers' TrainingArguments and generate(), and others use
 # for it (how the meaning differs). The first line whose setting the command has applies.
@@ -132,3 +135,20 @@ def similar_config(path: str) -> str | None:
     likeness = {name: difflib.SequenceMatcher(None, name, wanted).ratio() for name in files}
     closest = max(files, key=likeness.__getitem__, default="")
     return files[closest] if closest and likeness[closest] > 0.4 else None
+
+
+def explain_import(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`sys.excepthook`: a package that is missing or cannot be loaded is a line, and status 2;
+    anything else keeps its traceback."""
+    if not isinstance(error, ImportError) or (error.name or "").startswith(("plaingpt", "model")):
+        sys.__excepthook__(kind, error, trace)
+        return
+    installs = f"{shlex.quote(sys.executable)} -m pip install -r requirements.txt installs"
+    if isinstance(error, ModuleNotFoundError):
+        said = f"{error.name} is not installed; {installs} all that plainGPT needs"
+    else:  # a library that does not fit into memory, or of another version
+        said = f"{shorten(str(error), 500)}; memory may be short; {installs} the tested versions"
+    print(f"error: {said}", file=sys.stderr)
+    sys.exit(2)

@@ -151,3 +151,23 @@ def test_what_a_config_file_does_not_find_is_not_taken_for_itself(folder):
     assert message("train", "config/mine.py") == (
         "config/mine.py:1: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("libtorch.so: failed to map", name="torch._C"), "error: libtorch.so: failed"),
+        (ModuleNotFoundError("No module", name="tqdm"), "error: tqdm is not installed; "),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_one_line(capsys, error, said):
+    with pytest.raises(SystemExit) as ended:
+        advice.explain_import(type(error), error, None)
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(said) and "pip install" in line
+
+
+@pytest.mark.parametrize("error", [ImportError("x", name="plaingpt.files"), ValueError("x")])
+def test_a_bug_of_our_own_keeps_its_traceback(capsys, error):
+    advice.explain_import(type(error), error, None)
+    assert capsys.readouterr().err == f"{type(error).__name__}: x\n"

@@ -11,7 +11,11 @@ Measure the speed of a command, and beside it the limit of this machine for the 
 import inspect
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # for python tools/bench.py
 
 import configurator
 from configurator import (
@@ -62,6 +66,7 @@ def answer_help(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    configurator.begin()
     answer_help(sys.argv[1:])  # before torch is imported, which takes a second
     threads.wait_briefly()
 
@@ -78,7 +83,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -18,7 +18,11 @@ model's answer (>) and the reference answer (=).
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # for python tools/eval.py
 
 import configurator
 from configurator import DType, Folder, PathName, PositiveInt, UserError

@@ -11,6 +11,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # for python tools/export.py
+
 import configurator
 from configurator import PathName, UserError
 

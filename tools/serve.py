@@ -10,7 +10,11 @@ For other programs there is `transformers serve` (docs/elsewhere.md).
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # for python tools/serve.py
 
 import configurator
 from configurator import DType, NonEmpty, PathName, PositiveInt, Range, UserError
