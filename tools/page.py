@@ -165,7 +165,7 @@ class OwnPage:
         app = self.app
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            host, origin = headers.get("host", ""), headers.get("origin")
+            host, origin = headers.get("host", "").lower(), headers.get("origin")
             if "*" not in self.hosts and host.partition(":")[0] not in self.hosts:
                 app = JSONResponse({"error": f"{host!r} is not a name of this server"}, 400)
             elif origin is not None and origin.partition("://")[2] != host:

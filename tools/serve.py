@@ -71,7 +71,7 @@ def serve(cfg: ServeConfig) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({reason})") from None
-    hosts = ["*"] if cfg.host == "0.0.0.0" else [*LOOPBACK, cfg.host]
+    hosts = ["*"] if cfg.host == "0.0.0.0" else [*LOOPBACK, cfg.host.lower()]
     examples = openers.examples(cfg.checkpoint, tokenizer)
     served = page.Served(model, tokenizer, cfg.checkpoint, examples)
     app = page.build_app(served, cfg, cfg.max_requests, hosts)

@@ -315,7 +315,7 @@ def test_other_sites_cannot_ask(site):
         assert status == 403 and line["error"] == "requests from other sites are refused"
     ours = {**JSON, "Origin": site.url.rstrip("/")}
     assert site.ask({"text": "x", "max_new_tokens": 1}, headers=ours)[0] == 200
-    assert site.ask("", "/", "GET", headers={"Host": f"localhost:{site.port}"})[0] == 200
+    assert site.ask("", "/", "GET", headers={"Host": f"LocalHost:{site.port}"})[0] == 200
     assert site.ask("", "/../serve.py", "GET")[0] == 404
     with closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
         connection.request("GET", "/")
