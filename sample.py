@@ -157,7 +157,7 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
     pick = generation.picker(sampling, tokenizer, device)
     messages: list[dict[str, str]] = []
     for line in typed_lines():
-        if line == "/exit":
+        if line.lower().removeprefix("/") in ("exit", "quit"):
             return
         if not line:
             continue
@@ -221,9 +221,9 @@ def changed_setting(sampling: Sampling, name: str, text: str) -> Sampling:
 
 def typed_lines() -> Iterator[str]:
     """The typed lines, stripped, until Ctrl-D or Ctrl-C."""
-    asking = "> " if sys.stdin.isatty() else ""
+    asking = "> " if sys.stdin and sys.stdin.isatty() else ""
     try:
-        while True:
+        while sys.stdin:  # None if it was closed
             yield input(asking).encode(errors="replace").decode().strip()
     except (EOFError, KeyboardInterrupt):
         print()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import jinja2
@@ -173,6 +174,10 @@ def test_a_conversation_streams_each_answer_and_ends_at_ctrl_d(talker, monkeypat
     assert len(answers) == 2 and all(answers)
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers) + "\n"
     assert talk(monkeypatch, talker, "Hello!", "And then?", KeyboardInterrupt()) == answers
+    for end in ("/exit", "/quit", "exit", "Quit"):
+        assert talk(monkeypatch, talker, "Hello!", end, "And then?") == answers[:1]
+    monkeypatch.setattr(sys, "stdin", None)  # as after `sample.py <&-`
+    assert talk(monkeypatch, talker, "Hello!") == []
 
 
 def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
