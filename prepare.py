@@ -40,7 +40,7 @@ class PrepareConfig:
     max_tokens: PositiveInt | None = None  # tokens to take from sources; None: all
     max_documents: PositiveInt | None = None  # documents to take from sources; None: all
     # tokens
-    tokenizer: PathName = "bpe"  # bpe (trained on the text), bytes, gpt2, a tokenizer.json
+    tokenizer: PathName = "bpe"  # bpe (trained on the text), bytes, gpt2, a run, a tokenizer.json
     vocab_size: VocabSize = 4096  # of a trained bpe, at most 65,536
     # output
     data_dir: Folder = "data/stdlib"  # where the shards go
@@ -61,6 +61,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configurator import UserError
+from plaingpt.checkpoint.folders import step_folders
 from plaingpt.files import Settings, write_json
 from plaingpt.locks import locked
 from plaingpt.text import dataset
@@ -224,7 +225,8 @@ def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) 
         raise UserError(
             f"tokenizer={cfg.tokenizer!r} is not bpe, bytes or gpt2, and does not exist"
         )
-    return Tokenizer.load(cfg.tokenizer)
+    steps = step_folders(cfg.tokenizer)  # of a run, which all have the same
+    return Tokenizer.load(steps[-1] if steps else cfg.tokenizer)
 
 
 def announce_left_out(cfg: PrepareConfig, streams: list[Stream]) -> None:

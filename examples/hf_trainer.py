@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import UserError, one_line
 from plaingpt.checkpoint import folders
 from plaingpt.text.dataset import open_dataset
+from plaingpt.text.tokenizer import Tokenizer
 
 
 class Windows(torch.utils.data.Dataset):
@@ -47,10 +48,12 @@ class Windows(torch.utils.data.Dataset):
 
 
 def main(checkpoint: str, data_dir: str, out_dir: str, steps: str) -> None:
-    """Raises UserError for a checkpoint or data that cannot be opened."""
+    """Raises UserError for a checkpoint or data that cannot be opened, or that do not match."""
     if not steps.isdecimal() or int(steps) == 0:
         raise UserError(f"steps must be a positive integer, not {steps!r}")
     folder = folders.find(checkpoint)
+    if Tokenizer.load(folder).fingerprint != open_dataset(data_dir).tokenizer.fingerprint:
+        raise UserError(f"{checkpoint} and {data_dir} have different tokenizers")
     model = GPT2LMHeadModel.from_pretrained(folder)
     arguments = TrainingArguments(
         out_dir, max_steps=int(steps), per_device_train_batch_size=8, learning_rate=1e-4

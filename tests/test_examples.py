@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
 def test_the_example_runs(folders, tmp_path, monkeypatch, capsys):
     step, data_dir = folders
     script = REPO / "examples" / "hf_trainer.py"
+    others = shutil.copytree(data_dir, tmp_path / "others")
+    Tokenizer.train(["some text"], 260).save(others)
     words = [str(word) for word in (script, step, data_dir, tmp_path / "out", "3")]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -100,6 +103,7 @@ def test_the_example_runs(folders, tmp_path, monkeypatch, capsys):
     for place, wrong, said in (
         (1, "nowhere", "error: nowhere does not exist"),
         (2, "nowhere", "error: there is no data in nowhere"),
+        (2, str(others), f"error: {step} and {others} have different tokenizers"),
         (4, "many", "error: steps must be a positive integer, not 'many'"),
     ):
         monkeypatch.setattr(sys, "argv", [*words[:place], wrong, *words[place + 1 :]])

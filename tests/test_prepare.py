@@ -428,6 +428,16 @@ def test_shards_of_others_are_not_touched(run, target, name):
         assert snapshot(target) == before
 
 
+def test_the_tokenizer_may_be_that_of_a_run(run, target, tmp_path):
+    tokenizer = Tokenizer.train(["some text"], 260)
+    for step in ("step_000001", "step_000002"):
+        (tmp_path / "out" / step).mkdir(parents=True)
+        (tmp_path / "out" / step / "state.json").touch()
+        tokenizer.save(tmp_path / "out" / step)
+    run(tokenizer=str(tmp_path / "out"))
+    assert Tokenizer.load(target).fingerprint == tokenizer.fingerprint
+
+
 def test_the_tokenizer_of_others_is_not_touched(run, target):
     target.mkdir()
     (target / "tokenizer.json").write_text("theirs")

@@ -104,6 +104,9 @@ def missing(folder: Path) -> str:
     if os.path.exists(folder / "run.json"):
         return "holds a run that has not saved a checkpoint yet"
     problem = "holds no checkpoint" if os.path.exists(folder) else "does not exist"
+    local = folder.parent == Path("out") or os.path.exists(folder.parent)
+    if HUB_NAME.fullmatch(f"hf:{folder}") and not local:
+        return f"{problem}; a model of the hub is named hf:{folder}"
     names = [str(run) for run in found]
     if close := difflib.get_close_matches(str(folder), names, n=1):
         return f"{problem}; did you mean {close[0]}?"

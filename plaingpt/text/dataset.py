@@ -93,10 +93,6 @@ class Dataset:
         """
         if (self.folder / "tokenizer.json").exists() or self.manifest:
             return Tokenizer.load(self.folder)
-        if not shard_paths(self.folder, "train"):
-            raise UserError(
-                f"{self.folder} has no train shards ({self.folder}/train_000000.bin, …)"
-            )
         if (self.folder / "meta.pkl").exists():
             raise UserError(
                 f"{self.folder} holds nanoGPT's characters, whose table is a pickle: not read. "
@@ -179,10 +175,13 @@ def open_dataset(data_dir: Path | str) -> Dataset:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """`dataset.json` of a folder, None where others wrote the shards. Raises as `open_dataset`."""
-    if not folder.is_dir():
-        raise UserError(f"there is no data in {folder}; {command_for(folder)} makes it")
     if (folder / MANIFEST).exists():
         return files.read_json(folder / MANIFEST, Manifest, "prepare the data again")
     if (folder / PARTIAL).exists():
         raise UserError(f"{folder} is half prepared: run its prepare.py command again")
+    if not (shard_paths(folder, "train") or shard_paths(folder, "val")):
+        near = sorted(folder.glob(f"*/{MANIFEST}")) or sorted(folder.parent.glob(f"*/{MANIFEST}"))
+        found = ", ".join(str(path.parent) for path in near[:3])
+        there = f" (existing data: {found})" if found else ""
+        raise UserError(f"there is no data in {folder}; {command_for(folder)} makes it{there}")
     return None

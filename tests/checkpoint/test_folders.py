@@ -40,6 +40,10 @@ def test_a_folder_that_is_no_checkpoint_leads_to_one(tmp_path, monkeypatch):
         return str(caught.value)
 
     assert advice("nope") == "nope does not exist; run train.py to make one"
+    assert advice("out/nope") == "out/nope does not exist; run train.py to make one"
+    assert advice("EleutherAI/gpt") == (
+        "EleutherAI/gpt does not exist; a model of the hub is named hf:EleutherAI/gpt"
+    )
     data = tmp_path / "data" / "tales"
     data.mkdir(parents=True)
     (data / "dataset.json").touch()

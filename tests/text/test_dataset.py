@@ -51,6 +51,11 @@ def test_a_missing_folder_and_one_without_shards_are_refused(shard_folder, tmp_p
         f"there is no data in {missing}; python prepare.py --sources=FILES --data_dir={missing} "
         "makes it"
     )
+    (tmp_path / "tales").mkdir()
+    (tmp_path / "tales" / "dataset.json").touch()
+    for empty in (missing, tmp_path):
+        assert refusal(empty).startswith(f"there is no data in {empty}; ")
+        assert refusal(empty).endswith(f" makes it (existing data: {tmp_path / 'tales'})")
 
 
 def test_a_half_prepared_folder_is_refused(shard_folder):
