@@ -67,17 +67,20 @@ temperature: temp
 temperature: do_sample (--temperature=0 always takes the likeliest token)
 seed: random_seed
 """
+DASHES = "-–—"  # text processors turn -- into the last two
 
 
 def unknown(name: str, known: Collection[str]) -> str:
     """The message for a setting that is not one of the `known`."""
     said = f"unknown setting {shown(name)}"
+    if name in ("config", "config_file"):
+        return f"{said}; name the config file alone, without --{name}"
     for line in OTHER_NAMES.strip().splitlines():
         ours, _, rest = line.partition(": ")
         theirs, _, note = rest.partition(" (")
         if ours in known and name in theirs.split():
-            return f"{said}; plainGPT calls it {ours!r}" + (f" ({note}" if note else "")
-    close = difflib.get_close_matches(name[:50], list(known), n=1, cutoff=0.5)
+            return f"{said}; use {ours!r}" + (f" ({note}" if note else "")
+    close = difflib.get_close_matches(name[:50].lower(), list(known), n=1, cutoff=0.5)
     return f"{said}; did you mean {close[0]!r}?" if close else said
 
 
@@ -89,9 +92,9 @@ def unnamed(words: list[str], known: Collection[str], given: Collection[str]) ->
     configs = (f"{words[0]}.py", f"config/{words[0]}.py")
     if config := next(filter(os.path.isfile, configs), None):
         return f"{said}; did you mean {config}?"
-    name, value = words[0].lstrip("-").partition("=")[0].replace("-", "_"), text
+    name, value = words[0].lstrip(DASHES).partition("=")[0].replace("-", "_"), text
     if name in known:
-        return f"{said}; did you mean --{text.lstrip('-')}?"
+        return f"{said}; did you mean --{text.lstrip(DASHES)}?"
     if "sources" in known:
         name, value = "sources", ",".join(words)
     elif "start" in known and not os.path.isdir(text):

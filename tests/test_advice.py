@@ -66,16 +66,23 @@ def test_a_name_of_another_program_leads_to_ours(command, argument, ours):
 
 def test_where_the_meaning_differs_it_is_said(tmp_path):
     assert message("train", "--max_iters=5") == (
-        "unknown setting 'max_iters'; plainGPT calls it 'max_steps' "
+        "unknown setting 'max_iters'; use 'max_steps' "
         "(a step is one update of the weights, nanoGPT's iteration)"
     )
     path = tmp_path / "theirs.py"
     path.write_text("gradient_accumulation_steps = 40\n")
     assert message("train", str(path)) == (
-        f"{path}: unknown setting 'gradient_accumulation_steps'; plainGPT calls it "
+        f"{path}: unknown setting 'gradient_accumulation_steps'; use "
         "'micro_batch_size' (batch_size counts all sequences of a step; accumulation follows "
         "from it and micro_batch_size)"
     )
+
+
+def test_capitals_and_a_config_file_as_a_setting_are_recognized():
+    assert message("train", "--MAX_STEPS=5").endswith("; did you mean 'max_steps'?")
+    for argument in ("--config=x.py", "--config-file=x.py"):
+        said = message("train", argument)
+        assert "; name the config file alone, without --config" in said
 
 
 def test_every_line_of_the_table_leads_to_a_setting():
@@ -89,7 +96,7 @@ def test_every_line_of_the_table_leads_to_a_setting():
             said = [
                 advice.unknown(name, hints[each]) for each in commands if name not in hints[each]
             ]
-            assert any(f"plainGPT calls it {ours!r}" in each for each in said), (name, ours)
+            assert any(f"use {ours!r}" in each for each in said), (name, ours)
 
 
 @pytest.fixture
@@ -120,6 +127,7 @@ def folder(tmp_path, monkeypatch):
         ("sample", ["run"], "; write --checkpoint=run"),
         ("sample", ["temperature=0.5"], "; did you mean --temperature=0.5?"),
         ("train", ["-max-steps", "5"], "; did you mean --max-steps 5?"),
+        ("train", ["—max_steps=5"], "; did you mean --max_steps=5?"),
         ("train", ["config/gpt2_124m"], "; did you mean config/gpt2_124m.py?"),
         ("train", ["gpt2_125m"], "; did you mean config/gpt2_124m.py?"),
         ("train", ["run"], " (quote a value that contains spaces or *)"),
