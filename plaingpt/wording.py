@@ -1,5 +1,6 @@
-"""How messages write counts, sizes and values."""
+"""How messages write counts, sizes, times and values."""
 
+import math
 from typing import Any
 
 
@@ -15,6 +16,23 @@ def byte_size(size: float) -> str:
             return quantity(round(size), "byte") if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.4g} TB"
+
+
+def compact(number: float) -> str:
+    """3 significant digits and a unit: 2.27M, 84.1k, 690."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            scaled = float(f"{number / size:.2e}")
+            return f"{scaled:.{max(0, 2 - math.floor(math.log10(scaled)))}f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """1h12m, 3m20s or 8s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def shown(value: Any) -> str:

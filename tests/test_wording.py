@@ -1,11 +1,11 @@
-"""Counts, sizes and values as messages write them."""
+"""Counts, sizes, times and values as messages write them."""
 
 import re
 
 import pytest
 from test_house import FILES
 
-from plaingpt.wording import byte_size, quantity, shorten, shown
+from plaingpt.wording import byte_size, compact, duration, quantity, shorten, shown
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,46 @@ def test_every_count_in_a_message_agrees_with_its_noun():
     others = FILES.keys() - {"model"}  # whose only message speaks of two tokens or more
     lines = [line for each in others for line in FILES[each].read_text("utf-8").splitlines()]
     assert [line for line in lines if alone.search(line)] == []
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0"),
+        (690, "690"),
+        (999.4, "999"),
+        (999.6, "1.00k"),
+        (1e3, "1.00k"),
+        (9_994, "9.99k"),
+        (9_996, "10.0k"),
+        (84_123, "84.1k"),
+        (99_960, "100k"),
+        (100_000, "100k"),
+        (999_400, "999k"),
+        (999_600, "1.00M"),
+        (2_269_000, "2.27M"),
+        (12_345_678, "12.3M"),
+        (1e9, "1.00B"),
+        (1.5e11, "150B"),
+    ],
+)
+def test_numbers_have_three_digits_and_a_unit(number, text):
+    assert compact(number) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (8.4, "8s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (200, "3m20s"),
+        (3599.4, "59m59s"),
+        (3599.7, "1h00m"),
+        (4321, "1h12m"),
+        (100 * 3600 + 59 * 60 + 59, "100h59m"),
+    ],
+)
+def test_durations_are_rounded_once(seconds, text):
+    assert duration(seconds) == text

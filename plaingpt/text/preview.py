@@ -36,7 +36,8 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
         count += 1
         if count == 1:
             problem = f"{made.where}: {made.reason}"
-            if isinstance(item.value, dict) and not has_fields(item.value, reading):
+            template, text_field = reading.template, reading.text_field
+            if isinstance(item.value, dict) and not fits(template, item.value, text_field):
                 problem += remedy(item.value, source.name, data_dir)
             elif reading.bad_records == "refuse":
                 problem += " (--bad_records=skip leaves such records out)"
@@ -48,13 +49,6 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
         raise UserError(f"{source.name!r} has no good record among its first {count:,}; {problem}")
     if source.hub or source.files:
         raise UserError(f"there is no text in source {source.name!r}: it {kind}")
-
-
-def has_fields(record: dict[str, Any], reading: Reading) -> bool:
-    """Whether a record has the fields that its template needs, whatever they hold."""
-    if reading.template == "text":
-        return reading.text_field in record
-    return fits(reading.template, record)
 
 
 def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:

@@ -72,9 +72,10 @@ FIELDS: dict[TemplateName, tuple[str, ...]] = {
 }
 
 
-def fits(template: TemplateName, names: Collection[str]) -> bool:
-    """Whether a record with fields of these names has those that a template other than `text`
-    needs."""
+def fits(template: TemplateName, names: Collection[str], text_field: str = "text") -> bool:
+    """Whether a record with fields of these names has those that a template needs."""
+    if template == "text":
+        return text_field in names
     if template == "chat":
         return any(name in names for name in FIELDS["chat"])
     return all(name in names for name in FIELDS[template] if name != "input")

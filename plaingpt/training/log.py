@@ -10,6 +10,7 @@ from plaingpt.files import Count
 from plaingpt.runtime import Runtime, peak_memory_gib
 from plaingpt.training.plan import Plan
 from plaingpt.training.state import TrainState
+from plaingpt.wording import compact, duration
 
 Record = dict[str, Any]  # of one step: the fields of Metrics, and others that a newer version adds
 
@@ -41,23 +42,6 @@ def console_line(record: Record, max_steps: int) -> str:
         f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {record['dt_ms']:.0f} ms | "
         f"{compact(record['tokens_per_s'])} tok/s | mfu {mfu} | eta {duration(eta_s)}"
     )
-
-
-def compact(number: float) -> str:
-    """3 significant digits and a unit: 2.27M, 84.1k, 690."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            scaled = float(f"{number / size:.2e}")
-            return f"{scaled:.{max(0, 2 - math.floor(math.log10(scaled)))}f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """1h12m, 3m20s or 8s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def throughput(state: TrainState, plan: Plan, dt: float, rt: Runtime) -> Record:

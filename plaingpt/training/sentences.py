@@ -1,9 +1,8 @@
 """What a run will do, how much memory it needs and how long it takes, in sentences."""
 
-from plaingpt.training.log import duration
 from plaingpt.training.memory import memory_gib, what_fits
 from plaingpt.training.plan import Plan
-from plaingpt.wording import quantity
+from plaingpt.wording import duration, quantity
 
 WORTHWHILE = 4  # epochs up to which repeated text is almost as good as new (arXiv 2305.16264)
 

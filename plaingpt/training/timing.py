@@ -46,7 +46,7 @@ def step_seconds(start: Start, plan: Plan, rt: Runtime, step: Step) -> tuple[flo
         micro_steps = max(1, min(plan.micro_steps, int(TRIAL_S / (micro * sequence_s))))
     sequences = micro * micro_steps
     steps = max(2, min(10, int(TRIAL_S / (sequences * sequence_s))))  # the same in all processes
-    seconds = timed(start, trial, rt, step, (sequences, steps))
+    seconds = timed(start, trial, rt, step, sequences, steps)
     share = plan.batch_size // plan.world_size
     how = "as measured here"
     if sequences < share:
@@ -54,9 +54,8 @@ def step_seconds(start: Start, plan: Plan, rt: Runtime, step: Step) -> tuple[flo
     return seconds * share / sequences, how
 
 
-def timed(start: Start, plan: Plan, rt: Runtime, step: Step, trial: tuple[int, int]) -> float:
-    """The median seconds of a step; `trial` is the sequences of a process, and the steps to do."""
-    sequences, steps = trial
+def timed(start: Start, plan: Plan, rt: Runtime, step: Step, sequences: int, steps: int) -> float:
+    """The median seconds of `steps` steps, each with `sequences` in this process."""
     model = start.model.to_empty(device="cpu")
     model.tie_head()
     model.init_weights(seed=0)
