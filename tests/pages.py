@@ -28,11 +28,11 @@ JSON = {"Content-Type": "application/json"}
 class Site:
     """A server in a thread of this process."""
 
-    def __init__(self, folder: Path, **changes):
+    def __init__(self, folder: Path, port: int = 0, **changes):
         self.model = store.load_model(folder).eval()
         served = page.Served(self.model, Tokenizer.load(folder), "tiny", EXAMPLES)
         app = page.build_app(served, replace(SAMPLING, **changes), 2, list(serve.LOOPBACK))
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = socket.create_server(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

@@ -17,6 +17,7 @@ import contextlib
 import json
 import random
 import typing
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -69,9 +70,10 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
     model, tokenizer = served.model, served.tokenizer
     block_size = model.config.block_size
     slots = asyncio.Semaphore(max_requests)
+    about = description(served, defaults)
 
     async def describe(request: Request) -> JSONResponse:
-        return JSONResponse(description(served, defaults))
+        return JSONResponse(about)
 
     async def answer(request: Request) -> Callable[..., Awaitable[None]]:
         asked = await read_json(request)
@@ -116,7 +118,7 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
             Route("/score", score, methods=["POST"]),
             Route("/attention", attention, methods=["POST"]),
         ],
-        middleware=[Middleware(OwnPage, hosts=hosts)],
+        middleware=[Middleware(OwnPage, hosts=hosts, version=about["version"])],
         exception_handlers={HTTPException: send_error, UserError: send_error},
     )
     app.state.stopping = lambda: False  # whoever runs the server replaces it
@@ -138,7 +140,7 @@ async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
 
 def description(served: Served, defaults: Sampling) -> dict[str, Any]:
     tokenizer = served.tokenizer
-    return {
+    about = {
         "name": served.name,
         "chat": generation.holds_conversations(tokenizer),
         "remembers": tokenizer.chat_template == templates.CHAT,
@@ -149,17 +151,19 @@ def description(served: Served, defaults: Sampling) -> dict[str, Any]:
         "examples": served.examples,
         "defaults": {each.name: getattr(defaults, each.name) for each in fields(Sampling)},
     }
+    return about | {"version": f"{zlib.crc32(json.dumps(about).encode()):08x}"}
 
 
 class OwnPage:
-    """Middleware that answers only the server's own page.
+    """Middleware that answers only the server's own page, and only for the model that it shows.
 
     A page of another site could ask directly, which its Origin header reveals, or point a name of
-    its own at this machine, which the Host header reveals.
+    its own at this machine, which the Host header reveals. A page that is still open from another
+    model, to which the same ids mean another text, names its version.
     """
 
-    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: ASGIApp, hosts: list[str], version: str) -> None:
+        self.app, self.hosts, self.version = app, hosts, version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
@@ -170,6 +174,9 @@ class OwnPage:
                 app = JSONResponse({"error": f"{host!r} is not a name of this server"}, 400)
             elif origin is not None and origin.partition("://")[2] != host:
                 app = JSONResponse({"error": "requests from other sites are refused"}, 403)
+            elif headers.get("page-version", self.version) != self.version:
+                error = "the server now has another model or other settings: reload the page"
+                app = JSONResponse({"error": error}, 409)
         await app(scope, receive, send)
 
 

@@ -140,6 +140,17 @@ def test_an_answer_that_fails_says_why(folder, open_page):
         assert "the model's logits are not finite" in page.inner_text("#problem")
 
 
+def test_a_page_of_an_earlier_server_asks_to_be_reloaded(folder, open_page):
+    with closing(Site(folder)) as site:
+        page = open_page(site)
+    with closing(Site(folder, port=site.port, temperature=0.5)) as site:
+        send(page, "Once")
+        page.wait_for_selector("#problem:has-text('reload the page')")
+        assert page.input_value("#text") == "Once"
+        page.reload()
+        write_on(page, "Once")
+
+
 def test_a_conversation_streams_into_the_page(talk, slow, open_page):
     page = open_page(talk)
     send(page, "Hello?")

@@ -313,6 +313,9 @@ def test_other_sites_cannot_ask(site):
     for origin in ("http://evil.example", "null", "http://localhost", "https://evil.example:80"):
         status, [line] = site.ask({"text": "x"}, headers={**JSON, "Origin": origin})
         assert status == 403 and line["error"] == "requests from other sites are refused"
+    old = {**JSON, "Page-Version": "of an earlier server"}
+    status, [line] = site.ask({"text": "x"}, headers=old)
+    assert status == 409 and line["error"].endswith(": reload the page")
     ours = {**JSON, "Origin": site.url.rstrip("/")}
     assert site.ask({"text": "x", "max_new_tokens": 1}, headers=ours)[0] == 200
     assert site.ask("", "/", "GET", headers={"Host": f"LocalHost:{site.port}"})[0] == 200
