@@ -70,7 +70,8 @@ def serve(cfg: ServeConfig) -> None:
         listening = socket.create_server((cfg.host, cfg.port))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        raise OSError(f"cannot listen on {cfg.host}:{cfg.port} ({reason})") from None
+        problem = f"cannot listen on {cfg.host}:{cfg.port} ({reason})"
+        raise OSError(f"{problem}: try another --port or --host") from None
     hosts = ["*"] if cfg.host == "0.0.0.0" else [*LOOPBACK, cfg.host.lower()]
     examples = openers.examples(cfg.checkpoint, tokenizer)
     served = page.Served(model, tokenizer, cfg.checkpoint, examples)
