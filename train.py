@@ -199,11 +199,12 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     check_fits(plan)
 
     # do it
+    data.try_reading(start.step)
     start = load_weights(start, asdict(cfg))
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
     state = make_state(start, dataset.tokenizer, plan, rt)
-    log = None
-    if rt.is_main:
+    log, stopping = None, rt.stopping()
+    if rt.is_main and not stopping:  # once it begins, --overwrite removes the old checkpoints
         if start.base:
             adapters.keep_base(start.base, out_dir)
         now = describe_start(given, rt, start.step, dataset.fingerprint)

@@ -295,6 +295,18 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_overwrite_removes_nothing_for_data_that_cannot_be_read(cfg, tmp_path, name):
+    done = replace(cfg, out_dir=str(tmp_path / "run"), max_steps=3)
+    train.train(done)
+    before = sorted((tmp_path / "run").rglob("*"))
+    shutil.copytree(cfg.data_dir, tmp_path / "data")
+    write_shard(tmp_path / "data" / f"{name}_000000.bin", np.full(900, 9999))
+    with pytest.raises(ValueError, match="id 9999 at token .* beyond the vocabulary of 257"):
+        train.train(replace(done, data_dir=str(tmp_path / "data"), overwrite=True))
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run = replace(cfg, out_dir=str(tmp_path), max_steps=9)
