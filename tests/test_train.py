@@ -684,6 +684,14 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     assert len(folders.step_folders(tmp_path / "parts")) == 1
 
 
+def test_a_run_goes_on_without_its_streams(cfg, tmp_path, monkeypatch):
+    """As in `python train.py >&- 2>&-`, where Python has none."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert train.main(command(cfg, tmp_path)[2:]) == 0
+    assert newest(tmp_path) == 20
+
+
 def test_a_reader_that_leaves_ends_a_run_quietly(cfg, tmp_path, monkeypatch, capsys):
     """As in `python train.py | head -1`: nothing has been trained yet."""
     reader, writer = os.pipe()
