@@ -462,6 +462,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"data_dir": "nowhere"}, "there is no data in nowhere"),
         ({"init_from": "nowhere"}, "nowhere does not exist"),
         ({"init_from": "Resume"}, "init_from='Resume': did you mean 'resume'"),
+        ({"init_from": "GPT2-XL"}, "init_from='GPT2-XL': did you mean 'gpt2-xl'"),
         ({"init_from": "resume"}, "holds no checkpoint"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
@@ -481,12 +482,15 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, 
 
 def test_an_out_dir_that_is_something_else_is_refused(cfg, tmp_path):
     train.train(replace(cfg, max_steps=1, out_dir=str(tmp_path / "run")))
-    step = str(tmp_path / "run" / "step_000001")
+    step, bare = str(tmp_path / "run" / "step_000001"), str(tmp_path / "bare")
+    shutil.copytree(step, bare, ignore=shutil.ignore_patterns("state.json"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").touch()
     for out_dir, changes, message in [
         (str(tmp_path / "data"), {}, "is a data folder: choose another"),
         (step, {}, f"is a checkpoint; --init_from={step} --resume --out_dir=OTHER continues"),
+        (f"{step}/more", {}, "is inside a checkpoint: choose another"),
+        (bare, {}, f"is a checkpoint; --init_from={bare} --out_dir=OTHER starts a new run"),
         (str(tmp_path / "\udcff"), {}, "is not UTF-8"),
         (str(tmp_path / "run"), {"data_dir": "data/x"}, "out_dir=out/x"),
     ]:
