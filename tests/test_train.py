@@ -375,8 +375,9 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, caps
 def test_overwriting_what_a_run_starts_from_is_refused(cfg, tmp_path):
     run = replace(cfg, out_dir=str(tmp_path), max_steps=2)
     train.train(run)
-    with pytest.raises(ValueError, match="which init_from starts from"):
-        train.train(replace(run, init_from=str(tmp_path), overwrite=True))
+    for name in (tmp_path, os.path.relpath(tmp_path), tmp_path / "step_000002"):
+        with pytest.raises(ValueError, match="which init_from starts from"):
+            train.train(replace(run, init_from=str(name), overwrite=True))
     assert folders.step_folders(tmp_path)
 
 

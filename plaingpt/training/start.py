@@ -127,7 +127,8 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | N
     ]
     if other:
         raise UserError(f"init_from takes the shape of its checkpoint: {'; '.join(other)}")
-    if settings["overwrite"] and folder in folders.step_folders(out_dir):
+    doomed = folders.step_folders(out_dir) if settings["overwrite"] else []
+    if folder and any(map(folder.samefile, doomed)):
         raise UserError(f"--overwrite would remove {folder}, which init_from starts from")
     model, config = outline(shape), lora_config(settings)
     if config is None:
