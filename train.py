@@ -281,8 +281,8 @@ def check_settings(cfg: TrainConfig) -> None:
             "resume needs the checkpoint to continue from, as init_from=out/run/step_000500; "
             "--init_from=resume continues the newest in out_dir"
         )
-    if cfg.resume and cfg.overwrite:
-        problems.append("resume deletes nothing, so it does not combine with overwrite")
+    if resumes(asdict(cfg)) and cfg.overwrite:
+        problems.append("resuming deletes nothing, so it does not combine with overwrite")
     if Path(cfg.init_from).is_file():
         problems.append(f"init_from={cfg.init_from} is a file, not a folder")
     if cfg.overwrite and runtime.restartable():

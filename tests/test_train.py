@@ -470,6 +470,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"init_from": __file__}, "init_from=.*test_train.py is a file, not a folder"),
         ({"resume": True}, "resume needs the checkpoint to continue from"),
         ({"resume": True, "overwrite": True, "init_from": "x"}, "does not combine with overwrite"),
+        ({"overwrite": True, "init_from": "resume"}, "does not combine with overwrite"),
         ({"plan_for": "8xH1000"}, "is not a known device"),
         ({"n_layer": 1025}, "n_layer is at most 1,024"),
         ({"n_embd": 2**40}, "n_embd and block_size 1,048,575"),
