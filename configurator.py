@@ -22,7 +22,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from plaingpt.advice import explain_import, failure, unknown, unnamed
+from plaingpt.advice import explain_import, failure, unknown, unknown_in, unnamed
 from plaingpt.values import INVALID, check, describe, misfit, options_of, parse
 from plaingpt.wording import shorten, shown
 
@@ -187,11 +187,10 @@ def resolve(
         put(name, value, "the resumed run")
     files, pairs = split_arguments(cls, argv, problems)
     for path in files:
-        for name, value in run_file(path, values, problems).items():
-            if name in values:
-                put(name, value, path)
-            else:
-                problems.append(f"{path}: {unknown(name, values)}")
+        found = run_file(path, values, problems)
+        problems += unknown_in(path, [name for name in found if name not in values], values)
+        for name in filter(values.__contains__, found):
+            put(name, found[name], path)
     for name, value in pairs:
         put(name, value, "command line")
     if problems:

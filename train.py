@@ -199,11 +199,12 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     check_fits(plan)
 
     # do it
+    data.try_reading(start.step)
     start = load_weights(start, asdict(cfg))
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
     state = make_state(start, dataset.tokenizer, plan, rt)
-    log = None
-    if rt.is_main:
+    log, stopping = None, rt.stopping()
+    if rt.is_main and not stopping:  # once it begins, --overwrite removes the old checkpoints
         if start.base:
             adapters.keep_base(start.base, out_dir)
         now = describe_start(given, rt, start.step, dataset.fingerprint)
@@ -280,8 +281,8 @@ def check_settings(cfg: TrainConfig) -> None:
             "resume needs the checkpoint to continue from, as init_from=out/run/step_000500; "
             "--init_from=resume continues the newest in out_dir"
         )
-    if cfg.resume and cfg.overwrite:
-        problems.append("resume deletes nothing, so it does not combine with overwrite")
+    if resumes(asdict(cfg)) and cfg.overwrite:
+        problems.append("resuming deletes nothing, so it does not combine with overwrite")
     if Path(cfg.init_from).is_file():
         problems.append(f"init_from={cfg.init_from} is a file, not a folder")
     if cfg.overwrite and runtime.restartable():

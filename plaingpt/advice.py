@@ -4,6 +4,7 @@ what was meant and what helps."""
 import contextlib
 import difflib
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -82,6 +83,16 @@ def unknown(name: str, known: Collection[str]) -> str:
             return f"{said}; use {ours!r}" + (f" ({note}" if note else "")
     close = difflib.get_close_matches(name[:50].lower(), list(known), n=1, cutoff=0.5)
     return f"{said}; did you mean {close[0]!r}?" if close else said
+
+
+def unknown_in(path: str, names: list[str], known: Collection[str]) -> list[str]:
+    """The messages for settings of a config file that are not `known`: a single one if the file
+    begins with the line that runs another command with it."""
+    usage = rf"^ *python (\w+\.py) (\S*/)?{re.escape(os.path.basename(path))}\b"
+    found = names and re.search(usage, Path(path).read_text("utf-8", "replace"), re.MULTILINE)
+    if found and found[1] != os.path.basename(sys.argv[0]):
+        return [f"{path} is for {found[1]}: {found[0].strip()}"]
+    return [f"{path}: {unknown(name, known)}" for name in names]
 
 
 def unnamed(words: list[str], known: Collection[str], given: Collection[str]) -> str:

@@ -73,16 +73,21 @@ def remove_folder(folder: Path) -> None:
     """Rename a folder, then delete it, so that its own name never stands for a part of it."""
     doomed = folder.with_name(f"{PARTIAL}old_{folder.name}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process was writing or removing in `folder`."""
     for partial in folder.glob(f"{PARTIAL}*"):
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink()
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 # --- reading

@@ -56,10 +56,11 @@ def acquire(path: Path) -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except (FileNotFoundError, FileExistsError):  # its last holder is removing the folder
-            if attempt == TRIES - 1:
-                raise
-            continue
+        except OSError as error:
+            moving = isinstance(error, (FileNotFoundError, FileExistsError))
+            if moving and attempt < TRIES - 1:  # its last holder is removing the folder
+                continue
+            raise OSError(f"cannot write to {path.parent}: {error.strerror}") from None
         if not lock(handle, path):
             other = signature(handle)
             os.close(handle)

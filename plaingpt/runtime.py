@@ -206,8 +206,8 @@ def stop_signals() -> Iterator[list[str]]:
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    out = cast(TextIO, Output(sys.stdout, received))
-    error = cast(TextIO, Output(sys.stderr, received))
+    streams = (sys.stdout, sys.stderr)  # None if closed
+    out, error = (cast(TextIO, Output(each, received)) if each else None for each in streams)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             yield received

@@ -1,5 +1,7 @@
 """What is answered to names of other programs, bare words and missing config files."""
 
+from pathlib import Path
+
 import pytest
 
 import configurator
@@ -10,6 +12,7 @@ from configurator import UserError
 from plaingpt import advice
 from tools import eval, export, serve
 
+REPO = Path(__file__).parents[1]
 CLASSES = {
     "prepare": prepare.PrepareConfig,
     "train": train.TrainConfig,
@@ -26,6 +29,22 @@ def message(command: str, *argv: str) -> str:
     text = str(caught.value)
     assert len(text.splitlines()) == 1
     return text.removeprefix("command line: ")
+
+
+def test_a_config_file_of_another_command_says_so_in_a_line(monkeypatch):
+    monkeypatch.chdir(REPO)
+    for argv, file, other in (
+        ("train.py", "config/data_fineweb.py", "prepare.py"),
+        ("prepare.py", "config/gpt2_124m.py", "train.py"),
+        ("prepare.py", "config/finetune_chat.py", "train.py"),
+    ):
+        monkeypatch.setattr("sys.argv", [f"/some/where/{argv}"])
+        said = message(argv.removesuffix(".py"), file)
+        assert said == f"{file} is for {other}: python {other} {file}"
+    for argv, number in (("train.py", 4), ("prepare.py", 1)):
+        monkeypatch.setattr("sys.argv", [argv])
+        found = advice.unknown_in("config/gpt2_124m.py", ["a", "b", "c", "d"], {"learning_rate"})
+        assert len(found) == number
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,6 @@ READERS = {
     f"{STEP}/model.safetensors": ["sample", "plan", "export"],
     f"{STEP}/tokenizer.json": ["sample", "export"],
     f"{STEP}/tokenizer_config.json": ["sample", "export"],
-    f"{STEP}/generation_config.json": ["sample"],
     f"{STEP}/state.json": ["resume", "export"],
     f"{STEP}/optimizer.pt": ["resume"],
     "run/run.json": ["resume", "export"],

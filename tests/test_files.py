@@ -70,8 +70,16 @@ def test_leftovers_of_a_killed_process_vanish_and_nothing_else(tmp_path):
     kept = {tmp_path / ".partial", tmp_path / "run.json"}
     for path in kept:
         path.mkdir()
+    (tmp_path / ".partial_old_step_000004").symlink_to(tmp_path / ".partial")
     files.remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == kept
+
+
+def test_of_a_folder_that_is_a_link_the_link_is_removed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").symlink_to("elsewhere")
+    files.remove_folder(tmp_path / "a")
+    assert os.listdir(tmp_path) == ["elsewhere"]
 
 
 def test_json_is_what_was_written(tmp_path):

@@ -146,6 +146,20 @@ def test_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch,
     )
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_rather_than_its_lock(tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system", tmp_path / locks.NAME)
+
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(OSError) as found, locks.locked(tmp_path / "dangling"):
+        pass
+    assert str(found.value) == f"cannot write to {tmp_path / 'dangling'}: File exists"
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError) as found, locks.locked(tmp_path):
+        pass
+    assert str(found.value) == f"cannot write to {tmp_path}: Read-only file system"
+
+
 # --- the commands
 
 

@@ -221,6 +221,8 @@ def test_a_run_goes_on_elsewhere_with_its_base(run, tmp_path):
     assert train.main([first, "--resume", f"--out_dir={other}"]) == 0
     for read in (lambda at: adapters.read_adapter(at)[1], store.read_optimizer):
         assert same(read(folders.find(other)), read(folders.find(run.out_dir)))
+    content = [(folders.find(at) / "optimizer.pt").read_bytes() for at in (other, run.out_dir)]
+    assert content[0] == content[1]
     assert records(other) == records(run.out_dir)
     shutil.rmtree(run.out_dir)
     store.load_model(other)

@@ -295,6 +295,18 @@ def test_a_finished_run_is_not_buried(cfg, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_overwrite_removes_nothing_for_data_that_cannot_be_read(cfg, tmp_path, name):
+    done = replace(cfg, out_dir=str(tmp_path / "run"), max_steps=3)
+    train.train(done)
+    before = sorted((tmp_path / "run").rglob("*"))
+    shutil.copytree(cfg.data_dir, tmp_path / "data")
+    write_shard(tmp_path / "data" / f"{name}_000000.bin", np.full(900, 9999))
+    with pytest.raises(ValueError, match="id 9999 at token .* beyond the vocabulary of 257"):
+        train.train(replace(done, data_dir=str(tmp_path / "data"), overwrite=True))
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 def test_under_max_restarts_the_same_run_goes_on_and_ends_once(cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run = replace(cfg, out_dir=str(tmp_path), max_steps=9)
@@ -363,8 +375,9 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, caps
 def test_overwriting_what_a_run_starts_from_is_refused(cfg, tmp_path):
     run = replace(cfg, out_dir=str(tmp_path), max_steps=2)
     train.train(run)
-    with pytest.raises(ValueError, match="which init_from starts from"):
-        train.train(replace(run, init_from=str(tmp_path), overwrite=True))
+    for name in (tmp_path, os.path.relpath(tmp_path), tmp_path / "step_000002"):
+        with pytest.raises(ValueError, match="which init_from starts from"):
+            train.train(replace(run, init_from=str(name), overwrite=True))
     assert folders.step_folders(tmp_path)
 
 
@@ -450,12 +463,14 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"data_dir": "nowhere"}, "there is no data in nowhere"),
         ({"init_from": "nowhere"}, "nowhere does not exist"),
         ({"init_from": "Resume"}, "init_from='Resume': did you mean 'resume'"),
+        ({"init_from": "GPT2-XL"}, "init_from='GPT2-XL': did you mean 'gpt2-xl'"),
         ({"init_from": "resume"}, "holds no checkpoint"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
         ({"dropout": 2.0}, "dropout"),
         ({"init_from": __file__}, "init_from=.*test_train.py is a file, not a folder"),
         ({"resume": True}, "resume needs the checkpoint to continue from"),
         ({"resume": True, "overwrite": True, "init_from": "x"}, "does not combine with overwrite"),
+        ({"overwrite": True, "init_from": "resume"}, "does not combine with overwrite"),
         ({"plan_for": "8xH1000"}, "is not a known device"),
         ({"n_layer": 1025}, "n_layer is at most 1,024"),
         ({"n_embd": 2**40}, "n_embd and block_size 1,048,575"),
@@ -469,12 +484,15 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(cfg, tmp_path, changes, 
 
 def test_an_out_dir_that_is_something_else_is_refused(cfg, tmp_path):
     train.train(replace(cfg, max_steps=1, out_dir=str(tmp_path / "run")))
-    step = str(tmp_path / "run" / "step_000001")
+    step, bare = str(tmp_path / "run" / "step_000001"), str(tmp_path / "bare")
+    shutil.copytree(step, bare, ignore=shutil.ignore_patterns("state.json"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").touch()
     for out_dir, changes, message in [
         (str(tmp_path / "data"), {}, "is a data folder: choose another"),
         (step, {}, f"is a checkpoint; --init_from={step} --resume --out_dir=OTHER continues"),
+        (f"{step}/more", {}, "is inside a checkpoint: choose another"),
+        (bare, {}, f"is a checkpoint; --init_from={bare} --out_dir=OTHER starts a new run"),
         (str(tmp_path / "\udcff"), {}, "is not UTF-8"),
         (str(tmp_path / "run"), {"data_dir": "data/x"}, "out_dir=out/x"),
     ]:
@@ -670,6 +688,14 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(cfg, tmp_path):
     again = re.escape(f"python train.py --init_from=resume --out_dir={tmp_path / 'parts'}")
     assert re.search(rf"stopped by SIGTERM; {again} continues from step \d+\n", out)
     assert len(folders.step_folders(tmp_path / "parts")) == 1
+
+
+def test_a_run_goes_on_without_its_streams(cfg, tmp_path, monkeypatch):
+    """As in `python train.py >&- 2>&-`, where Python has none."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert train.main(command(cfg, tmp_path)[2:]) == 0
+    assert newest(tmp_path) == 20
 
 
 def test_a_reader_that_leaves_ends_a_run_quietly(cfg, tmp_path, monkeypatch, capsys):

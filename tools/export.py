@@ -71,10 +71,12 @@ def check_settings(cfg: ExportConfig) -> None:
     """Raises a UserError that lists all invalid settings."""
     problems = []
     out_dir = Path(cfg.out_dir)
-    if not out_dir.name:
+    if out_dir.name in ("", ".."):
         problems.append(f"out_dir={cfg.out_dir!r} cannot be the name of a new folder")
-    elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+    elif out_dir.is_symlink() or (any(out_dir.iterdir()) if out_dir.is_dir() else out_dir.exists()):
         problems.append(f"{out_dir} already exists: choose another --out_dir")
+    elif folders.within_checkpoint(out_dir) or folders.STEP_FOLDER.fullmatch(out_dir.name):
+        problems.append(f"{out_dir} would be in a checkpoint, or look like one: choose another")
     if cfg.push_to_hub is None:
         given = [name for name in ("dry_run", "private") if getattr(cfg, name)]
         problems += [f"{name} needs push_to_hub" for name in given]

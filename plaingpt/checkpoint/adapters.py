@@ -121,12 +121,13 @@ def base_folder(folder: Path, adapter: lora.Adapter) -> Path:
 
 def base_of(folder: Path, adapter: lora.Adapter) -> str:
     """Where to `find` the model that an adapter modifies: where its config says, or in its run."""
-    for where in (Path(adapter.base), folder.parent / BASE):
-        if where.is_dir():
-            return str(where)
     name = HUB_NAMES.get(adapter.base, f"hf:{adapter.base}")
     name += f"@{adapter.revision}" if adapter.revision else ""
-    if Path(adapter.base).is_absolute() or not on_hub(name):
+    is_folder = Path(adapter.base).is_absolute() or not on_hub(name)
+    for where in (Path(adapter.base), folder.parent / BASE)[: 1 + is_folder]:
+        if where.is_dir():
+            return str(where)
+    if is_folder:
         raise UserError(
             f"{folder} is an adapter for {adapter.base}, which does not exist; if it was moved, "
             f"set base_model_name_or_path in {ADAPTER_CONFIG} to its new path and delete {SUMS}"

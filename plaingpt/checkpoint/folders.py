@@ -144,6 +144,12 @@ def step_folders(out_dir: Path | str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def within_checkpoint(folder: Path) -> bool:
+    """Whether a folder is inside a checkpoint, with which it would be removed."""
+    above = folder.resolve().parents
+    return any(STEP_FOLDER.fullmatch(each.name) and is_model(each) for each in above)
+
+
 def is_adapter(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 

@@ -116,6 +116,12 @@ class Data:
     batches: Batches
     held_out: Split
 
+    def try_reading(self, step: int) -> None:
+        """Read the batch of a step and a held-out window. Raises UserError if that fails: at the
+        start, before --overwrite has removed anything."""
+        self.batches(step)
+        windows_at(self.held_out, np.zeros(1, np.int64), self.batches.block_size)
+
 
 def open_data(dataset: Dataset, batch_size: int, block_size: int, seed: int, stride: int) -> Data:
     """Raises UserError if a split is missing, damaged, or holds less than one window."""

@@ -196,9 +196,10 @@ def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """The optimizers' state of each parameter, by the name of the parameter."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return {names[p]: dict(state) for each in optimizers for p, state in each.state.items()}
+    """The optimizers' state of each parameter, by the name of the parameter, in the model's order
+    (they create or restore their states in orders of their own)."""
+    states = {p: state for each in optimizers for p, state in each.state.items()}
+    return {name: dict(states[p]) for name, p in model.named_parameters() if p in states}
 
 
 def load_optimizer_state(

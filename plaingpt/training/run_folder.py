@@ -132,12 +132,14 @@ def check_out_dir(out_dir: Path, step: int) -> None:
         raise UserError(
             f"out_dir={out_dir} is a data folder: choose another, as out/{out_dir.name}"
         )
+    if folders.within_checkpoint(out_dir):
+        raise UserError(f"out_dir={out_dir} is inside a checkpoint: choose another")
     if (out_dir / "config.json").exists() or folders.is_adapter(out_dir):
+        ways = "--resume --out_dir=OTHER continues its run from there"
+        if not (out_dir / "state.json").exists():  # exported, or made elsewhere
+            ways = "--out_dir=OTHER starts a new run from it"
         where = shlex.quote(str(out_dir))
-        raise UserError(
-            f"out_dir={out_dir} is a checkpoint; --init_from={where} --resume --out_dir=OTHER "
-            "continues its run from there"
-        )
+        raise UserError(f"out_dir={out_dir} is a checkpoint; --init_from={where} {ways}")
     for path in sorted(out_dir.glob("step_*")):
         named = folders.STEP_FOLDER.fullmatch(path.name)
         if named and int(named[1]) > step and not (path / "state.json").exists():

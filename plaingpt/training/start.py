@@ -108,8 +108,9 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | N
     another shape than settings that differ from their `defaults`.
     """
     where, out_dir = settings["init_from"], Path(settings["out_dir"])
-    word = difflib.get_close_matches(where.lower(), ("scratch", "resume"), n=1, cutoff=0.8)
-    if word and not Path(where).exists():
+    words = ("scratch", "resume", *OPENAI)
+    word = difflib.get_close_matches(where.lower(), words, n=1, cutoff=0.75)
+    if word and where not in words and not Path(where).exists():
         raise UserError(f"init_from={where!r}: did you mean {word[0]!r}?")
     if settings["plan"] and where in OPENAI:
         folder, shape = None, openai_shape(where, settings, dataset)
@@ -126,7 +127,8 @@ def from_checkpoint(settings: Settings, defaults: Settings, dataset: Dataset | N
     ]
     if other:
         raise UserError(f"init_from takes the shape of its checkpoint: {'; '.join(other)}")
-    if settings["overwrite"] and folder in folders.step_folders(out_dir):
+    doomed = folders.step_folders(out_dir) if settings["overwrite"] else []
+    if folder and any(map(folder.samefile, doomed)):
         raise UserError(f"--overwrite would remove {folder}, which init_from starts from")
     model, config = outline(shape), lora_config(settings)
     if config is None:
@@ -156,9 +158,12 @@ def resumes(settings: Settings) -> bool:
 
 
 def resumed_folder(settings: Settings) -> Path:
-    """The checkpoint to resume from. Raises UserError if it is missing."""
+    """The checkpoint to resume from. Raises UserError if it is missing, or has no run."""
     own = settings["init_from"] == "resume"
-    return folders.find(settings["out_dir"] if own else settings["init_from"])
+    folder = folders.find(settings["out_dir"] if own else settings["init_from"])
+    if not (folder / "state.json").exists():
+        raise UserError(f"{folder} has no state.json: a run can start from it, but not resume it")
+    return folder
 
 
 def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> Start:

@@ -126,6 +126,7 @@ def test_an_adapter_for_another_model_is_refused(plain, tmp_path, capsys):
 def test_an_adapter_of_a_model_of_the_hub_names_it_as_the_hub_does(plain, where, base, again):
     adapter = adapters.adapter_for(plain, where, plain, CONFIG)
     assert adapter.base == base
+    (plain.parent / adapters.BASE).mkdir()  # of an earlier run in this folder
     assert adapters.base_of(plain, adapter) == again
     assert adapters.base_of(plain, replace(adapter, base="gpt2", revision=None)) == (
         "hf:openai-community/gpt2"  # as most of those for it say

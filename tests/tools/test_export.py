@@ -133,7 +133,11 @@ def test_it_is_uploaded_as_huggingface_hub_does_it(run, tmp_path, capsys):
     "arguments, message",
     [
         (["--out_dir={full}"], "already exists: choose another --out_dir"),
+        (["--out_dir={link}"], "already exists: choose another --out_dir"),
+        (["--out_dir={step}/mine"], "would be in a checkpoint, or look like one"),
+        (["--out_dir={full}/step_000099"], "would be in a checkpoint, or look like one"),
         (["--out_dir="], "cannot be the name of a new folder"),
+        (["--out_dir={new}/.."], "cannot be the name of a new folder"),
         (["--out_dir={new}", "--push_to_hub=me"], "push_to_hub='me' is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/it@main"], "is not of the form OWNER/NAME"),
         (["--out_dir={new}", "--push_to_hub=me/-it"], "is not of the form OWNER/NAME"),
@@ -143,7 +147,10 @@ def test_it_is_uploaded_as_huggingface_hub_does_it(run, tmp_path, capsys):
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(run, tmp_path, capsys, arguments, message):
-    paths = {"full": run, "new": tmp_path / "new"}
+    paths = {"full": run, "new": tmp_path / "new", "step": folders.find(run)}
+    paths["link"] = run.parent / "link"
+    if not paths["link"].is_symlink():
+        paths["link"].symlink_to(tmp_path)
     words = [argument.format(**paths) for argument in arguments]
     assert export.main([f"--checkpoint={run}", *words]) == 2
     out, err = capsys.readouterr()

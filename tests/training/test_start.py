@@ -72,6 +72,8 @@ def test_a_checkpoint_alone_goes_on_but_not_with_other_settings(whole, tmp_path,
     assert "with other settings: seed is 1337, not 3" in capsys.readouterr().err
     assert train.main(resume) == 0
     assert names(tmp_path / "new") == ["step_000020"]
-    (alone / "optimizer.pt").unlink()
-    assert train.main([*resume[:2], f"--out_dir={tmp_path / 'newer'}"]) == 2
-    assert "alone has no optimizer.pt" in capsys.readouterr().err
+    for name in ("optimizer.pt", "state.json"):
+        (alone / name).unlink()
+        assert train.main([*resume[:2], f"--out_dir={tmp_path / 'newer'}"]) == 2
+        said = f"alone has no {name}: a run can start from it, but not resume it"
+        assert said in capsys.readouterr().err

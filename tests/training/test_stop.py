@@ -89,5 +89,7 @@ def test_a_signal_during_set_up_ends_the_run_before_its_first_step(
     monkeypatch.undo()
     train.train(replace(run, max_steps=3))
     monkeypatch.setattr(train, "load_weights", lambda *a: send(signal.SIGINT) or really(*a))
-    assert train.train(replace(run, init_from="resume", max_steps=6)) == {}
-    assert f"--out_dir={tmp_path} continues from step 3\n" in capsys.readouterr().out
+    for start in ({"init_from": "resume", "max_steps": 6}, {"overwrite": True}):
+        assert train.train(replace(run, **start)) == {}
+        assert f"--out_dir={tmp_path} continues from step 3\n" in capsys.readouterr().out
+    assert [start.step for start in folders.read_starts(tmp_path)] == [0]
