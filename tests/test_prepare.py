@@ -913,45 +913,6 @@ def test_a_run_whose_shards_are_damaged_starts_over_as_the_message_says(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_kill_9_at_random_moments_ends_with_the_same_hashes(tmp_path):
-    settings = corpus(tmp_path / "corpus")
-    folders = {name: tmp_path / name for name in ("whole", "parts")}
-
-    def start(folder):
-        script = (
-            "import sys\nimport prepare\nfrom plaingpt.text import builder, cutting, documents\n"
-            "builder.SAVE_SECONDS, documents.CHUNK, cutting.BLOCK = 0.05, 9000, 5000\n"
-            "sys.exit(prepare.main())"
-        )
-        given = {**settings, "sources": ",".join(settings["sources"]), "data_dir": folder}
-        arguments = [f"--{name}={value}" for name, value in given.items()]
-        return subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    began = time.monotonic()
-    assert start(folders["whole"]).wait() == 0
-    whole_seconds = time.monotonic() - began
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 5:
-        run = start(folders["parts"])
-        time.sleep(rng.uniform(0.3, 1.0) * whole_seconds)
-        run.kill()
-        if run.wait() == 0:
-            shutil.rmtree(folders["parts"])  # finished too early: start over
-        else:
-            kills += 1
-    assert start(folders["parts"]).wait() == 0
-    contents = [
-        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()
-    ]
-    assert contents[0] == contents[1]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("existed", [False, True])
 def test_killed_before_the_first_note_leaves_nothing_in_the_way(texts, run, target, existed):
     if existed:
