@@ -55,9 +55,10 @@ def hub_rows(
                     yield Row(f"{name}, record {number:,}", dict(zip(batch, values))), mark
             mark = (number, copy.deepcopy(stream.state_dict()))
     except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
+        said = " ".join(str(error).split())
         raise OSError(
             f"source {name!r}: reading ended after record {number:,} ({type(error).__name__}: "
-            f"{error}); the same command resumes from the last saved progress"
+            f"{said}); the same command resumes from the last saved progress"
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from plaingpt.text.text_files import (
+    MAX_LINE,
     open_bytes,
     refuse_damaged,
     refuse_foreign,
@@ -31,20 +32,22 @@ class Row(NamedTuple):
 def rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
     """The records of a file; of parquet files only the columns `fields`, if it has any of them.
 
-    Raises UserError if the content does not match the suffix.
+    Raises UserError if the content does not match the suffix, and for a field with two columns.
     """
-    read = {".csv": csv_rows, ".jsonl": line_rows, ".json": json_rows}
     with refuse_damaged(path):
         if suffix(path) == ".parquet":
             yield from parquet_rows(path, fields)
-        else:
-            refuse_foreign(path)
-            yield from read[suffix(path)](path)
+            return
+        refuse_foreign(path)
+        yield from csv_rows(path, fields) if suffix(path) == ".csv" else json_rows(path)
 
 
 def line_rows(path: str) -> Iterator[Row]:
     with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(MAX_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
@@ -62,7 +65,10 @@ def json_rows(path: str) -> Iterator[Row]:
     with open_bytes(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.partition(b"\n")[0].strip() == b"{":
-            raise UserError(f"{path} is one JSON object, not an array of records or one per line")
+            raise UserError(
+                f"{path} begins with a JSON object over several lines: expected an array of "
+                "records, or one record per line"
+            )
         if not start.startswith(b"["):
             yield from line_rows(path)
             return
@@ -75,8 +81,8 @@ def json_rows(path: str) -> Iterator[Row]:
         yield Row(f"{path}, record {number:,}", value)
 
 
-def csv_rows(path: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
+def csv_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE)
     lines = csv.reader(text_lines(path), strict=True)
     names: list[str] = []
     while True:
@@ -94,6 +100,7 @@ def csv_rows(path: str) -> Iterator[Row]:
             yield Row(f"{path}, line {lines.line_num:,}", None, f"not CSV ({error})")
             continue
         if not names:
+            refuse_twins(path, values, fields)
             names = values
         elif values:
             same = len(values) == len(names)
@@ -107,10 +114,18 @@ def parquet_rows(path: str, fields: tuple[str, ...]) -> Iterator[Row]:
     try:
         with open_bytes(path) as file:
             table = ParquetFile(file)
+            refuse_twins(path, table.schema_arrow.names, fields)
             columns = [name for name in table.schema_arrow.names if name in fields] or None
             batches = table.iter_batches(BATCH, columns=columns)
             values = (value for batch in batches for value in batch.to_pylist())
             for number, value in enumerate(values, 1):
                 yield Row(f"{path}, row {number:,}", value)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's own kinds
         raise UserError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def refuse_twins(path: str, columns: list[str], fields: tuple[str, ...]) -> None:
+    if twins := [name for name in fields if columns.count(name) > 1]:
+        raise UserError(f"{path} has two columns {twins[0]!r}: rename or remove one")

@@ -8,7 +8,7 @@ Where text comes from: a source string → local files, or a dataset of the hub 
 
 An item is a `TextFile` (one document, however large, read in pieces) or a `Row` (a record of a
 .jsonl, .json, .csv or .parquet file or of the hub). Files may be compressed (.gz, .bz2, .xz, .zst,
-…). Memory holds one item at a time, except for a .json file, which is one array.
+…). Memory holds one item at a time, except for a JSON file that is one array.
 """
 
 import difflib
@@ -26,7 +26,7 @@ from configurator import UserError
 from plaingpt.files import Count
 from plaingpt.text.hub import HubDataset, Mark, hub_rows, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
-from plaingpt.text.text_files import TextFile, is_text, suffix
+from plaingpt.text.text_files import TextFile, codec_of, is_text, suffix
 
 KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read
 WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
@@ -56,6 +56,11 @@ class Source:
     def size(self) -> int:
         """Bytes on disk; 0 for the hub."""
         return sum(file.size for file in self.files)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the text may be much longer than the files."""
+        return any(codec_of(f.path) or suffix(f.path) == ".parquet" for f in self.files)
 
     def items(
         self, start: Position, fields: tuple[str, ...] = ()
@@ -92,8 +97,8 @@ def find_source(text: str) -> Source:
         paths, others = stdlib_paths(), []
     else:
         found = find_paths(text)
-        paths = [path for path in found if suffix(path) in KINDS]
-        others = [path for path in found if suffix(path) not in KINDS]
+        paths = [path for path in found if suffix(path) in KINDS and os.path.isfile(path)]
+        others = sorted({*found} - {*paths})  # of other kinds, broken links, pipes
         if not paths:
             raise UserError(f"source {text!r} {nothing_read(text, others)}")
     real = {os.path.realpath(path): os.path.abspath(path) for path in reversed(paths)}  # once each
@@ -114,24 +119,24 @@ def find_paths(text: str) -> list[str]:
         found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
     else:
         found = [text] if os.path.lexists(text) else glob.glob(text, recursive=True)
-    return sorted(path for path in found if os.path.isfile(path))
+    return sorted(path for path in found if not os.path.isdir(path))
 
 
 def nothing_read(text: str, others: list[str]) -> str:
     """Why a source string leads to no file that can be read, and what to do about it."""
     kinds = ", ".join(sorted(KINDS))
+    if os.path.lexists(text) and not os.path.isdir(text) and not os.path.isfile(text):
+        return "is not a file but a pipe, a device or a broken link"
     if others == [text]:
         return (
             f"is of an unsupported kind: only {kinds} files are read, compressed or not; "
-            "save it as plain text, with a name that ends in .txt"
+            "convert it to one of these, plain text with a name that ends in .txt"
         )
     if others:
         return (
             f"matches {counted_suffixes(others)}, but no file of these kinds: {kinds}; "
-            "save them as plain text, with names that end in .txt"
+            "convert them to one of these, plain text with names that end in .txt"
         )
-    if os.path.lexists(text) and not os.path.isdir(text):
-        return "is not a file but a pipe, a device or a broken link"
     said = f"matches no file of these kinds: {kinds}"
     if "://" in text:
         return f"{said}; download it first, or write hf:OWNER/NAME for a dataset of the hub"

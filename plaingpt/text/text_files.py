@@ -1,6 +1,8 @@
 """Text files of any size, read in pieces that encode to the same ids as the whole text."""
 
 import codecs
+import importlib
+import sys
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,14 @@ from configurator import UserError
 from plaingpt.text import cutting
 
 TEXT_SUFFIXES = {".txt", ".py"}
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
+MAX_LINE = 1 << 28  # of a file of records: a line is held in memory
+COMPRESSED = {  # suffix → module; not zstandard, to which a file that was cut off looks whole
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "lzma",
+    ".zst": "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd",
+    ".lz4": "lz4.frame",
+}
 NOT_TEXT = {  # what files begin with that are not text, whatever their names say
     b"%PDF-": "a PDF: extract its text, for example with pdftotext",
     b"PK\x03\x04": "a zip archive or an Office document: save it as plain text",
@@ -50,7 +59,7 @@ class TextFile:
 def suffix(path: str) -> str:
     """`.jsonl` of `talks.jsonl.gz`."""
     name = Path(path)
-    return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix.lower()
+    return (name.with_suffix("") if codec_of(path) else name).suffix.lower()
 
 
 def is_text(path: str) -> bool:
@@ -60,16 +69,20 @@ def is_text(path: str) -> bool:
 # --- reading
 
 
-def open_bytes(path: str) -> IO[bytes]:
-    if Path(path).suffix not in COMPRESSED:
-        return open(path, "rb")
-    import fsspec  # not at the top: only compressed files need it
+def codec_of(path: str) -> str | None:
+    """The module that reads a compressed file."""
+    return COMPRESSED.get(Path(path).suffix.lower())
 
-    codec = fsspec.utils.infer_compression(path)
-    if not codec:  # codecs outside the standard library each need a package
-        package = {".zst": "zstandard"}.get(Path(path).suffix, "lz4")
-        raise UserError(f"reading {path} needs a package: pip install {package}")
-    return fsspec.open(path, "rb", compression=codec).open()
+
+def open_bytes(path: str) -> IO[bytes]:
+    if not (codec := codec_of(path)):
+        return open(path, "rb")
+    try:
+        module = importlib.import_module(codec)
+    except ImportError:
+        package = codec.removesuffix(".frame")
+        raise UserError(f"reading {path} needs a package: pip install {package}") from None
+    return module.open(path, "rb")
 
 
 @contextmanager
@@ -80,7 +93,8 @@ def refuse_damaged(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # OSError, EOFError, zlib.error, lzma.LZMAError, ZstdError, …
-        if Path(path).suffix not in COMPRESSED:
+        is_disk_or_memory = isinstance(error, MemoryError) or getattr(error, "errno", None)
+        if is_disk_or_memory or not codec_of(path):
             raise
         raise UserError(f"{path} is damaged, or not compressed as its name says: {error}") from None
 
@@ -137,6 +151,7 @@ def read_text(path: str) -> Iterator[str]:
 
 
 def text_lines(path: str) -> Iterator[str]:
+    """Raises UserError as `read_text`, and for a line of more than MAX_LINE characters."""
     begun: list[str] = []  # of the next line
     for block in read_text(path):
         *lines, rest = block.split("\n")
@@ -144,6 +159,8 @@ def text_lines(path: str) -> Iterator[str]:
             yield "".join([*begun, line, "\n"])
             begun = []
         begun.append(rest)
+        if sum(map(len, begun)) > MAX_LINE:
+            raise UserError(f"{path} has a line longer than {MAX_LINE >> 20} MiB")
     if rest := "".join(begun):
         yield rest
 

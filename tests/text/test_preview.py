@@ -3,11 +3,13 @@
 import json
 import os
 import shlex
+import sys
 import zipfile
 
 import pytest
 
 import prepare
+from plaingpt.text.text_files import codec_of
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 ALPACA = {"instruction": "Add.", "input": "", "output": "3"}
@@ -124,7 +126,9 @@ FOREIGN = {
     "latin.txt": ("café".encode("latin-1"), "is not UTF-8: byte 0xe9 at 3; convert it"),
     "plain.txt.gz": (b"just text", "is damaged, or not compressed as its name says"),
     "plain.jsonl.gz": (b'{"text": "x"}', "is damaged, or not compressed as its name says"),
-    "pretty.json": (b'{\n "text": "x"\n}\n', "is one JSON object, not an array of records"),
+    "pretty.json": (b'{\n "text": "x"\n}\n', "begins with a JSON object over several lines"),
+    "pretty.jsonl": (b'{\n "text": "x"\n}\n{', "begins with a JSON object over several lines"),
+    "twins.csv": (b"text,,,text\nx,,,y\n", "has two columns 'text': rename or remove one"),
     "quote.csv": (b'text\n"never closed\n1\n2\n3\n', "line 2: a quote that opens in this record"),
 }
 
@@ -152,7 +156,7 @@ def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
     assert "'novel.docx' is of an unsupported kind: only .csv" in say("--sources=novel.docx")
     line = say("--sources=scans")
     assert "matches 2 .pdf, 1 .png, but no file of these kinds: .csv" in line
-    assert "save them as plain text, with names that end in .txt" in line
+    assert "convert them to one of these, plain text with names that end in .txt" in line
     (tmp_path / "scans" / "4.txt").write_text("some text\n" * 9)
     assert prepare.main(["--sources=scans", "--tokenizer=bytes"]) == 0
     out, err = capsys.readouterr()
@@ -182,8 +186,10 @@ def test_a_source_that_leads_nowhere_names_the_closest(say, tmp_path, source, sa
 
 
 def test_a_codec_that_is_missing_is_named(say, tmp_path, monkeypatch):
-    monkeypatch.setattr("fsspec.utils.infer_compression", lambda path: None)
-    for name, package in (("a.txt.zst", "zstandard"), ("a.jsonl.lz4", "lz4")):
+    for name, package in (("a.txt.zst", "backports.zstd"), ("a.jsonl.lz4", "lz4")):
+        if not (codec := codec_of(name)).startswith(package):  # Python 3.14 has zstd
+            continue
+        monkeypatch.setitem(sys.modules, codec, None)
         (tmp_path / name).write_bytes(b"text")
         said = say(f"--sources={name}")
         assert f"{name} needs a package: pip install {package}" in said and "reading" in said

@@ -17,7 +17,7 @@ import pytest
 
 import prepare
 from configurator import UserError
-from plaingpt.text import cutting, network, tokenizer
+from plaingpt.text import cutting, network, text_files, tokenizer
 from plaingpt.text import hub as hub_module
 from plaingpt.text.records import BATCH, Row
 from plaingpt.text.sources import Position, find_source
@@ -93,6 +93,68 @@ def test_a_json_file_may_hold_a_record_a_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"text": "x"}\n\n{"text": "y"}\n')
     assert [row.value["text"] for row in items(str(path))] == ["x", "y"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_may_be_called_jsonl(tmp_path, indent):
+    (tmp_path / "a.jsonl").write_text(json.dumps(RECORDS, indent=indent))
+    assert [row.value for row in items(f"{tmp_path}/a.jsonl")] == RECORDS
+
+
+def test_the_name_of_a_compressed_file_is_only_a_name(tmp_path):
+    (tmp_path / "a::b*.TXT.GZ").write_bytes(gzip.compress(b"text"))
+    (text,) = items(str(tmp_path))
+    assert "".join(text.pieces()) == "text"
+
+
+def test_zstandard_frames_are_read_to_the_last(tmp_path):
+    zstd = pytest.importorskip(text_files.codec_of("a.zst"))
+    frames = b"".join(zstd.compress(b'{"text": "x"}\n' * 999) for _ in range(2))
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    assert len(items(f"{tmp_path}/a.jsonl.zst")) == 2 * 999
+    (tmp_path / "b.txt.zst").write_bytes(frames[:-9])
+    (text,) = items(f"{tmp_path}/b.txt.zst")
+    with pytest.raises(UserError, match=r"b\.txt\.zst is damaged"):
+        list(text.pieces())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied")])
+def test_a_compressed_file_is_not_damaged_if_something_else_fails(tmp_path, monkeypatch, error):
+    path = write(tmp_path / "a.jsonl.gz", RECORDS)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(gzip, "open", fail)
+    with pytest.raises(type(error)):
+        items(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name):
+    for module in ("text_files", "records"):
+        monkeypatch.setattr(f"plaingpt.text.{module}.MAX_LINE", 1 << 20)
+    monkeypatch.setattr(cutting, "BLOCK", 1 << 16)
+    path = write(tmp_path / name, [{"text": "x" * 1_000_000}])
+    assert len(items(path)) == 1
+    write(tmp_path / name, [{"text": "x" * 2_000_000}])
+    with pytest.raises(UserError, match=f"{name}.* longer than 1 MiB"):
+        items(path)
+
+
+def test_a_field_with_two_columns_is_refused(tmp_path):
+    table = pyarrow.table([["x"], ["y"], [1], [2]], names=["text", "text", "n", "n"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = find_source(f"{tmp_path}/a.parquet")
+    with pytest.raises(UserError, match="has two columns 'text'"):
+        list(source.items(Position(), ("text",)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_links_that_lead_nowhere_are_counted(tmp_path):
+    write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "b.jsonl").symlink_to("gone")
+    assert find_source(str(tmp_path)).others == (f"{tmp_path}/b.jsonl",)
 
 
 def test_a_malformed_csv_header_is_reported(tmp_path):
