@@ -2,9 +2,10 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from itertools import pairwise
 
 from plaingpt.text.cutting import cut_runs
@@ -33,21 +34,37 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    read, phase, began = 0, "reading", time.monotonic()
+    read, phase, began, stopping = 0, "reading", time.monotonic(), False
+    training: Future[None] = Future()
 
     def pieces() -> Iterator[str]:
         nonlocal read, phase
         for text in texts:
+            if stopping:
+                return
             read += len(text.encode())
             yield from cut_runs(text)
         phase = f"merging up to {quantity(size, 'token')}"
 
-    with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(backend.train_from_iterator, pieces(), trainer)
+    def train() -> None:
+        try:
+            backend.train_from_iterator(pieces(), trainer)
+            training.set_result(None)
+        except BaseException as error:  # raised below
+            training.set_exception(error)
+
+    # A daemon, for which Python does not wait at its end: nothing stops the merging.
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    try:
         while wait([training], timeout=LOG_SECONDS).not_done:
             if not sys.stderr.isatty():
                 seconds = time.monotonic() - began
                 print(f"BPE: {phase}, {byte_size(read)} of text, {seconds:.0f} s", file=sys.stderr)
+    except BaseException:  # Ctrl-C
+        stopping = True
+        thread.join(timeout=1)
+        raise
     training.result()
     ranks = single_bytes()
     for a, b in json.loads(backend.to_str())["model"]["merges"]:

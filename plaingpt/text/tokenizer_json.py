@@ -55,7 +55,9 @@ class PreTokenizer(msgspec.Struct, frozen=True):
     pretokenizers: tuple["PreTokenizer", ...] = ()  # of Sequence
 
 
-class Model(msgspec.Struct, frozen=True):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    # It would give a text other ids each time.
+    dropout: Annotated[float, msgspec.Meta(le=0)] | None = None
     vocab: dict[str, Count]
     merges: tuple[str | tuple[str, str], ...]  # older files write a pair as one string
 

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -516,11 +518,41 @@ def test_a_byte_left_out_is_refused(refusal):
                 ],
             }
         },
+        {"model": {"dropout": 0.1}},
     ],
-    ids=["lower case", "other words", "a space before", "words of its own", "groups of digits"],
+    ids=[
+        "lower case",
+        "other words",
+        "a space before",
+        "words of its own",
+        "groups of digits",
+        "random merges",
+    ],
 )
 def test_a_tokenizer_that_would_give_other_ids_is_refused(refusal, change):
-    refusal(lambda content: content.update(change))
+    def update(content):
+        content.update(change | {"model": content["model"] | change.get("model", {})})
+
+    refusal(update)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_does_not_wait_for_the_merges(monkeypatch):
+    """Nothing stops the library, which may take minutes."""
+    release = threading.Event()
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+
+    def merge(self, texts, trainer):
+        timer.start()
+        release.wait(60)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("Slow", (), {"train_from_iterator": merge}))
+    monkeypatch.setattr(tokenizers.Tokenizer, "__init__", lambda *_: None)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(["text"], 300)
+    assert time.monotonic() - began < 30
+    release.set()
 
 
 # --- without a network
