@@ -80,7 +80,13 @@ from plaingpt.text.progress import (
     read_progress,
 )
 from plaingpt.text.sources import folder_for
-from plaingpt.text.target import check_inputs, check_target, install, only_install_left
+from plaingpt.text.target import (
+    check_inputs,
+    check_outside,
+    check_target,
+    install,
+    only_install_left,
+)
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
@@ -127,6 +133,7 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
     """Write everything to `partial`, from where an earlier run left off."""
     reading = reading_of(cfg)
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
+    check_outside(folder, [stream.source.name for stream in streams])
     local = inputs_of((*cfg.sources, *cfg.val_sources))
     with impatient([stream.source.hub for stream in streams if stream.source.hub]):
         hub = {s.source.name: hub_hash(s.source.hub) for s in streams if s.source.hub}
@@ -247,7 +254,7 @@ def announce_size(cfg: PrepareConfig, streams: list[Stream], folder: Path) -> No
     per_byte = 2.0 if cfg.tokenizer == "bytes" else 0.6  # bytes of shards per byte of text, roughly
     if cfg.max_tokens:
         needed: float = 2 * cfg.max_tokens
-    elif all(sizes):
+    elif all(sizes) and not any(stream.source.is_compressed for stream in streams):
         needed = per_byte * sum(sizes)
     else:
         return

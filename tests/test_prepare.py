@@ -1,6 +1,7 @@
 """From text to shards: what is written, kept, refused, resumed and left behind."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -595,6 +596,25 @@ def test_an_interrupt_leaves_nothing(texts, target, breaks):
     breaks(KeyboardInterrupt())
     assert command(texts, target, "--shard_tokens=10") == 130
     assert not target.exists()
+
+
+def test_a_data_dir_within_a_source_is_refused(texts, capsys, monkeypatch):
+    """Its files would be read as text when the command is repeated or resumes."""
+    monkeypatch.chdir(texts)
+    before = snapshot(texts)
+    for source in (".", "../texts/", str(texts)):
+        assert command(source, "data") == 2
+        assert f"data lies in the source {source!r}" in capsys.readouterr().err
+        assert snapshot(texts) == before
+    assert command("*.txt", "data") == command("*.txt", "data") == 0
+
+
+def test_the_size_of_the_shards_is_announced_where_it_can_be_told(texts, target, capsys):
+    assert command(texts, target) == 0
+    assert "of shards to write" in capsys.readouterr().err
+    (texts / "c.txt.gz").write_bytes(gzip.compress(b"text " * 9999))
+    assert command(texts, target, "--overwrite") == 0
+    assert "of shards to write" not in capsys.readouterr().err
 
 
 def test_the_command_reports_what_it_made(texts, target, capsys):

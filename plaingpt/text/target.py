@@ -36,6 +36,17 @@ def check_target(folder: Path) -> Manifest | None:
     return old
 
 
+def check_outside(folder: Path, sources: list[str]) -> None:
+    """Raises UserError if `folder` lies in a source: what is written there would be read as text
+    when the command resumes or is repeated."""
+    for source in sources:
+        if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"{folder} lies in the source {source!r} and would be read as a part of it: use a "
+                f"data_dir outside, or a pattern such as --sources='{source.rstrip('/')}/*.txt'"
+            )
+
+
 def check_inputs(manifest: Manifest, sources: tuple[str, ...], folder: Path) -> None:
     """Raises UserError if files have changed since they were prepared. Files that no longer
     exist cannot be compared."""

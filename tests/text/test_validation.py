@@ -26,6 +26,15 @@ def test_files_that_are_held_out_come_first(source):
     assert set(reordered.files[:10]) == held_out.files
 
 
+def test_the_only_text_among_records_is_not_held_out_whole(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.txt").write_text("a word\n" * 80)
+    source, held_out = VALIDATION.hold_out_part(find_source(str(tmp_path)))
+    val, records, train = source.files
+    assert held_out.files == {val} and records.path.endswith("a.jsonl")
+    assert ["".join(file.pieces()).count("word") for file in (val, train)] == [20, 60]
+
+
 def test_a_validation_source_is_held_out_entirely(source):
     same, held_out = VALIDATION.hold_out_all(source)
     assert same == source and held_out.files == set(source.files)
