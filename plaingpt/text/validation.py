@@ -1,9 +1,9 @@
 """
 Which documents are held out for validation: decided here and nowhere else.
 
-Text files are held out whole, the only one of a source in part; records are drawn by their digest.
-Sources that are validation sources are held out entirely. Validation takes what is held out until
-it is full; the rest is trained on.
+Text files are held out whole, or one in part where all are too large; records are drawn by their
+digest. Sources that are validation sources are held out entirely. Validation takes what is held out
+until it is full; the rest is trained on.
 """
 
 from dataclasses import dataclass, replace
@@ -46,28 +46,27 @@ class Validation:
         return source, HeldOut(frozenset(source.files), 1.0)
 
     def hold_out_part(self, source: Source) -> tuple[Source, HeldOut]:
-        """Choose text files at random until they hold the fraction of the bytes; if there is only
-        one, it is cut at the end of a line instead. What is held out comes first in the source that
-        is returned, so that a limit on tokens or documents leaves some of it."""
+        """Choose text files at random until they hold the fraction of the bytes; if all are too
+        large for it, the smallest is cut at the end of a line instead. What is held out comes first
+        in the source that is returned, so that a limit on tokens or documents leaves some of it."""
         texts = [file for file in source.files if is_text(file.path)]
         if not texts or not self.fraction:
             return source, HeldOut(frozenset(), self.fraction)
-        if len(texts) == 1:
-            only = texts[0]
-            cut = place_to_cut(only, self.fraction)
-            rest = round(only.size * self.fraction)
-            train = replace(only, stop=cut, size=only.size - rest)
-            val = replace(only, start=cut, size=rest)
-            others = [train if file is only else file for file in source.files]
-            return replace(source, files=(val, *others)), HeldOut(frozenset([val]), self.fraction)
         wanted = self.fraction * sum(file.size for file in texts)
+        smallest = min(texts, key=lambda file: file.size)
         drawn: list[TextFile] = []
         size = 0
         for index in np.random.default_rng(self.seed).permutation(len(texts))[1:]:
             if size < wanted and texts[index].size <= wanted:  # a larger file is too much
                 drawn.append(texts[index])
                 size += texts[index].size
-        files = frozenset(drawn or [min(texts, key=lambda file: file.size)])
+        if not drawn and smallest.size > wanted:
+            cut = place_to_cut(smallest, wanted / smallest.size)
+            train = replace(smallest, stop=cut, size=smallest.size - round(wanted))
+            val = replace(smallest, start=cut, size=round(wanted))
+            others = [train if file is smallest else file for file in source.files]
+            return replace(source, files=(val, *others)), HeldOut(frozenset([val]), self.fraction)
+        files = frozenset(drawn or [smallest])
         ordered = sorted(source.files, key=lambda file: file not in files)
         return replace(source, files=tuple(ordered)), HeldOut(files, self.fraction)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -26,13 +27,18 @@ def test_files_that_are_held_out_come_first(source):
     assert set(reordered.files[:10]) == held_out.files
 
 
-def test_the_only_text_among_records_is_not_held_out_whole(tmp_path):
+@pytest.mark.parametrize(("others", "held"), [(["a.jsonl"], 20), (["a.txt"], 60)])
+def test_of_texts_that_are_too_large_the_smallest_is_cut(tmp_path, others, held):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "a.txt").write_text("a word\n" * 160)
     (tmp_path / "b.txt").write_text("a word\n" * 80)
-    source, held_out = VALIDATION.hold_out_part(find_source(str(tmp_path)))
-    val, records, train = source.files
-    assert held_out.files == {val} and records.path.endswith("a.jsonl")
-    assert ["".join(file.pieces()).count("word") for file in (val, train)] == [20, 60]
+    found = find_source(f"{tmp_path}/[ab].*")
+    wanted = {*others, "b.txt"}
+    files = tuple(file for file in found.files if Path(file.path).name in wanted)
+    source, held_out = VALIDATION.hold_out_part(replace(found, files=files))
+    val, other, train = source.files
+    assert held_out.files == {val} and other.path.endswith(others[0])
+    assert ["".join(file.pieces()).count("word") for file in (val, train)] == [held, 80 - held]
 
 
 def test_a_validation_source_is_held_out_entirely(source):
