@@ -15,6 +15,7 @@ from test_train import assert_same_end, cfg, command  # noqa: F401
 
 import prepare
 import train
+from plaingpt import locks
 from plaingpt.checkpoint import folders, store
 from plaingpt.text import builder
 from tools import export
@@ -143,7 +144,9 @@ def test_preparing(disk, tmp_path, monkeypatch, capsys):
     def assert_sound(where, ended=False):
         if ended:
             found = [path for path in target.iterdir() if path.is_file()]
-            assert {path.name: path.read_bytes() for path in found} == wanted, where
+            left = {path.name: path.read_bytes() for path in found}
+            left.pop(locks.NAME, None)  # from a disk that was read-only by then; nobody holds it
+            assert left == wanted, where
 
     check(disk, target, 8, run, assert_sound, capsys)
 
