@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import workers
-from test_train import assert_same_end, cfg, newest, records, same  # noqa: F401
+from test_train import assert_same_end, cfg, records, same  # noqa: F401
 
 import train
 from plaingpt.checkpoint import adapters, folders, hugging_face, store
@@ -52,6 +52,11 @@ def run_of(cfg, tmp_path):  # noqa: F811
         return replace(base, out_dir=str(tmp_path / name), **changes)
 
     return settings
+
+
+def newest(out_dir: str) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return max((int(path.name[5:]) for path in folders.step_folders(Path(out_dir))), default=0)
 
 
 def assert_close(one: train.TrainConfig, other: train.TrainConfig) -> None:
@@ -188,8 +193,8 @@ def test_killed_workers_come_back_by_themselves(run_of, tmp_path):
             while not set(workers_of(group)) - seen:
                 assert group.poll() is None
                 time.sleep(0.05)
-            before = newest(Path(run.out_dir))
-            while newest(Path(run.out_dir)) == before:  # no kill before there is a checkpoint
+            before = newest(run.out_dir)
+            while newest(run.out_dir) == before:  # no kill before there is a checkpoint
                 assert group.poll() is None
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.3))
@@ -207,7 +212,7 @@ LONG = {"max_steps": 100_000, "save_interval": 100_000, "eval_interval": 100_000
 
 def assert_stopped(run: train.TrainConfig, out: str) -> None:
     step = int(re.search(r"stopped by .* continues from step (\d+)", out)[1])
-    assert newest(Path(run.out_dir)) == step == records(run.out_dir)[-1]["step"]
+    assert newest(run.out_dir) == step == records(run.out_dir)[-1]["step"]
 
 
 @LINUX
