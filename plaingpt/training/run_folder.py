@@ -100,8 +100,11 @@ def begin_run(
 
     A resumed run takes its earlier starts and metrics from the run folder of its checkpoint,
     `source`. `splits` are the statistics of the data, for the tracker.
-    Raises UserError if the tracker cannot be started.
+    Raises UserError if the tracker cannot be started, ImportError without matplotlib.
     """
+    os.environ.pop("MPLBACKEND", None)  # a notebook sets one that its programs may not have
+    import matplotlib.figure  # noqa: F401  # a run should end here rather than at its first plot
+
     about = msgspec.to_builtins(start)
     starts, earlier = [about], []
     if source and start.step:

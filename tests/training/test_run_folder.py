@@ -1,9 +1,12 @@
 """metrics.jsonl, the plot, and what must not be in the way."""
 
+import importlib
 import json
 import re
 import struct
+import sys
 
+import matplotlib
 import pytest
 
 from plaingpt.checkpoint import folders
@@ -36,6 +39,22 @@ def test_records_are_appended_a_line_each(tmp_path):
 def begin(out_dir, step, source=None):
     start = folders.RunStart(step=step, settings={"init_from": "scratch"})
     return run_folder.begin_run(out_dir, start, source, None, {})
+
+
+def test_a_run_without_matplotlib_ends_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib\.figure"):
+        begin(tmp_path / "run", 0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.plots
+def test_plots_do_not_depend_on_the_backend_of_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.missing")
+    log = begin(tmp_path, 0)
+    importlib.reload(matplotlib)  # which reads the variable
+    log.add({"step": 1, "val_loss": 2.5})
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_resuming_drops_the_steps_that_will_come_again(tmp_path):
