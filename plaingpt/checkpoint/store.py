@@ -170,9 +170,10 @@ def load_plain(folder: Path, block_size: int | None, dropout: float) -> GPT:
 def write_optimizer(folder: Path, optimizer: dict[str, Any]) -> None:
     """Raises OSError if the disk refuses the file."""
     try:
-        torch.save(optimizer, folder / "optimizer.pt")
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
+        with (folder / "optimizer.pt").open("wb") as file:
+            torch.save(optimizer, file)
+    except RuntimeError as error:  # torch's, about the error of the disk
+        raise OSError(str(error.__context__ or error)) from error
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:

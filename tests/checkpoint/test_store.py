@@ -179,3 +179,15 @@ def test_any_damage_of_the_optimizer_file_is_one_error(tmp_path):
         (tmp_path / "optimizer.pt").write_bytes(damaged)
         with contextlib.suppress(UserError):
             store.read_optimizer(tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    resource = pytest.importorskip("resource")  # POSIX
+    moments = {"a": {"exp_avg": torch.zeros(100_000)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as a full disk, or a quota
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.write_optimizer(tmp_path, {"parameters": moments, "scaler": {}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
