@@ -152,6 +152,8 @@ def test_an_adapter_outlives_the_run_of_its_model_and_moves_with_its_own(run, ba
     shutil.rmtree(tmp_path / "first")
     shutil.move(run.out_dir, tmp_path / "moved")
     assert torch.equal(store.load_model(tmp_path / "moved")(IDX), before)
+    (Path(run.out_dir) / "base").mkdir(parents=True)  # of another run, with another model
+    assert torch.equal(store.load_model(tmp_path / "moved")(IDX), before)
 
 
 def test_shorter_windows_are_kept_when_a_run_resumes(run):

@@ -120,11 +120,16 @@ def base_folder(folder: Path, adapter: lora.Adapter) -> Path:
 
 
 def base_of(folder: Path, adapter: lora.Adapter) -> str:
-    """Where to `find` the model that an adapter modifies: where its config says, or in its run."""
+    """Where to `find` the model that an adapter modifies: where its config says, or in its run.
+
+    A run's own copy comes first: it moves with the run, and another run may take its old place.
+    """
     name = HUB_NAMES.get(adapter.base, f"hf:{adapter.base}")
     name += f"@{adapter.revision}" if adapter.revision else ""
-    is_folder = Path(adapter.base).is_absolute() or not on_hub(name)
-    for where in (Path(adapter.base), folder.parent / BASE)[: 1 + is_folder]:
+    there, own = Path(adapter.base), folder.parent / BASE
+    is_folder = there.is_absolute() or not on_hub(name)
+    places = (own, there) if there.is_absolute() and there.name == BASE else (there, own)
+    for where in places[: 1 + is_folder]:
         if where.is_dir():
             return str(where)
     if is_folder:
