@@ -1,5 +1,5 @@
 """
-All of GPT-2: the network, the key/value cache and generation.
+All of GPT-2: the network and its key/value cache.
 
 A genuine GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm, tanh GELU, a tied head, and
 Hugging Face's parameter names, so that `transformers` loads what this file trains. Whatever its
@@ -10,7 +10,6 @@ H heads, D channels per head (C / H), V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,22 +64,43 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of a fixed shape."""
+    """Keys and values of the tokens that each sequence has so far, in buffers of a fixed shape."""
 
-    def __init__(self, model: "GPT", batch_size: int) -> None:
-        config, weight = model.config, model.transformer.wte.weight
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size)
+    def __init__(self, model: "GPT", batch_size: int, capacity: int | None = None) -> None:
+        config, weight = model.config, model.transformer.wpe.weight
+        self.capacity = config.block_size if capacity is None else capacity  # tokens per sequence
         head_dim = config.n_embd // config.n_head
-        self.keys = torch.zeros(*shape, head_dim, device=weight.device, dtype=weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0  # tokens so far, the same for every sequence of the batch
+        shape = (config.n_layer, batch_size, 2, config.n_head, self.capacity, head_dim)
+        self.entries = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        self.end = 0  # no sequence is longer
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, D) to those of a layer; return all of them, (B, H, S, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def reserve(self, B: int, T: int) -> Tensor:
+        """Make room for T more tokens of the first B sequences; return their positions, (B, T)."""
+        start, self.end = self.end, self.end + T
+        if self.end > self.capacity:
+            raise ValueError(f"{self.end} tokens do not fit block_size={self.capacity}")
+        positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
+        rows = torch.arange(B, device=positions.device)[:, None]
+        self.slots = (rows, positions)
+        self.seen = None
+        if start > 0 and B * T > 1:  # otherwise causal, or a token that sees all others
+            seen = torch.arange(self.end, device=positions.device) <= positions[..., None]
+            self.seen = seen[:, None]  # (B, 1, T, S)
+        self.lengths[:B] += T
+        return positions
+
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (B, T, 2, H, D) of a layer; return all of them as k and v,
+        (B, H, S, D)."""
+        entries = self.entries[layer, : len(kv), :, :, : self.end]  # (B, 2, H, S, D)
+        if len(kv) == 1:
+            entries[..., -kv.size(1) :, :] = kv.permute(0, 2, 3, 1, 4)
+        else:
+            rows, positions = self.slots
+            entries[rows, :, :, positions] = kv
+        k, v = entries.unbind(1)
+        return k, v
 
 
 class Linear(nn.Linear):
@@ -97,13 +117,13 @@ class Attention(nn.Module):
     """Causal attention, by PyTorch's flash kernels where available. It is a module of its own so
     that plaingpt/cpu.py can replace it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Attend with the last T queries q (B, H, T, D) to all keys and values, (B, H, S, D)."""
-        T, S = q.size(2), k.size(2)
-        if T == 1 or T == S:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Attend with queries q (B, H, T, D) to the keys and values k and v (B, H, S, D) that
+        `seen` (B, 1, T, S) allows; without it to those up to the query's own, where T is S."""
+        causal = seen is None and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
 
 
 class SelfAttention(nn.Module):
@@ -119,9 +139,11 @@ class SelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        seen = None
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+            k, v = cache.extend(layer, qkv[:, :, 1:])
+            seen = cache.seen
+        y = self.attend(q, k, v, seen, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -169,19 +191,18 @@ class Transformer(nn.Module):
 
         Raises ValueError if the tokens, with those in the cache, exceed block_size.
         """
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[start:end]  # (B, T, C)
+        B, T = idx.shape
+        block_size = self.config.block_size
+        if block_size < T:
+            raise ValueError(f"{T} tokens do not fit block_size={block_size}")
+        positions = self.wpe.weight[:T] if cache is None else self.wpe(cache.reserve(B, T))
+        x = self.wte(idx) + positions  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             if self.recompute and self.training:
                 x = recomputed(block, x, layer, cache, use_reentrant=False)
             else:
                 x = block(x, layer, cache)
-        if cache is not None:
-            cache.length = end
         return self.ln_f(x)
 
 
@@ -259,39 +280,3 @@ class GPT(nn.Module):
             return F.cross_entropy(logits, targets)
         losses = F.cross_entropy(logits, targets, reduction="none") * mask.flatten()
         return losses.sum() / mask.sum().clamp(min=1)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        pick: Callable[[Tensor], Tensor],
-        stop_id: int | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield the next id of each sequence, (B,), one token at a time, continuing `idx` (B, T).
-
-        `pick` chooses the ids (B,) from float32 logits (B, V). A sequence that has reached
-        `stop_id` repeats it, and generation ends once all sequences have.
-
-        Positions are learned, so a full context cannot slide. When block_size tokens are in it,
-        the last block_size // 2 (at least one) are read again from position 0; a prompt longer
-        than block_size keeps its last block_size tokens.
-        """
-        block_size = self.config.block_size
-        cache = KVCache(self, idx.size(0))
-        tokens = idx[:, -block_size:]  # the context, T <= block_size
-        unread = tokens
-        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > block_size:
-                tokens = tokens[:, -max(block_size // 2, 1) :]
-                cache.length, unread = 0, tokens
-            ids = pick(self.lm_head(self.transformer(unread, cache)[:, -1]).float())
-            if stop_id is not None:
-                ids = torch.where(done, stop_id, ids)
-                done |= ids == stop_id
-            yield ids
-            if stop_id is not None and done.all():
-                return
-            unread = ids[:, None]
-            tokens = torch.cat((tokens, unread), dim=1)

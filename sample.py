@@ -5,17 +5,19 @@ Let a trained model write, or talk to one.
     python sample.py --checkpoint=out/shakespeare --start="ROMEO:" --num_samples=3 --top_p=0.9
     python sample.py --checkpoint=out/stdlib/step_000500 --start=FILE:prompt.txt --temperature=0
     python sample.py --checkpoint=out/chat --chat
+    python sample.py --prompts=prompts.txt --max_new_tokens=50 > completions.jsonl
 
-Text goes to stdout as it is drawn, everything else to stderr.
+Text goes to stdout as it is drawn, everything else to stderr. A file of prompts holds one per line,
+as {"prompt": "…"} if its name ends in .jsonl; its completions are JSON lines in the same order.
 """
 
+import json
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import takewhile
-from pathlib import Path
-from typing import get_type_hints
+from itertools import count
+from typing import Literal, get_type_hints
 
 import configurator
 from configurator import DType, NonNegativeInt, PathName, PositiveInt, UserError
@@ -27,29 +29,30 @@ from plaingpt.sampling import Sampling
 class SampleConfig(Sampling):
     checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
-    num_samples: PositiveInt = 1  # how many texts to write, drawn in batches
-    seed: NonNegativeInt = 1337  # the same seed draws the same text
+    prompts: PathName | None = None  # a file of prompts, to complete them all
+    num_samples: PositiveInt = 1  # how many texts to write for each prompt
+    batch_size: PositiveInt = 8  # texts that are written side by side
+    seed: NonNegativeInt = 1337  # of the first text; the next ones have the numbers that follow
     stream: bool = True  # print a single sample as it is drawn
     chat: bool = False  # hold a conversation with a model that was trained for it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of the weights; auto: 16 bits where they are faster
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
 
 
 if __name__ == "__main__":
     configurator.answer_help(SampleConfig)  # before torch is imported, which takes a second
     threads.wait_briefly()
 
-import torch
-from torch import Tensor
-
 from model import GPT
-from plaingpt import generation, runtime, values
+from plaingpt import generation, packing, runtime, values
 from plaingpt.checkpoint import store
+from plaingpt.generation import Batch, Drawn, Text, write, write_in_order
+from plaingpt.prompts import read_prompt, read_prompts
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
 
-MAX_PROMPT = 10_000_000  # characters
-BATCH_SIZE = 32  # samples that are drawn together
 SETTINGS = [field.name for field in fields(Sampling)]  # that a conversation may change
 MEMORY_COMMANDS = """\
 /reset            starts over
@@ -61,80 +64,79 @@ COMMANDS = f"""\
 
 
 def samples(cfg: SampleConfig) -> Iterator[str]:
-    """Print and yield the samples, each with its prompt; with `chat` the answers. However many are
-    drawn, they take the memory of BATCH_SIZE samples.
+    """Print and yield the samples, each with its prompt; with `chat` the answers, with `prompts`
+    the completions as JSON.
 
     Raises UserError for settings out of range, or a checkpoint that cannot be opened.
     """
     check_settings(cfg)
-    prompt = read_prompt(cfg.start)
+    given = read_prompts(cfg.prompts) if cfg.prompts else [read_prompt(cfg.start)]
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
-    rt.place(model, rt.dtype).eval()
+    packing.place(model, rt, cfg.dtype, cfg.quantize)
     if cfg.chat:
         yield from converse(model, tokenizer, cfg)
         return
-
-    pick = generation.picker(cfg, tokenizer, rt.device)
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    if cfg.num_samples == 1 and cfg.stream:
-        pieces = [prompt]
-        print(prompt, end="", flush=True)
-        tokens = generation.continuations(model, tokenizer, ids, cfg.max_new_tokens, pick)
-        print_stream(tokens, tokenizer, pieces)
-        yield "".join(pieces)
+    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in given]
+    longest, block_size = max(map(len, ids)), model.config.block_size
+    if longest > block_size:
+        said = f"a prompt has {quantity(longest, 'token')}: the model sees the last {block_size:,}"
+        print(said, file=sys.stderr)
+    size = min(cfg.batch_size, len(ids) * cfg.num_samples)
+    alternatives = 0 if cfg.prompts else None
+    batch = Batch(model, tokenizer, size, longest + cfg.max_new_tokens, alternatives)
+    texts = new_texts(ids, tokenizer, cfg)
+    if cfg.stream and cfg.num_samples == 1 and not cfg.prompts:
+        print(given[0], end="", flush=True)
+        pieces = print_stream(text.tokens[-1] for text in write(batch, texts))
+        yield given[0] + "".join(pieces)
         return
-    for first in range(0, cfg.num_samples, BATCH_SIZE):
-        count = min(BATCH_SIZE, cfg.num_samples - first)
-        tokens = generation.continuations(model, tokenizer, ids, cfg.max_new_tokens, pick, count)
-        drawn = torch.stack(list(tokens), dim=1).tolist()  # (count, tokens)
-        for number, row in enumerate(drawn, start=first + 1):
-            text = prompt + tokenizer.decode(until(row, tokenizer.eot_id))
-            if cfg.num_samples > 1:
-                print(f"--- sample {number:,} of {cfg.num_samples:,}")
-            print(text)
-            yield text
+    for number, text in enumerate(write_in_order(batch, texts)):
+        prompt = given[number // cfg.num_samples]
+        line = as_json(prompt, text) if cfg.prompts else prompt + text.written
+        if cfg.num_samples > 1 and not cfg.prompts:
+            print(f"--- sample {number + 1:,} of {cfg.num_samples:,}")
+        print(line, flush=True)
+        yield line
 
 
 def check_settings(cfg: SampleConfig) -> None:
     problems = []
-    if cfg.chat and (cfg.start or cfg.num_samples > 1):
-        problems.append("chat cannot be combined with start or num_samples")
+    if cfg.chat and (cfg.start or cfg.prompts or cfg.num_samples > 1):
+        problems.append("chat cannot be combined with start, prompts or num_samples")
+    if "" in cfg.stop:
+        problems.append("stop has an empty string")
+    if cfg.start and cfg.prompts:
+        problems.append("start cannot be combined with prompts")
     configurator.validate(cfg, problems)
 
 
-def read_prompt(start: str) -> str:
-    if not start.startswith("FILE:"):
-        try:
-            start.encode()
-        except UnicodeEncodeError:
-            raise UserError("start is not UTF-8") from None
-        return start
-    path = Path(start.removeprefix("FILE:")).expanduser()
-    if not path.name:
-        raise UserError("start=FILE: lacks a file name: write --start=FILE:prompt.txt")
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_PROMPT + 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start:,})") from None
-    if len(text) > MAX_PROMPT:
-        raise UserError(f"{path} has over {MAX_PROMPT:,} characters: too long for a prompt")
-    return text
+def new_texts(prompts: list[list[int]], tokenizer: Tokenizer, cfg: SampleConfig) -> Iterator[Text]:
+    """The texts that continue the ids of each prompt, with one seed after another."""
+    seeds = count(cfg.seed)
+    for ids in prompts:
+        for _ in range(cfg.num_samples):
+            yield Text(ids, replace(cfg, seed=next(seeds)), tokenizer)
 
 
-def print_stream(tokens: Iterable[Tensor], tokenizer: Tokenizer, pieces: list[str]) -> None:
-    """Print a text as it is drawn, and append its pieces to `pieces`."""
-    ids = (int(token) for token in tokens)
-    for piece in tokenizer.decode_stream(until(ids, tokenizer.eot_id)):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
+def as_json(prompt: str, text: Text) -> str:
+    record = {
+        "prompt": prompt,
+        "completion": text.written,
+        "end": "stop" if text.stopped else "length",
+        "seed": text.sampling.seed,
+        "tokens": [token.id for token in text.tokens],
+        "log_probabilities": [token.log_probability for token in text.tokens],
+    }
+    return json.dumps(record, ensure_ascii=False)
+
+
+def print_stream(tokens: Iterable[Drawn]) -> Iterator[str]:
+    """Print a text as it is drawn, and yield its pieces."""
+    for token in tokens:
+        print(token.piece, end="", flush=True)
+        yield token.piece
     print()
-
-
-def until(ids: Iterable[int], stop_id: int) -> Iterator[int]:
-    """The ids before the first `stop_id`."""
-    return takewhile(lambda token: token != stop_id, ids)
 
 
 # --- conversations
@@ -153,8 +155,7 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
     if tokenizer.chat_template == templates.INSTRUCTION:
         print("each question is answered on its own", file=sys.stderr)
     print("/help lists the commands, Ctrl-D ends", file=sys.stderr)
-    device, block_size = model.lm_head.weight.device, model.config.block_size
-    pick = generation.picker(sampling, tokenizer, device)
+    block_size = model.config.block_size
     messages: list[dict[str, str]] = []
     for line in typed_lines():
         if line.lower().removeprefix("/") in ("exit", "quit"):
@@ -165,7 +166,6 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
             if line.startswith("/"):
                 if changed := obey(line, messages, tokenizer, sampling):
                     sampling = changed
-                    pick = generation.picker(sampling, tokenizer, device)
                 continue
             asked = [*messages, {"role": "user", "content": line}]
             max_new_tokens = sampling.max_new_tokens
@@ -175,8 +175,9 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
             continue
         if messages != asked:
             print("(the context is full: the oldest turns are dropped)", file=sys.stderr)
-        tokens = generation.continuations(model, tokenizer, ids, max_new_tokens, pick)
-        answer = print_answer(tokens, tokenizer)
+        answer = print_answer(generation.continuation(model, tokenizer, ids, sampling))
+        if sampling.seed is not None:  # otherwise the same question would get the same answer
+            sampling = replace(sampling, seed=sampling.seed + 1)
         messages.append({"role": "assistant", "content": answer})
         yield answer
 
@@ -229,11 +230,11 @@ def typed_lines() -> Iterator[str]:
         print()
 
 
-def print_answer(tokens: Iterator[Tensor], tokenizer: Tokenizer) -> str:
+def print_answer(tokens: Iterable[Drawn]) -> str:
     """Print an answer as it is drawn; Ctrl-C ends it, and what was drawn is kept."""
     pieces: list[str] = []
     try:
-        print_stream(tokens, tokenizer, pieces)
+        pieces.extend(print_stream(tokens))
     except KeyboardInterrupt:
         print()
     return "".join(pieces).strip() or "…"

@@ -253,7 +253,7 @@ def run(
         if evaluating:
             sound = sound and math.isfinite(record["val_loss"])
         if sound and plan.sampling.due(step):
-            print_sample(state.model, state.tokenizer, cfg.seed, rt)
+            print_sample(state.model, state.tokenizer, cfg.seed)
         if stopping or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
             save(cfg, state, losses, data, rt)

@@ -33,10 +33,12 @@ class BlockedAttention(Attention):
     """Attention as plain products, a third faster than the flash kernel: each block of queries
     meets only the keys up to its own end."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        shape, T, S, D = q.shape[:2], q.size(2), k.size(2), q.size(3)
-        if not 1 < T == S <= LONGEST:
-            return super().forward(q, k, v, dropout)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float
+    ) -> Tensor:
+        shape, T, D = q.shape[:2], q.size(2), q.size(3)
+        if seen is not None or not 1 < T <= LONGEST:
+            return super().forward(q, k, v, seen, dropout)
         future = q.new_full((T, T), -torch.inf).triu(1)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B·H, T, D)
         out = []

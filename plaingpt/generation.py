@@ -1,74 +1,247 @@
-"""What sampling, serving and training share: choosing the next id, and prompts of conversations."""
+"""Writing texts with a model: several side by side, each as if it were alone."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, repeat
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from configurator import UserError
-from model import GPT
+from model import GPT, KVCache
+from plaingpt import drawing, runtime
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
+from plaingpt.text.spelling import Speller
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
-Pick = Callable[[Tensor], Tensor]  # logits (B, V) → ids (B,)
+NOT_FINITE = "the model's logits are not finite: its weights are too large, or damaged"
 
 
-def picker(sampling: Sampling, tokenizer: Tokenizer, device: torch.device) -> Pick:
-    """The `pick` function for `GPT.generate`. It has its own random generator and never draws an id
-    beyond the tokenizer's (the padding of a vocabulary)."""
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return lambda logits: draw(logits[:, : tokenizer.vocab_size], sampling, generator)
+@dataclass(frozen=True)
+class Drawn:
+    """A token that was drawn. Probabilities are the model's own, before temperature and filters,
+    as natural logarithms."""
+
+    id: int
+    piece: str  # the text that it completes
+    log_probability: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()  # the likeliest ids, with log probabilities
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw an id (B,) from each row of `logits` (B, V); temperature 0 takes the likeliest.
+class Text:
+    """A text that is being written. It has its own random numbers, so that a seed draws the same
+    text whatever is written beside it."""
 
-    The filters apply in this order, each to what the previous one left: the k likeliest, the fewest
-    whose probability reaches top_p (arXiv 1904.09751), those at least min_p times as likely as the
-    likeliest (arXiv 2407.01082).
+    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
+        self.ids = list(prompt)  # the prompt, then what has been drawn
+        self.tokens: list[Drawn] = []
+        self.sampling = sampling
+        self.stop_ids = frozenset({tokenizer.eot_id, *sampling.stop_tokens})
+        self.speller = Speller(tokenizer, sampling.stop, self.stop_ids)
+        self.stopped = False  # before max_new_tokens
+        self.random = Random(sampling.seed)
 
-    Raises UserError for logits that are not finite.
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.tokens) == self.sampling.max_new_tokens
+
+    @property
+    def written(self) -> str:
+        """What has been written after the prompt."""
+        return "".join(drawn.piece for drawn in self.tokens)
+
+    def append(self, token: int, *probabilities: Any) -> None:
+        """Add a token, with its `log_probability` and `alternatives` if they are known."""
+        self.ids.append(token)
+        self.stopped = token in self.stop_ids
+        final = self.stopped or len(self.tokens) + 1 == self.sampling.max_new_tokens
+        piece = self.speller.text(token, final)
+        self.stopped = self.stopped or self.speller.stopped
+        self.tokens.append(Drawn(token, piece, *probabilities))
+
+
+class Batch:
+    """The texts that a model writes side by side. They come and go between steps.
+
+    Positions are learned, so a full context cannot slide. When block_size tokens are in it, the
+    last block_size // 2 (at least one) are read again from position 0.
     """
-    logits = logits / (sampling.temperature or 1.0)
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are too large, or damaged")
-    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = F.softmax(logits, dim=-1)
-    if top_k is not None:
-        kth = probs.topk(min(top_k, probs.size(-1))).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p is not None:
-        ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # mass of the likelier ones
-        beyond[:, 0] = False  # even where top_p is below the resolution of a float
-        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, ids, beyond), 0.0)
-    if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        size: int = 1,
+        capacity: int | None = None,
+        alternatives: int | None = None,
+    ) -> None:
+        """For at most `size` texts of at most `capacity` tokens (None: block_size). `alternatives`
+        says how many come with each token; None leaves out its probability, too.
+
+        Raises UserError if the keys and values would not fit the memory.
+        """
+        config, device = model.config, model.transformer.wpe.weight.device
+        self.model, self.tokenizer, self.size = model, tokenizer, size
+        self.capacity = min(capacity or config.block_size, config.block_size)
+        self.alternatives = alternatives
+        check_memory(model, size, self.capacity)
+        self.cache = KVCache(model, size, self.capacity)
+        self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
+        self.prompt: list[int] = []  # what the prompt cache holds
+        self.texts: list[Text] = []  # by row of the cache; those without unread ids are the last
+        self.lengths: list[int] = []  # tokens of each that are in the cache
+        self.logits = torch.empty(0, tokenizer.vocab_size, device=device)  # after the prompts
+        self.device = device
+
+    @torch.inference_mode()
+    def add(self, text: Text) -> None:
+        """Read the prompt of a text, at most its last block_size tokens."""
+        assert len(self.texts) < self.size
+        self.texts.append(text)
+        self.lengths.append(0)
+        self.read(len(self.texts) - 1, text.ids[-self.capacity :])
+        self.logits = torch.cat((self.logits, self.prompt_logits))
+
+    def read(self, row: int, ids: list[int]) -> None:
+        """Put `ids` into a row of the cache, at position 0."""
+        cache, length = self.prompt_cache, len(ids)
+        if ids and (cache is self.cache or ids != self.prompt):
+            cache.lengths.zero_()
+            cache.end = 0
+            idx = torch.tensor([ids], device=self.device)
+            self.prompt_logits = self.head(self.model.transformer(idx, cache)[:, -1])
+            self.prompt = ids
+        if cache is not self.cache:
+            self.cache.entries[:, row, :, :, :length] = cache.entries[:, 0, :, :, :length]
+        self.lengths[row] = length
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) of the tokenizer's ids; the padding of a vocabulary is never drawn."""
+        return self.model.lm_head(hidden)[:, : self.tokenizer.vocab_size].float()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Draw the next token of each text. Raises UserError for logits that are not finite."""
+        unread = len(self.texts) - len(self.logits)
+        logits = self.logits
+        if unread:
+            logits = torch.cat((self.next_logits(unread), logits))
+        self.logits = logits[:0]
+        ids = self.choose(logits)
+        probabilities = self.probabilities(logits, ids)
+        # Whether all is finite comes with the ids, because each question makes a GPU wait.
+        drawn = torch.where(logits.sum().isfinite().to(ids.device), ids, -1).tolist()
+        if -1 in drawn:
+            raise UserError(NOT_FINITE)
+        for text, token, known in zip(self.texts, drawn, probabilities):
+            text.append(token, *known)
+
+    def next_logits(self, count: int) -> Tensor:
+        """Read the unread id of each of the first texts; return the logits (count, V) after it."""
+        for row in range(count):
+            if self.lengths[row] == self.capacity:
+                self.read(row, self.texts[row].ids[-max(self.capacity // 2, 1) : -1])
+        self.cache.lengths[:count] = torch.tensor(self.lengths[:count])
+        self.cache.end = max(self.lengths[:count])
+        idx = torch.tensor([text.ids[-1:] for text in self.texts[:count]], device=self.device)
+        logits = self.head(self.model.transformer(idx, self.cache)[:, -1])
+        for row in range(count):
+            self.lengths[row] += 1
+        return logits
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """An id (B,) for each text, given the logits (B, V) of all."""
+        if logits.device.type == "mps":
+            logits = logits.cpu()  # MPS has no float64
+        chosen, row = [], 0
+        for sampling, group in groupby(self.texts, lambda text: text.sampling.drawn_alike()):
+            texts = list(group)
+            part = logits[row : row + len(texts)]
+            if sampling.repetition_penalty != 1:
+                part = drawing.penalized(part, [text.ids for text in texts], sampling)
+            uniform = [text.random.random() for text in texts]
+            numbers = torch.tensor(uniform, dtype=torch.float64, device=part.device)
+            chosen.append(drawing.draw(part, sampling, numbers))
+            row += len(texts)
+        return torch.cat(chosen)
+
+    def probabilities(self, logits: Tensor, ids: Tensor) -> Iterable[tuple[Any, ...]]:
+        """For each text the log probability of its id (B,), and the alternatives to it."""
+        if self.alternatives is None:
+            return repeat(())
+        known = logits.log_softmax(dim=-1)
+        own = known.gather(1, ids.to(known.device)[:, None])[:, 0].tolist()
+        top = known.topk(min(self.alternatives, known.size(-1)))
+        others = zip(top.indices.tolist(), top.values.tolist())
+        return zip(own, (tuple(zip(*each)) for each in others))
+
+    def remove(self, text: Text) -> None:
+        """Forget a text, between two steps. Its row goes to the last text."""
+        row, last = self.texts.index(text), len(self.texts) - 1
+        if row < last:
+            length = self.lengths[last]
+            entries = self.cache.entries[..., :length, :]
+            entries[:, row] = entries[:, last]
+            self.texts[row], self.lengths[row] = self.texts[last], length
+        self.texts.pop()
+        self.lengths.pop()
 
 
-def continuations(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    max_new_tokens: int,
-    pick: Pick,
-    count: int = 1,
-) -> Iterator[Tensor]:
-    """The ids (count,) after the ids of `prompt`, token by token, until every text has ended."""
-    idx = torch.tensor([prompt] * count, device=model.lm_head.weight.device)
-    return model.generate(idx, max_new_tokens, pick, stop_id=tokenizer.eot_id)
+def check_memory(model: GPT, size: int, capacity: int) -> None:
+    """Raises UserError if the keys and values of `size` texts would not fit the memory."""
+    config, weight = model.config, model.transformer.wpe.weight
+    each = 2 * config.n_layer * capacity * config.n_embd * weight.element_size() / 2**30
+    memory = runtime.device_memory_gib(weight.device)
+    if memory is not None and each * size > memory:
+        raise UserError(
+            f"{quantity(size, 'text')} with keys and values of {quantity(capacity, 'token')} each "
+            f"take {each * size:.1f} GiB, and there are {memory:.1f}: {int(memory / each):,} fit"
+        )
+
+
+def write(batch: Batch, texts: Iterable[Text]) -> Iterator[Text]:
+    """Write `texts`, as many at a time as fit the batch; yield each whenever it has a new token."""
+    waiting = iter(texts)
+    while True:
+        while len(batch.texts) < batch.size and (text := next(waiting, None)):
+            batch.add(text)
+        if not batch.texts:
+            return
+        batch.step()
+        for text in list(batch.texts):
+            yield text
+            if text.ended:
+                batch.remove(text)
+
+
+def write_in_order(batch: Batch, texts: Iterable[Text]) -> Iterator[Text]:
+    """Write `texts`; yield each in its turn, once it has ended."""
+    begun: deque[Text] = deque()
+
+    def noted() -> Iterator[Text]:
+        for text in texts:
+            begun.append(text)
+            yield text
+
+    for _ in write(batch, noted()):
+        while begun and begun[0].ended:
+            yield begun.popleft()
+
+
+def continuation(
+    model: GPT, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling
+) -> Iterator[Drawn]:
+    """The tokens after those of `prompt`, one by one; <|endoftext|> is the last if it is drawn."""
+    capacity = len(prompt) + sampling.max_new_tokens
+    batch = Batch(model, tokenizer, capacity=capacity)
+    text = Text(prompt, sampling, tokenizer)
+    return (each.tokens[-1] for each in write(batch, [text]))
 
 
 # --- conversations

@@ -1,9 +1,9 @@
 """The settings of sampling, apart from what applies them, so that `--help` needs no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from configurator import FractionAbove0, NonNegativeInt, PositiveInt, Range
+from configurator import FractionAbove0, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 Temperature = Annotated[
     float, Range("0, or at least 0.001", lambda value: value == 0 or 1e-3 <= value < float("inf"))
@@ -18,4 +18,15 @@ class Sampling:
     top_k: PositiveInt | None = None  # draw from the k likeliest tokens only
     top_p: FractionAbove0 | None = 0.95  # draw from the likeliest that together reach this share
     min_p: FractionAbove0 | None = None  # drop tokens less likely than this share of the likeliest
+    repetition_penalty: PositiveFloat = 1.0  # above 1: tokens that the text has become less likely
+    stop: tuple[str, ...] = ()  # end the text before any of these
+    stop_tokens: tuple[NonNegativeInt, ...] = ()  # end the text at any of these ids
     seed: NonNegativeInt | None = None  # the same seed draws the same text; None: new each time
+
+    def drawn_alike(self) -> "Sampling":
+        """These settings without those that do not change how an id is drawn from logits."""
+        return replace(PLAIN, **{name: getattr(self, name) for name in FILTERS})
+
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+PLAIN = Sampling()

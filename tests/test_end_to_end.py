@@ -84,7 +84,7 @@ def commands_of(lines: list[str]) -> list[tuple[str, list[str]]]:
     found = []
     for line in lines:
         for command in re.sub(r"\s+# .*", "", line).split(" && "):
-            words = shlex.split(command)
+            words = shlex.split(command.partition(" > ")[0])
             words = words[words.index(first_word(command)) :]
             if words[0] == "uv":
                 words = [word for word in words[1:] if word not in ("run", "--no-project")]

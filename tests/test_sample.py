@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -63,21 +64,84 @@ def test_samples_are_one_batch_that_a_seed_repeats(folder, capsys):
 
 def test_many_samples_are_drawn_and_printed_batch_by_batch(folder, capsys, monkeypatch):
     """So that a hundred million of them start at once, in little memory."""
-    really, drawn = GPT.generate, []
+    really, sizes = generation.Batch.step, []
 
-    def noted(self, idx, *args, **kwargs):
-        drawn.append(len(idx))
-        return really(self, idx, *args, **kwargs)
+    def noted(self):
+        sizes.append(len(self.texts))
+        return really(self)
 
-    monkeypatch.setattr(GPT, "generate", noted)
+    monkeypatch.setattr(generation.Batch, "step", noted)
     cfg = sample.SampleConfig(
         checkpoint=str(folder), device="cpu", num_samples=10**8, max_new_tokens=3
     )
-    texts = itertools.islice(sample.samples(cfg), 2 * sample.BATCH_SIZE)
-    assert len(set(texts)) > sample.BATCH_SIZE and drawn == [sample.BATCH_SIZE] * 2
-    assert "--- sample 64 of 100,000,000\n" in capsys.readouterr().out
-    assert run(folder, f"--num_samples={sample.BATCH_SIZE + 1}", "--max_new_tokens=1") == 0
-    assert drawn[2:] == [sample.BATCH_SIZE, 1]
+    texts = itertools.islice(sample.samples(cfg), 16)
+    assert len(set(texts)) > 8 and sizes == [8] * 6
+    assert "--- sample 16 of 100,000,000\n" in capsys.readouterr().out
+    assert run(folder, "--num_samples=5", "--max_new_tokens=1", "--batch_size=4") == 0
+    assert sizes[6:] == [4, 1]
+
+
+def test_each_sample_is_that_of_its_own_seed(folder, capsys):
+    assert run(folder, "--start=a", "--num_samples=3", "--seed=5", "--dtype=float32") == 0
+    texts = re.split("--- sample . of 3\n", capsys.readouterr().out)[1:]
+    for seed, text in enumerate(texts, start=5):
+        assert run(folder, "--start=a", f"--seed={seed}", "--dtype=float32") == 0
+        assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_file_of_prompts_becomes_json_lines_of_completions(folder, tmp_path, capsys, name):
+    prompts = ["Once", "é", "", "Once upon a time there was"]
+    as_line = json.dumps if name.endswith("l") else str
+    lines = [as_line({"prompt": each} if name.endswith("l") else each) for each in prompts]
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    settings = ["--num_samples=2", "--max_new_tokens=9", "--seed=3", "--dtype=float32"]
+    assert run(folder, f"--prompts={path}", "--batch_size=3", *settings) == 0
+    out, err = capsys.readouterr()
+    assert "a prompt has 26 tokens: the model sees the last 16" in err
+    found = [json.loads(line) for line in out.splitlines()]
+    expected = [each for each in prompts if each or name.endswith("l")]
+    assert [each["prompt"] for each in found] == [p for p in expected for _ in range(2)]
+    assert [each["seed"] for each in found] == list(range(3, 3 + len(found)))
+    for each in found:
+        assert len(each["tokens"]) == len(each["log_probabilities"]) <= 9
+        assert all(log <= 0 for log in each["log_probabilities"])
+        assert (each["end"] == "stop") == (len(each["tokens"]) < 9 or each["tokens"][-1] == 256)
+        start = f"--start={each['prompt']}"
+        assert run(folder, start, *settings[1:2], f"--seed={each['seed']}", settings[3]) == 0
+        assert capsys.readouterr().out == each["prompt"] + each["completion"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"prompt": 7}\n',
+            "line 2: prompt: expected a string",
+        ),
+        ("p.jsonl", b'{"prompt": "a"}\n{"promt": "b"}\n', "p.jsonl, line 2: "),
+        ("p.jsonl", b'\n{"prompt": \n', "p.jsonl, line 2 is damaged"),
+        ("p.txt", b"\n \n", "there are no prompts in "),
+        ("p.txt", b"a\xff", "p.txt is not UTF-8 (byte 1)"),
+        ("q.txt", None, "has no q.txt"),
+    ],
+)
+def test_a_broken_file_of_prompts_is_one_line(folder, tmp_path, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(folder, f"--prompts={tmp_path / name}") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "Traceback" not in err
+
+
+def test_stop_strings_end_a_sample(folder, capsys):
+    assert run(folder, "--start=ab", "--dtype=float32") == 0
+    whole = capsys.readouterr().out
+    stop = whole[10:13]
+    assert run(folder, "--start=ab", "--dtype=float32", f"--stop=[{stop!r}]") == 0
+    assert capsys.readouterr().out == whole.partition(stop)[0] + "\n"
 
 
 def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
@@ -119,6 +183,11 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
         (["--device=tpu"], "device 'tpu' is not on this machine"),
         (["--device=cpu:1"], "device 'cpu:1': this machine has 1 CPU device"),
         (["hello"], "neither a config file (*.py) nor --key=value; write --start=hello"),
+        (["--stop=['']"], "stop has an empty string"),
+        (["--repetition_penalty=0"], "repetition_penalty must be a number above 0"),
+        (["--start=a", "--prompts=b.txt"], "start cannot be combined with prompts"),
+        (["--chat", "--prompts=b.txt"], "chat cannot be combined with start, prompts or"),
+        (["--batch_size=100000000", "--num_samples=100000000"], " fit"),
         ([f"--checkpoint={__file__}"], f"{__file__} is a file, but a checkpoint is a folder"),
     ],
 )
@@ -182,13 +251,13 @@ def test_a_conversation_streams_each_answer_and_ends_at_ctrl_d(talker, monkeypat
 
 def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
     prompts = []
-    really = GPT.generate
+    really = generation.continuation
 
-    def noted(self, idx, *args, **kwargs):
-        prompts.append(Tokenizer.bytes().decode(idx[0].tolist()))
-        return really(self, idx, *args, **kwargs)
+    def noted(model, tokenizer, prompt, sampling):
+        prompts.append(tokenizer.decode(prompt))
+        return really(model, tokenizer, prompt, sampling)
 
-    monkeypatch.setattr(GPT, "generate", noted)
+    monkeypatch.setattr(generation, "continuation", noted)
     lines = ["/system Be brief.", "One?", "Two?", "/reset", "Three?", "/nothing", "/system x"]
     first, *_ = talk(monkeypatch, talker, *lines)
     err = capsys.readouterr().err
@@ -208,18 +277,18 @@ def test_what_was_said_counts_until_it_is_reset(talker, monkeypatch, capsys):
 
 def test_commands_change_how_tokens_are_drawn(talker, monkeypatch, capsys):
     settings = []
-    really = generation.picker
+    really = generation.continuation
 
-    def noted(sampling, *args):
+    def noted(model, tokenizer, prompt, sampling):
         settings.append(sampling)
-        return really(sampling, *args)
+        return really(model, tokenizer, prompt, sampling)
 
-    monkeypatch.setattr(generation, "picker", noted)
+    monkeypatch.setattr(generation, "continuation", noted)
     lines = ["/temperature 0", "One?", "/temperature 0.5", "/top_k none", "/max_new_tokens 3"]
     lines += ["/seed 7", "/reset", "Two?", "/seed 7", "/reset", "/help", "Two?", "/exit", "Three?"]
     answers = talk(monkeypatch, talker, *lines)
     assert len(answers) == 3 and answers[1] == answers[2] and len(answers[1].encode()) <= 9
-    assert (settings[1].temperature, settings[1].max_new_tokens) == (0.0, 30)
+    assert (settings[0].temperature, settings[0].max_new_tokens) == (0.0, 30)
     last = settings[-1]
     assert (last.temperature, last.max_new_tokens, last.seed) == (0.5, 3, 7)
     err = capsys.readouterr().err
@@ -260,14 +329,13 @@ def test_a_full_context_forgets_its_oldest_turns(talker, monkeypatch, capsys):
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(talker, monkeypatch, capsys):
-    really = GPT.generate
+    really = generation.continuation
 
-    def interrupted(self, *args, **kwargs):
-        tokens = really(self, *args, **kwargs)
-        yield next(tokens)
+    def interrupted(*args):
+        yield next(really(*args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(GPT, "generate", interrupted)
+    monkeypatch.setattr(generation, "continuation", interrupted)
     answers = talk(monkeypatch, talker, "Hello!", "Go on.")
     assert [len(answer) for answer in answers] == [1, 1]
 
@@ -322,4 +390,4 @@ def test_a_model_without_conversations_does_not_chat(folder, capsys):
     assert run(folder, "--chat") == 2
     assert "--chat needs a model that was trained on conversations" in capsys.readouterr().err
     assert run(folder, "--chat", "--start=Hi", "--num_samples=2") == 2
-    assert "chat cannot be combined with start or num_samples" in capsys.readouterr().err
+    assert "chat cannot be combined with start, prompts or num_samples" in capsys.readouterr().err

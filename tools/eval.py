@@ -17,7 +17,7 @@ model's answer (>) and the reference answer (=).
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ class EvalConfig:
     limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: bfloat16 where the hardware has it
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
 
 
 if __name__ == "__main__":
@@ -51,9 +52,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
+import torch
 
 from model import GPT
-from plaingpt import generation, runtime
+from plaingpt import generation, packing, runtime
 from plaingpt.checkpoint import store
 from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
@@ -85,12 +87,18 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     model, own_tokenizer = store.load(cfg.checkpoint)
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
-    rt.place(model).eval()
+    if cfg.quantize:
+        rt = replace(rt, dtype=torch.float32)  # of what is not packed
+        packing.place(model, rt, cfg.dtype, cfg.quantize)
+    else:
+        rt.place(model).eval()
     scores: dict[str, float] = {}
     if "perplexity" in cfg.tasks:
         scores |= perplexity(cfg, model, data, split, rt)
     if "answers" in cfg.tasks:
-        scores |= answers(cfg, model.to(rt.dtype), split, tokenizer, rt)
+        if not cfg.quantize:
+            packing.place(model, rt, cfg.dtype)
+        scores |= answers(cfg, model, split, tokenizer)
     return scores
 
 
@@ -117,15 +125,14 @@ def perplexity(
 
 
 def answers(
-    cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer, rt: runtime.Runtime
+    cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer
 ) -> dict[str, float]:
     exact, overlaps = [], []
-    pick = generation.picker(Sampling(temperature=0), tokenizer, rt.device)
     pairs = islice(questions(split, tokenizer), cfg.limit)
     for number, (question, reference) in enumerate(pairs):
-        max_new_tokens = len(reference) + EXTRA_TOKENS
-        drawn = generation.continuations(model, tokenizer, question, max_new_tokens, pick)
-        given = tokenizer.decode([int(token) for token in drawn]).removesuffix(tokenizer.eot)
+        sampling = Sampling(temperature=0, max_new_tokens=len(reference) + EXTRA_TOKENS)
+        drawn = generation.continuation(model, tokenizer, question, sampling)
+        given = "".join(each.piece for each in drawn)
         wanted = tokenizer.decode(reference).removesuffix(tokenizer.eot)
         exact.append(words(given) == words(wanted))
         overlaps.append(f1(words(given), words(wanted)))

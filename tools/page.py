@@ -38,6 +38,7 @@ from configurator import UserError
 from model import GPT
 from plaingpt import generation, values
 from plaingpt.advice import unknown
+from plaingpt.generation import Text
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
@@ -86,10 +87,10 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
                 ids, forgotten = await run_in_threadpool(
                     prompt_of, asked, tokenizer, block_size, count
                 )
-                speller = insight.Speller(tokenizer)
-                prompt = [[token, speller.text(token)] for token in ids]
+                text = Text(ids, sampling, tokenizer)
+                prompt = [[token, text.speller.text(token)] for token in ids]
                 first = {"prompt": prompt, "forgotten": forgotten, "seed": sampling.seed}
-                tokens = insight.drawn(model, speller, ids, sampling)
+                tokens = insight.drawn(model, text, tokenizer)
                 lines = json_lines(first, tokens, request.app.state.stopping)
                 response = StreamingResponse(lines, media_type="application/x-ndjson")
                 with contextlib.suppress(asyncio.TimeoutError):

@@ -11,7 +11,7 @@ For other programs there is `transformers serve` (docs/elsewhere.md).
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/serve.py
@@ -31,7 +31,8 @@ class ServeConfig(Sampling):
     port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 2  # answers at a time; further requests get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: DType = "auto"  # of the weights; auto: bfloat16 where the hardware has it
+    dtype: DType = "auto"  # of the weights; auto: 16 bits
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
 
 
 if __name__ == "__main__":
@@ -41,7 +42,7 @@ if __name__ == "__main__":
 import os
 import socket
 
-from plaingpt import runtime
+from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -65,7 +66,7 @@ def serve(cfg: ServeConfig) -> None:
     configurator.validate(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
-    rt.place(model, rt.dtype).eval()
+    packing.place(model, rt, cfg.dtype, cfg.quantize)
     try:
         listening = socket.create_server((cfg.host, cfg.port))
     except OSError as error:

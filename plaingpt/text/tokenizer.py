@@ -9,11 +9,10 @@ Ids are 0–255 for single bytes, then the merges in the order they were learned
 out `<|endoftext|>`, it gets the ids of the letters.
 """
 
-import codecs
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -140,13 +139,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, special ids their names."""
         return self.encoding.decode(list(ids), errors="replace")
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """`decode`, id by id: a character comes out as soon as all of its bytes are in."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in ids:
-            yield decoder.decode(self.encoding.decode_single_token_bytes(token))
-        yield decoder.decode(b"", final=True)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -52,14 +52,12 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def print_sample(model: GPT, tokenizer: Tokenizer, seed: int, rt: Runtime) -> None:
+def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
     """Print what the model writes after `<|endoftext|>`, with the same draws each time."""
     model.eval()
-    pick = generation.picker(Sampling(seed=seed), tokenizer, rt.device)
-    prompt = [tokenizer.eot_id]
-    tokens = generation.continuations(model, tokenizer, prompt, SAMPLE_TOKENS, pick)
+    sampling = Sampling(seed=seed, max_new_tokens=SAMPLE_TOKENS)
     with parallel.unsharded(model):  # a sharded model needs all processes
-        ids = [int(token) for token in tokens]
+        drawn = list(generation.continuation(model, tokenizer, [tokenizer.eot_id], sampling))
     model.train()
-    text = tokenizer.decode(ids).removesuffix(tokenizer.eot)
+    text = "".join(each.piece for each in drawn)
     print("\n".join(f"  | {line}" for line in text.splitlines()))

@@ -152,37 +152,6 @@ def test_gpt2_is_openais():
         assert ours.encode(text) == theirs.encode_ordinary(text)
 
 
-# --- streaming
-
-
-def test_streamed_pieces_are_the_text_and_whole_characters(tokenizer):
-    for text in TEXTS:
-        pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
-        assert "".join(pieces) == text
-        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-
-
-def test_any_ids_stream_to_what_they_decode_to(tokenizer):
-    rng = random.Random(0)
-    for _ in range(200):
-        ids = rng.choices(range(tokenizer.vocab_size), k=rng.randint(0, 30))
-        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
-
-
-def test_a_character_streams_with_its_last_byte():
-    pieces = list(Tokenizer.bytes().decode_stream("aé😀".encode()))
-    assert pieces == ["a", "", "é", "", "", "", "😀", ""]
-    assert list(Tokenizer.bytes().decode_stream(b"a\xf0\x9f")) == ["a", "", "", "\ufffd"]
-
-
-def test_a_stream_does_not_wait_for_the_ids_to_end():
-    def ids():
-        yield 97
-        pytest.fail("read ahead")
-
-    assert next(Tokenizer.bytes().decode_stream(ids())) == "a"
-
-
 # --- training
 
 

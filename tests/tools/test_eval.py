@@ -64,6 +64,14 @@ def test_the_loss_equals_that_of_training(run, capsys):
     assert fewer["tokens"] == 3 * 16 < scores["tokens"]
 
 
+def test_int8_weights_cost_little(run):
+    _, out_dir, data_dir = run
+    settings = {"device": "cpu", "dtype": "float32"}
+    exact = eval.score(eval.EvalConfig(out_dir, data_dir, **settings))["loss"]
+    packed = eval.score(eval.EvalConfig(out_dir, data_dir, **settings, quantize="int8"))["loss"]
+    assert packed != exact == pytest.approx(packed, rel=0.01)
+
+
 def test_bits_per_byte(tmp_path):
     (tmp_path / "text.txt").write_text("All of it counts. " * 300)
     words = [f"--sources={tmp_path}/text.txt", f"--data_dir={tmp_path}/data", "--vocab_size=300"]
