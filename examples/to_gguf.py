@@ -3,6 +3,7 @@ Convert a checkpoint into a GGUF file with llama.cpp's own converter:
 
     git clone https://github.com/ggml-org/llama.cpp
     python examples/to_gguf.py llama.cpp out/stdlib stdlib.gguf
+    python examples/to_gguf.py llama.cpp out/stdlib stdlib.q8.gguf --outtype q8_0
     llama-server -m stdlib.gguf                             # or any other program of llama.cpp
 
 The converter recognizes a tokenizer by a hash of the ids it gives to a sample text, so it cannot
@@ -19,9 +20,12 @@ from plaingpt.checkpoint import folders
 from plaingpt.text.tokenizer import Tokenizer
 
 
-def main(llama_cpp: str, where: str, out_file: str) -> None:
-    """Raises UserError if the converter is missing, the checkpoint is an adapter, or GGUF cannot
-    express its tokenizer."""
+def main(llama_cpp: str, where: str, out_file: str, *options: str) -> None:
+    """Call the converter, with any `options` of its own.
+
+    Raises UserError if it is missing, the checkpoint is an adapter, or GGUF cannot express its
+    tokenizer.
+    """
     folder = folders.find(where)
     if folders.is_adapter(folder):
         raise UserError(f"{folder} is an adapter: merge it first, with python -m tools.export")
@@ -35,12 +39,12 @@ def main(llama_cpp: str, where: str, out_file: str) -> None:
     from conversion.base import TextModel
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out_file]
+    sys.argv = ["convert_hf_to_gguf.py", str(folder), *options, "--outfile", out_file]
     convert_hf_to_gguf.main()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) < 4 or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     try:

@@ -75,9 +75,10 @@ def test_llama_cpps_converter_is_told_how_our_tokenizers_split(folders, tmp_path
     Tokenizer.train([tiny_text], 300).save(step)
     (step / "config.json").write_text("{}")
     command = [sys.executable, str(REPO / "examples" / "to_gguf.py"), str(tmp_path)]
-    subprocess.run([*command, step, tmp_path / "x.gguf"], check=True)
+    subprocess.run([*command, step, tmp_path / "x.gguf", "--outtype", "q8_0"], check=True)
     told = json.loads((tmp_path / "x.gguf").read_text())
     assert told["splits as"] == "gpt-2" and told["arguments"][0] == str(step)
+    assert told["arguments"][1:3] == ["--outtype", "q8_0"]
     done = subprocess.run([*command, "nowhere", "y"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: nowhere does not exist")
     for llama_cpp, where, reason in (
