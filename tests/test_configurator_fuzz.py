@@ -10,13 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_end_to_end import BENCHES, CLASSES, CONFIGS, DOCS, commands_of, fenced_lines
+from test_end_to_end import CLASSES, CONFIGS, DOCS, commands_of, fenced_lines
 
 import configurator
 from configurator import UserError
+from tools import bench
 
 REPO = Path(__file__).parents[1]
-ALL = {**CLASSES, **{f"tools.bench {name}": cls for name, cls in BENCHES.items()}}
+ALL = {**CLASSES, **{f"tools.bench {name}": cls for name, cls in bench.SETTINGS.items()}}
 COMMAND_LINES = 18_000
 FILES = 2_500
 LITTER = [" ", "=", "--", "-", ",", "(", "]", "{", "'", '"', "\\", "#", ":", "\n", "\t", "\0", "~"]

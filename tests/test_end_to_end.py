@@ -37,10 +37,9 @@ CLASSES = {
     "tools.serve": serve.ServeConfig,
     "tools.eval": eval.EvalConfig,
 }
-BENCHES = {"prepare": bench.PrepareBench, "train": bench.TrainBench}
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
-OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv"}
+OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv", "cmake"}
 PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
@@ -108,7 +107,7 @@ def check(program: str, arguments: list[str]) -> None:
         cfg, _ = configurator.resolve(CLASSES[program], arguments)
         configurator.validate(cfg)
     elif program == "tools.bench":
-        cfg, _ = configurator.resolve(BENCHES[arguments[0]], arguments[1:])
+        cfg, _ = configurator.resolve(bench.SETTINGS[arguments[0]], arguments[1:])
         if isinstance(cfg, bench.TrainBench):
             check("train.py", shlex.split(cfg.settings))
     elif program == "torchrun":

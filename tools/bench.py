@@ -5,7 +5,8 @@ Measure the speed of a command, and beside it the limit of this machine for the 
     python -m tools.bench prepare --tokenizer=gpt2 --corpus_mb=200 --repeats=5
     python -m tools.bench train                             # steps of GPT-2 124M
     python -m tools.bench train --settings="config/gpt2_350m.py --batch_size=8" --nanogpt=../nanoGPT
-    python -m tools.bench train --help                      # the settings; likewise for prepare
+    python -m tools.bench sample                            # tokens written by GPT-2 124M
+    python -m tools.bench train --help                      # the settings; likewise for the others
 """
 
 import inspect
@@ -28,6 +29,8 @@ from configurator import (
     UserError,
 )
 from plaingpt import threads
+from tools import bench_sample
+from tools.bench_sample import SampleBench
 
 WARMUP_STEPS = 3  # of each training, which do not count
 Steps = Annotated[int, Range("at least 4", lambda value: value > WARMUP_STEPS)]
@@ -54,12 +57,14 @@ class TrainBench:
     output: PathName = "out/bench_train.json"  # where the figures go
 
 
+SETTINGS: dict[str, type] = {"prepare": PrepareBench, "train": TrainBench, "sample": SampleBench}
+
+
 def answer_help(arguments: list[str]) -> None:
     """Print the help of the benchmark that is named, or of this command, and exit if asked to."""
-    if arguments[:1] == ["prepare"]:
-        configurator.answer_help(PrepareBench, arguments[1:])
-    elif arguments[:1] == ["train"]:
-        configurator.answer_help(TrainBench, arguments[1:])
+    name = arguments[0] if arguments else ""
+    if name in SETTINGS:
+        configurator.answer_help(SETTINGS[name], arguments[1:])
     elif "-h" in arguments or "--help" in arguments:
         print(inspect.cleandoc(__doc__ or ""))
         raise SystemExit(0)
@@ -79,10 +84,9 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -96,8 +100,10 @@ from plaingpt.text.documents import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity
+from tools.processes import output_of
 
 REPO = Path(__file__).parents[1]
+Table = dict[str, list[float]]  # figures by label
 # Not runtime.peak_memory_gib: it imports torch, which prepare.py does without.
 PREPARE = """
 import sys, prepare
@@ -112,7 +118,7 @@ sys.exit(status)
 # --- prepare
 
 
-def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
+def bench_prepare(cfg: PrepareBench) -> Table:
     """Measure prepare.py from start to end, and tiktoken's encode_ordinary_batch on the same text
     with as many threads or with one per core, whichever is faster.
 
@@ -133,13 +139,12 @@ def bench_prepare(cfg: PrepareBench) -> dict[str, Any]:
             alone.append(size / 1e6 / seconds)
             runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, workers))
     ours = [size / 1e6 / seconds for seconds, _ in runs]
-    table = {
+    return {
         "tiktoken alone, MB/s": alone,
         "prepare.py, MB/s": ours,
         "ratio": [mine / other for mine, other in zip(ours, alone)],
         "peak memory of prepare.py, GiB": [peak for _, peak in runs],
     }
-    return report("prepare", cfg, table)
 
 
 def write_corpus(folder: Path, cfg: PrepareBench) -> tuple[Path, int]:
@@ -197,8 +202,9 @@ def measure_prepare(
     """Seconds and peak memory in GiB (NaN if unknown) of a process that prepares `source`."""
     shutil.rmtree(data_dir, ignore_errors=True)
     arguments = [f"--sources={source}", f"--data_dir={data_dir}", f"--tokenizer={tokenizer}"]
+    command = [sys.executable, "-c", PREPARE, *arguments, f"--workers={threads}"]
     began = time.perf_counter()
-    printed = run_python("prepare.py", ["-c", PREPARE, *arguments, f"--workers={threads}"], REPO)
+    printed = output_of("prepare.py", command, REPO)
     seconds = time.perf_counter() - began
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", printed, re.M)
     return seconds, int(peak[1]) / 2**20 if peak else math.nan
@@ -207,7 +213,7 @@ def measure_prepare(
 # --- train
 
 
-def bench_train(cfg: TrainBench) -> dict[str, Any]:
+def bench_train(cfg: TrainBench) -> Table:
     """Measure train.py on made-up ids, a matrix product alone, and nanoGPT if cfg names it.
 
     Raises UserError for settings out of range, and if a training fails.
@@ -240,7 +246,7 @@ def bench_train(cfg: TrainBench) -> dict[str, Any]:
         "MFU by the data sheet, %": [t * 1e14 / promised for t in tflops] if promised else [],
         "peak memory of train.py, GiB": [peak for peak in peaks if peak],
     }
-    return report("train", cfg, {label: values for label, values in table.items() if values})
+    return {label: values for label, values in table.items() if values}
 
 
 def write_ids(data_dir: Path) -> None:
@@ -261,7 +267,7 @@ def measure_train(cfg: TrainBench, data_dir: Path, out_dir: Path) -> list[log.Re
     arguments += [f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--overwrite"]
     arguments += ["--vocab_multiple=50304", f"--max_steps={cfg.steps}", "--log_interval=1"]
     arguments += [f"--eval_interval={cfg.steps}", "--eval_tokens=1", "--sample_interval=0"]
-    run_python("train.py", ["train.py", *arguments], REPO)
+    output_of("train.py", [sys.executable, "train.py", *arguments], REPO)
     return run_folder.read_records(out_dir / "metrics.jsonl")
 
 
@@ -288,22 +294,12 @@ def measure_nanogpt(folder: str, data_dir: Path, config: GPTConfig, start: RunSt
         "log_interval": 1,
     }
     arguments = [f"--{name}={value}" for name, value in given.items()]
-    printed = run_python("nanoGPT", ["train.py", *arguments], folder)
+    printed = output_of("nanoGPT", [sys.executable, "train.py", *arguments], folder)
     times = [float(ms) / 1000 for ms in re.findall(r"^iter .* time ([\d.]+)ms", printed, re.M)]
     return settings["batch_size"] * config.block_size / typical("nanoGPT", times)
 
 
-# --- both
-
-
-def run_python(name: str, arguments: list[str], folder: str | Path) -> str:
-    """The output of a Python process. Raises UserError with its last line if `name` fails."""
-    command = [sys.executable, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-        raise UserError(f"{name} failed: {lines[-1]}")
-    return run.stdout
+# --- all
 
 
 def typical(name: str, values: list[float]) -> float:
@@ -315,7 +311,7 @@ def typical(name: str, values: list[float]) -> float:
     return statistics.median(values[WARMUP_STEPS:])
 
 
-def report(command: str, cfg: Any, table: dict[str, list[float]]) -> dict[str, Any]:
+def report(command: str, cfg: Any, table: Table) -> None:
     """Print medians and spreads as a table; write all figures to cfg.output as JSON."""
     print(f"{'':32} {'median':>10} {'lowest':>10} {'highest':>10}")
     for label, values in table.items():
@@ -331,18 +327,21 @@ def report(command: str, cfg: Any, table: dict[str, list[float]]) -> dict[str, A
     }
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     Path(cfg.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     answer_help(arguments)
-    if arguments[:1] == ["prepare"]:
-        return configurator.command(PrepareBench, bench_prepare, arguments[1:])
-    if arguments[:1] == ["train"]:
-        return configurator.command(TrainBench, bench_train, arguments[1:])
-    print("error: say what to measure: python -m tools.bench prepare or train", file=sys.stderr)
-    return 2
+    name = arguments[0] if arguments else ""
+    if name not in SETTINGS:
+        names = " or ".join(SETTINGS)
+        print(f"error: say what to measure: python -m tools.bench {names}", file=sys.stderr)
+        return 2
+    measures: dict[str, Callable[[Any], Table]]
+    measures = {"prepare": bench_prepare, "train": bench_train, "sample": bench_sample.measure}
+    return configurator.command(
+        SETTINGS[name], lambda cfg: report(name, cfg, measures[name](cfg)), arguments[1:]
+    )
 
 
 if __name__ == "__main__":

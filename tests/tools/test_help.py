@@ -24,6 +24,7 @@ TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench")]
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
         ("-m tools.bench train", "  --nanogpt "),
+        ("-m tools.bench sample", "  --new_tokens "),
         ("-m tools.bench train --repeats=2", "  --nanogpt "),
         ("-m tools.bench --repeats=2", "    python -m tools.bench train "),
         ("tools/eval.py", "  --limit "),
