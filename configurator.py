@@ -20,7 +20,7 @@ import tokenize
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from plaingpt.advice import explain_import, failure, unknown, unknown_in, unnamed
 from plaingpt.values import INVALID, check, describe, misfit, options_of, parse
@@ -138,7 +138,8 @@ def configure(cls: type[Config], argv: list[str], saved: Saved | None = None) ->
 
 
 def validate(config: Any, problems: Iterable[str] = ()) -> None:
-    """Raise a UserError that lists every setting outside its `Range`, then `problems`.
+    """Raise a UserError that lists every setting (or item of a tuple) outside its `Range`, then
+    `problems`.
 
     Commands call it themselves, so that configs built in Python are checked as well.
     """
@@ -146,9 +147,12 @@ def validate(config: Any, problems: Iterable[str] = ()) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for option in options_of(hint):
-            for allowed in getattr(option, "__metadata__", ()):  # of an Annotated
-                if value is not None and not allowed.holds(value):
-                    found.append(f"{name} must be {allowed.words}, not {value!r}")
+            several = get_origin(option) is tuple
+            kind, values = (get_args(option)[0], value) if several else (option, [value])
+            for allowed in getattr(kind, "__metadata__", ()):  # of an Annotated
+                for each in values:
+                    if each is not None and not allowed.holds(each):
+                        found.append(f"{name} must be {allowed.words}, not {each!r}")
     if found := [*found, *problems]:
         raise UserError("; ".join(found))
 

@@ -104,8 +104,6 @@ def check_settings(cfg: SampleConfig) -> None:
     problems = []
     if cfg.chat and (cfg.start or cfg.prompts or cfg.num_samples > 1):
         problems.append("chat cannot be combined with start, prompts or num_samples")
-    if "" in cfg.stop:
-        problems.append("stop has an empty string")
     if cfg.start and cfg.prompts:
         problems.append("start cannot be combined with prompts")
     configurator.validate(cfg, problems)

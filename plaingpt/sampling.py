@@ -3,7 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from configurator import FractionAbove0, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from configurator import (
+    FractionAbove0,
+    NonEmpty,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+)
 
 Temperature = Annotated[
     float, Range("0, or at least 0.001", lambda value: value == 0 or 1e-3 <= value < float("inf"))
@@ -19,7 +26,7 @@ class Sampling:
     top_p: FractionAbove0 | None = 0.95  # draw from the likeliest that together reach this share
     min_p: FractionAbove0 | None = None  # drop tokens less likely than this share of the likeliest
     repetition_penalty: PositiveFloat = 1.0  # above 1: tokens that the text has become less likely
-    stop: tuple[str, ...] = ()  # end the text before any of these
+    stop: tuple[NonEmpty, ...] = ()  # end the text before any of these
     stop_tokens: tuple[NonNegativeInt, ...] = ()  # end the text at any of these ids
     seed: NonNegativeInt | None = None  # the same seed draws the same text; None: new each time
 

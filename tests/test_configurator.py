@@ -375,6 +375,7 @@ class Ranged:
     dropout: FractionBelow1 = 0.0
     top_p: FractionAbove0 | None = 1.0
     name: str = ""
+    sizes: tuple[PositiveInt, ...] = (1, 2)
 
 
 def test_settings_within_their_ranges_pass():
@@ -407,9 +408,10 @@ def test_a_setting_outside_its_range_is_named_with_its_value(name, value, words)
 
 def test_ranges_and_other_problems_are_reported_at_once():
     with pytest.raises(UserError) as caught:
-        configurator.validate(Ranged(count=0, share=2.0), ["too much", "too late"])
+        configurator.validate(Ranged(count=0, share=2.0, sizes=(3, -4)), ["too much", "too late"])
     assert str(caught.value) == (
-        "count must be at least 1, not 0; share must be in [0, 1], not 2.0; too much; too late"
+        "count must be at least 1, not 0; share must be in [0, 1], not 2.0; "
+        "sizes must be at least 1, not -4; too much; too late"
     )
 
 

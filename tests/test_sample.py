@@ -183,7 +183,7 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
         (["--device=tpu"], "device 'tpu' is not on this machine"),
         (["--device=cpu:1"], "device 'cpu:1': this machine has 1 CPU device"),
         (["hello"], "neither a config file (*.py) nor --key=value; write --start=hello"),
-        (["--stop=['']"], "stop has an empty string"),
+        (["--stop=['']"], "stop must be non-empty, not ''"),
         (["--repetition_penalty=0"], "repetition_penalty must be a number above 0"),
         (["--start=a", "--prompts=b.txt"], "start cannot be combined with prompts"),
         (["--chat", "--prompts=b.txt"], "chat cannot be combined with start, prompts or"),
