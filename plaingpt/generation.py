@@ -93,11 +93,15 @@ class Batch:
         check_memory(model, size, self.capacity)
         self.cache = KVCache(model, size, self.capacity)
         self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all texts, in whatever state an error has left them."""
         self.prompt: list[int] = []  # what the prompt cache holds
         self.texts: list[Text] = []  # by row of the cache; those without unread ids are the last
         self.lengths: list[int] = []  # tokens of each that are in the cache
-        self.logits = torch.empty(0, tokenizer.vocab_size, device=device)  # after the prompts
-        self.device = device
+        self.logits = torch.empty(0, self.tokenizer.vocab_size, device=self.device)  # of prompts
 
     @torch.inference_mode()
     def add(self, text: Text) -> None:
@@ -182,7 +186,7 @@ class Batch:
         return zip(own, (tuple(zip(*each)) for each in others))
 
     def remove(self, text: Text) -> None:
-        """Forget a text, between two steps. Its row goes to the last text."""
+        """Forget a text, before any are added for the next step. Its row goes to the last text."""
         row, last = self.texts.index(text), len(self.texts) - 1
         if row < last:
             length = self.lengths[last]

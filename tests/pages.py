@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from conftest import save_checkpoint
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import store
+from plaingpt.generation import Batch
 from plaingpt.sampling import Sampling
 from plaingpt.text.tokenizer import Tokenizer
 from tools import page, serve
@@ -28,10 +30,11 @@ JSON = {"Content-Type": "application/json"}
 class Site:
     """A server in a thread of this process."""
 
-    def __init__(self, folder: Path, port: int = 0, **changes):
+    def __init__(self, folder: Path, port: int = 0, max_requests: int = 2, **changes):
         self.model = store.load_model(folder).eval()
         served = page.Served(self.model, Tokenizer.load(folder), "tiny", EXAMPLES)
-        app = page.build_app(served, replace(SAMPLING, **changes), 2, list(serve.LOOPBACK))
+        sampling, hosts = replace(SAMPLING, **changes), list(serve.LOOPBACK)
+        app = page.build_app(served, sampling, max_requests, hosts)
         self.socket = socket.create_server(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
@@ -54,6 +57,23 @@ class Site:
         self.socket.close()
 
 
+class Answer:
+    """An answer that is read line by line."""
+
+    def __init__(self, site: Site, body: dict):
+        self.connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+        self.connection.request("POST", "/answer", json.dumps(body), JSON)
+        self.response = self.connection.getresponse()
+
+    def lines(self, count: int | None = None) -> list[dict]:
+        """The next `count` lines, or all that are left."""
+        return [json.loads(line) for line in islice(self.response, count)]
+
+    def close(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+
 def write(out_dir: Path, chat_template: str | None = None) -> Path:
     """A model that writes letters and, once in about 30, an end."""
     model = GPT(SHAPE).init_weights(1)
@@ -67,24 +87,23 @@ def write(out_dir: Path, chat_template: str | None = None) -> Path:
 
 
 def slow_down(monkeypatch) -> list:
-    """Have each token take 20 ms; returns the list of all that are drawn."""
-    drawn = []
-    really = GPT.generate
+    """Have each step take 20 ms; returns the list of all steps, each with the ids that it drew."""
+    steps = []
+    really = Batch.step
 
-    def slowly(self, *args, **kwargs):
-        for token in really(self, *args, **kwargs):
-            time.sleep(0.02)
-            drawn.append(token)
-            yield token
+    def slowly(self):
+        really(self)
+        time.sleep(0.02)
+        steps.append([text.ids[-1] for text in self.texts])
 
-    monkeypatch.setattr(GPT, "generate", slowly)
-    return drawn
+    monkeypatch.setattr(Batch, "step", slowly)
+    return steps
 
 
-def ended(drawn: list) -> int:
-    """How many tokens were drawn, once the drawing has ended."""
+def ended(steps: list) -> int:
+    """How many steps were taken, once no more are."""
     while True:
-        before = len(drawn)
+        before = len(steps)
         time.sleep(0.3)
-        if len(drawn) == before:
+        if len(steps) == before:
             return before

@@ -1,14 +1,14 @@
 """What the page shows of a model: probabilities of tokens, their alternatives, and attention."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model import GPT, Block
-from plaingpt.generation import Batch, Text, write
+from plaingpt.generation import Text
 from plaingpt.text.tokenizer import Tokenizer
 
 ALTERNATIVES = 10  # shown for each token
@@ -37,22 +37,16 @@ def rounded(probability: float) -> float:
     return float(f"{probability:.5g}")
 
 
-def drawn(model: GPT, text: Text, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Write `text`; yield each token as `described`, with the "text" it completes.
-
-    The last has an "end": "stop" if something ended the text, "length" otherwise. Probabilities are
-    the model's own, before temperature and filters.
-    """
-    capacity = len(text.ids) + text.sampling.max_new_tokens
-    batch = Batch(model, tokenizer, capacity=capacity, alternatives=ALTERNATIVES)
-    for _ in write(batch, [text]):
-        token = text.tokens[-1]
-        assert token.log_probability is not None
-        found = described(token.id, token.log_probability, token.alternatives, tokenizer)
-        found["text"] = token.piece
-        if text.ended:
-            found["end"] = "stop" if text.stopped else "length"
-        yield found
+def newest(text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The newest token of a text as `described`, with the "text" it completes. The last of all has
+    an "end": "stop" if something ended the text, "length" otherwise."""
+    token = text.tokens[-1]
+    assert token.log_probability is not None
+    found = described(token.id, token.log_probability, token.alternatives, tokenizer)
+    found["text"] = token.piece
+    if text.ended:
+        found["end"] = "stop" if text.stopped else "length"
+    return found
 
 
 @torch.no_grad()

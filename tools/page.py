@@ -18,7 +18,7 @@ import json
 import random
 import typing
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 from tools import insight
+from tools.writer import Writer
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 1 << 16  # bytes of a request
@@ -70,6 +71,7 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
     `hosts`."""
     model, tokenizer = served.model, served.tokenizer
     block_size = model.config.block_size
+    writer = Writer(model, tokenizer, max_requests)
     slots = asyncio.Semaphore(max_requests)
     about = description(served, defaults)
 
@@ -81,7 +83,7 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
         sampling = sampling_of(asked, defaults)
 
         async def respond(*arguments: Any) -> None:
-            """Send the answer; a visitor who leaves cancels it, which stops the drawing."""
+            """Send the answer; a visitor who leaves cancels it, which ends the writing."""
             async with slot(slots):
                 count = sampling.max_new_tokens
                 ids, forgotten = await run_in_threadpool(
@@ -90,10 +92,9 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
                 text = Text(ids, sampling, tokenizer)
                 prompt = [[token, text.speller.text(token)] for token in ids]
                 first = {"prompt": prompt, "forgotten": forgotten, "seed": sampling.seed}
-                tokens = insight.drawn(model, text, tokenizer)
-                lines = json_lines(first, tokens, request.app.state.stopping)
-                response = StreamingResponse(lines, media_type="application/x-ndjson")
-                with contextlib.suppress(asyncio.TimeoutError):
+                with writer.writing(text) as tokens, contextlib.suppress(asyncio.TimeoutError):
+                    lines = json_lines(first, tokens, request.app.state.stopping)
+                    response = StreamingResponse(lines, media_type="application/x-ndjson")
                     await asyncio.wait_for(response(*arguments), MAX_SECONDS)
 
         return respond
@@ -101,13 +102,13 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
     async def score(request: Request) -> JSONResponse:
         ids = window_of(await read_json(request), tokenizer, block_size)
         async with slot(slots):
-            tokens = await run_in_threadpool(insight.scored, model, tokenizer, ids)
+            tokens = await writer.run(insight.scored, model, tokenizer, ids)
         return JSONResponse({"tokens": tokens})
 
     async def attention(request: Request) -> JSONResponse:
         ids = window_of(await read_json(request), tokenizer, block_size)
         async with slot(slots):
-            weights = await run_in_threadpool(insight.attention, model, ids)
+            weights = await writer.run(insight.attention, model, ids)
         rows = [[[round(w, 5) for w in head] for head in layer] for layer in weights.tolist()]
         return JSONResponse({"weights": rows})
 
@@ -193,11 +194,11 @@ async def send_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def json_lines(
-    first: dict[str, Any], tokens: Iterator[dict[str, Any]], stopping: Callable[[], bool]
+    first: dict[str, Any], tokens: AsyncIterator[dict[str, Any]], stopping: Callable[[], bool]
 ) -> AsyncIterator[str]:
     yield json.dumps(first) + "\n"
     try:
-        while not stopping() and (token := await run_in_threadpool(next, tokens, None)):
+        while not stopping() and (token := await anext(tokens, None)):
             yield json.dumps(token) + "\n"
     except UserError as error:  # too late for another status
         yield json.dumps({"error": str(error)}) + "\n"

@@ -29,7 +29,7 @@ class ServeConfig(Sampling):
     checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     host: NonEmpty = "127.0.0.1"  # this machine; 0.0.0.0: open to the network, without password
     port: Port = 8000  # 0: any free port
-    max_requests: PositiveInt = 2  # answers at a time; further requests get status 503
+    max_requests: PositiveInt = 8  # answers written side by side; others get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: 16 bits
     quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU

@@ -324,22 +324,29 @@ def test_settings_are_sent_and_kept_with_each_answer(site, open_page):
     page = open_page(site)
     page.click("#settings summary")
     wanted = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": None}
+    wanted["repetition_penalty"] = 1.1
     for name, value in wanted.items():
         page.fill(f"#{name}", "" if value is None else str(value))
     with page.expect_request("**/answer") as asked:
         first = write_on(page, "Once")
     assert wanted.items() <= asked.value.post_data_json.items()
     line = page.locator(".actions button").last
-    assert "temperature 1.5 · top-k 40 · top-p 0.9 · min-p 0.01 · seed " in line.inner_text()
+    shown = "temperature 1.5 · top-k 40 · top-p 0.9 · min-p 0.01 · repetition-penalty 1.1 · seed "
+    assert shown in line.inner_text()
     page.fill("#top_k", "")
-    page.click("text=Regenerate")
+    page.fill("#repetition_penalty", "")
+    with page.expect_request("**/answer") as asked:
+        page.click("text=Regenerate")
     answered(page)
+    assert asked.value.post_data_json["repetition_penalty"] == 1
+    assert "penalty" not in page.locator(".actions button").last.inner_text()
     assert tokens_of(page) != first  # another seed
     page.click("#past")  # the first version
     page.locator("#entries button").nth(1).click()
     assert tokens_of(page) == first
     page.locator(".actions button").last.click()
     assert page.input_value("#top_k") == "40" and page.input_value("#seed").isdigit()
+    assert page.input_value("#repetition_penalty") == "1.1"
     page.click("text=Regenerate")
     answered(page)
     assert tokens_of(page) == first

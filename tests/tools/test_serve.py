@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_checkpoint
-from pages import JSON, SHAPE, Site, ended, slow_down, write
+from pages import JSON, SHAPE, Answer, Site, ended, slow_down, write
 
 import sample
 from model import GPT
 from plaingpt.checkpoint import store
+from plaingpt.generation import NOT_FINITE, Batch
 from plaingpt.text.templates import CHAT_TEMPLATES
 from plaingpt.text.tokenizer import Tokenizer
 from tools import insight, page, serve
@@ -96,20 +97,30 @@ def test_a_text_that_ends_says_so(tmp_path):
     assert [(token["text"], token["id"], token["end"]) for token in tokens] == [("", 256, "stop")]
 
 
-def test_characters_come_out_once_their_bytes_are_in(folder, tmp_path, monkeypatch):
+def choose(monkeypatch, *ids: int) -> None:
+    """Have the tokens `ids` drawn, one after another."""
+    chosen = iter(ids)
+    monkeypatch.setattr(Batch, "choose", lambda self, logits: torch.tensor([next(chosen)]))
+
+
+def test_characters_come_out_once_their_bytes_are_in(site, monkeypatch):
     ids = [*"aé€".encode(), 0xE2]
-
-    def drawn(self, idx, max_new_tokens, pick, stop_id):
-        for token in ids:
-            pick(torch.zeros(1, 257))
-            yield torch.tensor([token])
-
-    monkeypatch.setattr(GPT, "generate", drawn)
-    with closing(Site(folder)) as site:
-        _, [_, *tokens] = site.ask({"text": "x", "max_new_tokens": len(ids)})
+    choose(monkeypatch, *ids)
+    _, [_, *tokens] = site.ask({"text": "x", "max_new_tokens": len(ids)})
     assert [token["text"] for token in tokens] == ["a", "", "é", "", "", "€", "�"]
     assert tokens[-1]["end"] == "length"
-    assert tokens[0]["probability"] == pytest.approx(1 / 257, 1e-3)
+
+
+def test_an_answer_ends_where_it_is_asked_to(site):
+    _, [_, *whole] = site.ask({"text": "Once", "temperature": 1, "seed": 5})
+    pieces = [token["text"] for token in whole]
+    asked = {"text": "Once", "temperature": 1, "seed": 5}
+    _, [_, *tokens] = site.ask(asked | {"stop": ["no such words", "".join(pieces[7:9])]})
+    assert "".join(token["text"] for token in tokens) == "".join(pieces[:7])
+    assert len(tokens) == 9 and tokens[-1]["end"] == "stop"
+    _, [_, *tokens] = site.ask(asked | {"stop_tokens": [whole[7]["id"]]})
+    assert [token["id"] for token in tokens] == [token["id"] for token in whole[:8]]
+    assert tokens[-1]["end"] == "stop" and tokens[-1]["text"] == ""
 
 
 def test_an_answer_that_fails_ends_with_the_reason(folder, capfd):
@@ -155,11 +166,7 @@ def test_a_context_is_continued_exactly(site, chat):
 
 
 def test_a_context_may_end_within_a_character(site, monkeypatch):
-    def drawn(self, idx, max_new_tokens, pick, stop_id):
-        pick(torch.zeros(1, 257))
-        yield torch.tensor([0xAC])
-
-    monkeypatch.setattr(GPT, "generate", drawn)
+    choose(monkeypatch, 0xAC)
     _, [start, token] = site.ask({"ids": [0x61, 0xE2, 0x82], "max_new_tokens": 1})
     assert [text for _, text in start["prompt"]] == ["a", "", ""] and token["text"] == "€"
 
@@ -233,6 +240,10 @@ def test_a_conversation(chat, talker):
         ({"text": ["x"]}, 400, "text is not a string"),
         ({"text": "x", "top_k": 1.5}, 400, "top_k expects int or None, not 1.5"),
         ({"text": "x", "top_k": True}, 400, "top_k expects int or None"),
+        ({"text": "x", "stop": "y"}, 400, "stop expects str,…, not 'y'"),
+        ({"text": "x", "stop": ["y", ""]}, 400, "stop must be non-empty, not ''"),
+        ({"text": "x", "stop_tokens": [1.0]}, 400, "stop_tokens expects int,…"),
+        ({"text": "x", "stop_tokens": [-1]}, 400, "stop_tokens must be at least 0, not -1"),
         ({"ids": "x"}, 400, "ids is not a list of integers"),
         ({"ids": [True]}, 400, "ids is not a list of integers"),
         ({"ids": [1.0]}, 400, "ids is not a list of integers"),
@@ -351,22 +362,6 @@ def test_requests_beyond_the_limit_are_told_to_wait(site, slow, monkeypatch):
     assert site.ask({"text": "x", "max_new_tokens": 1})[0] == 200
 
 
-def test_answers_at_the_same_time_do_not_mix(site):
-    def ask(seed: int) -> None:
-        found[seed] = site.ask({"text": "x", "temperature": 1.5, "seed": seed})
-
-    alone, found = [], {}
-    for seed in range(2):
-        ask(seed)
-        alone.append(found.pop(seed))
-    threads = [threading.Thread(target=ask, args=[seed]) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[seed] for seed in range(2)] == alone
-
-
 def test_a_visitor_who_leaves_stops_the_work(site, slow, capfd):
     for _ in range(3):  # more often than there are slots
         before = len(slow)
@@ -376,6 +371,110 @@ def test_a_visitor_who_leaves_stops_the_work(site, slow, capfd):
         connection.close()
         assert ended(slow) < before + 25
     assert "Traceback" not in capfd.readouterr().err
+
+
+# --- several visitors
+
+
+@pytest.fixture
+def endless(folder):
+    """A site whose answers have all of their 30 tokens."""
+    with closing(Site(folder, max_requests=3, temperature=1.5)) as found:
+        found.model.transformer.wte.weight.data[256] -= 1.0
+        yield found
+
+
+ASKED = [
+    {"text": "First", "seed": 1},
+    {"text": "Another", "seed": 2, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.2},
+    {"text": "The third of all", "seed": 3, "top_p": 0.8, "max_new_tokens": 25},
+]
+
+
+def alone(site, asked: dict) -> list[int]:
+    """The ids of an answer that is written while no other is."""
+    return ids(site.ask(asked)[1][1:])
+
+
+def ids(lines: list[dict]) -> list[int]:
+    return [line["id"] for line in lines]
+
+
+def test_visitors_at_the_same_time_get_what_each_gets_alone(endless, slow):
+    """The second and the third join while others are being written."""
+    expected = [alone(endless, asked) for asked in ASKED]
+    slow.clear()
+    answers, found = [], []
+    for asked in ASKED:
+        answers.append(Answer(endless, asked))
+        found.append(answers[-1].lines(4))
+    for lines, answer in zip(found, answers):
+        lines += answer.lines()
+    assert [ids(lines[1:]) for lines in found] == expected
+    assert [lines[-1]["end"] for lines in found] == ["length"] * 3
+    assert len(slow) < 60 and len(slow[20]) == 3  # side by side: alone they took 85 steps
+
+
+def test_a_visitor_who_leaves_does_not_disturb_the_others(endless, slow):
+    expected = [alone(endless, asked) for asked in ASKED]
+    slow.clear()
+    answers = [Answer(endless, asked) for asked in ASKED]
+    answers[0].lines(4)
+    answers[0].close()
+    assert [ids(answer.lines()[1:]) for answer in answers[1:]] == expected[1:]
+    assert len(slow[10]) == 2
+    assert alone(endless, ASKED[0]) == expected[0]
+
+
+def test_an_error_ends_all_answers_and_the_server_goes_on(endless, slow, capfd):
+    expected = alone(endless, ASKED[0])
+    bias = endless.model.transformer.ln_f.bias.data
+    fine = bias.clone()
+    answers = [Answer(endless, asked) for asked in ASKED]
+    for answer in answers:
+        answer.lines(4)
+    bias.fill_(float("nan"))
+    assert [answer.lines()[-1] for answer in answers] == [{"error": NOT_FINITE}] * 3
+    bias.copy_(fine)
+    assert alone(endless, ASKED[0]) == expected
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback_and_the_server_goes_on(endless, slow, monkeypatch, caplog):
+    expected = alone(endless, ASKED[0])
+    answers = [Answer(endless, asked) for asked in ASKED[:2]]
+    for answer in answers:
+        answer.lines(4)
+    with monkeypatch.context() as patch:
+        patch.delattr(Batch, "choose")
+        for answer in answers:
+            with pytest.raises(http.client.IncompleteRead):
+                answer.response.read()
+    assert alone(endless, ASKED[0]) == expected
+    assert [type(record.exc_info[1]) for record in caplog.records] == [AttributeError] * 2
+
+
+def test_a_prompt_is_scored_between_two_steps(endless, slow, monkeypatch):
+    really, threads = insight.scored, []
+    step = Batch.step
+
+    def noted(function):
+        def wrapped(*arguments):
+            threads.append((function, threading.get_ident()))
+            return function(*arguments)
+
+        return wrapped
+
+    expected, window = alone(endless, ASKED[0]), {"ids": list(b"Once upon a time")}
+    score = endless.ask(window, "/score")
+    monkeypatch.setattr(insight, "scored", noted(really))
+    monkeypatch.setattr(Batch, "step", noted(step))
+    answer = Answer(endless, ASKED[0])
+    begun = answer.lines(4)
+    assert endless.ask(window, "/score") == score
+    assert ids((begun + answer.lines())[1:]) == expected
+    functions = [function for function, _ in threads]
+    assert 0 < functions.index(really) < 15 and len({thread for _, thread in threads}) == 1
 
 
 # --- the command
