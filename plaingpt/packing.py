@@ -2,8 +2,8 @@
 Blocks for writing text on a CPU, where each token takes the time of reading all weights once: they
 hold the weights in fewer bits, or have all threads read them, and do little else per token.
 
-Activations stay in float32. With 16 or 8 bits, a row of a batch gives the same bits whatever the
-other rows are. docs/benchmarks.md has the measurements.
+Activations stay in float32. With 16 or 8 bits, a matrix gives a row of a batch the same bits
+whatever the other rows are. docs/benchmarks.md has the measurements.
 """
 
 import warnings

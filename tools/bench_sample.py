@@ -40,7 +40,7 @@ PEERS = {  # what each calls our precisions
 }
 BENCH = Path("build", "bin", "llama-bench")
 BUILD = "cmake -B build && cmake --build build --target llama-bench"
-WRITER = "import sys; from tools import writers; writers.main(sys.argv[1])"
+WRITER = "import sys; from tools import bench_peers; bench_peers.main(sys.argv[1])"
 # As sample.py does, before torch is imported; the others wait for their threads in their own way.
 OURS = "from plaingpt import threads; threads.wait_briefly(); "
 
@@ -117,7 +117,7 @@ def problems_of(cfg: SampleBench, shape: dict[str, int]) -> Iterator[str]:
     if cfg.prompt_tokens + cfg.new_tokens > shape["block_size"]:
         yield (
             f"prompt_tokens={cfg.prompt_tokens} and new_tokens={cfg.new_tokens} exceed the context "
-            f"of {shape['block_size']:,} tokens"
+            f"of {quantity(shape['block_size'], 'token')}"
         )
     for peer, packages in PACKAGES.items():
         missing = [name for name in packages if not importlib.util.find_spec(name)]
@@ -141,7 +141,7 @@ def turns(cfg: SampleBench, precisions: Iterable[str]) -> Iterator[tuple[str, st
 
 
 def run_writer(task: Task) -> dict[str, Any]:
-    """What tools/writers.py finds for a task."""
+    """What tools/bench_peers.py finds for a task."""
     code = (OURS if task.act == "sample.py" else "") + WRITER
     printed = output_of(task.act, [sys.executable, "-c", code, json.dumps(asdict(task))], REPO)
     return json.loads(printed.splitlines()[-1])

@@ -12,7 +12,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt import packing
 from plaingpt.checkpoint import store
-from tools import bench, bench_sample, processes, writers
+from tools import bench, bench_peers, bench_sample, processes
 from tools.bench_sample import SampleBench, Task
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 32}
@@ -80,7 +80,7 @@ def test_writing_is_measured_beside_llama_cpp(tmp_path, tiny_size, llama_cpp, ca
 def task(tmp_path_factory):
     """Two texts to write, with a model on disk."""
     task = Task("weights", str(tmp_path_factory.mktemp("bench") / "model"), SHAPE, 4, 6, 2, "auto")
-    found = writers.write_weights(task)
+    found = bench_peers.write_weights(task)
     assert {"float32", "auto"} <= set(found["precisions"]) and found["threads"] > 0
     return replace(task, device="cpu")
 
@@ -89,14 +89,14 @@ def task(tmp_path_factory):
 def counted(monkeypatch):
     """How many tokens each timing had."""
     counts = []
-    speed = writers.speed
+    speed = bench_peers.speed
 
     def noted(task, began, times):
         assert sorted(times) == times and times[0] > began
         counts.append(len(times))
         return speed(task, began, times)
 
-    monkeypatch.setattr(writers, "speed", noted)
+    monkeypatch.setattr(bench_peers, "speed", noted)
     return counts
 
 
@@ -104,27 +104,27 @@ def counted(monkeypatch):
 def test_ours_is_timed_by_all_new_tokens(task, precision, counted, monkeypatch):
     if precision == "int8" and not CAN_PACK:
         pytest.skip("needs PyTorch's kernels for x86")
-    monkeypatch.setattr(writers, "memory_speed", lambda device: 10.0)
-    found = writers.ours(replace(task, precision=precision))
-    assert counted == [writers.WARMUP_TOKENS, 6, 6]
+    monkeypatch.setattr(bench_peers, "memory_speed", lambda device: 10.0)
+    found = bench_peers.ours(replace(task, precision=precision))
+    assert counted == [bench_peers.WARMUP_TOKENS, 6, 6]
     assert found[", share of it, %"] == pytest.approx(10 * found[", weights read, GB/s"])
 
 
 @pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("auto", 2), ("int8", 1)])
 @pytest.mark.skipif(not CAN_PACK, reason="needs PyTorch's kernels for x86")
 def test_weights_count_in_the_bytes_that_they_are_held_in(precision, size):
-    rt = writers.runtime.start("cpu", "float32" if precision == "float32" else "bfloat16")
+    rt = bench_peers.runtime.start("cpu", "float32" if precision == "float32" else "bfloat16")
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64)).init_weights(1)
     matrices = sum(weight.numel() for weight in model.weights().values() if weight.dim() == 2)
     matrices -= model.transformer.wpe.weight.numel()
     dtype = "float32" if precision == "float32" else "auto"
     packing.place(model, rt, dtype, "int8" if precision == "int8" else None)
-    assert writers.moved_gigabytes(model) == pytest.approx(matrices * size / 1e9)
+    assert bench_peers.moved_gigabytes(model) == pytest.approx(matrices * size / 1e9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_is_timed_by_all_new_tokens(task, dtype, counted):
-    found = writers.of_transformers(replace(task, precision=dtype))
+    found = bench_peers.of_transformers(replace(task, precision=dtype))
     assert counted == [6] and found[", tokens/s"] > 0 < found[", first token, ms"]
 
 
@@ -133,7 +133,7 @@ def test_ctranslate2_is_timed_by_all_new_tokens(task, kind, counted):
     pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     threads = torch.get_num_threads()
     try:
-        found = writers.of_ctranslate2(replace(task, precision=kind))
+        found = bench_peers.of_ctranslate2(replace(task, precision=kind))
     finally:
         torch.set_num_threads(threads)  # CTranslate2 sets them for the whole process
     assert counted == [6] and found[", tokens/s"] > 0 < found[", first token, ms"]
@@ -142,7 +142,7 @@ def test_ctranslate2_is_timed_by_all_new_tokens(task, kind, counted):
 def test_the_tokenizer_has_gpt2s_size_and_spells_every_prompt(task):
     model, tokenizer = store.load(task.folder)
     assert tokenizer.vocab_size == model.config.vocab_size == 50257
-    for ids in writers.prompts(task):
+    for ids in bench_peers.prompts(task):
         assert len(ids) == 4 and tokenizer.decode(ids).isalpha()
 
 
