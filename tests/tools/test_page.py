@@ -565,13 +565,12 @@ def test_nothing_stale_appears_after_reset(site, slow, open_page):
     page.wait_for_selector(".token:nth-child(9)")
     page.locator(".token").nth(7).click()
     page.click("#reset")
-    drawn = len(slow)
     assert page.inner_text("#log") == page.inner_text("#problem") == ""
     send(page, "Next")  # at once
     page.wait_for_selector(".actions")
     assert "".join(tokens_of(page)).startswith("Next")
     assert "Secret" not in page.inner_text("body")
-    assert drawn < 20 and len(slow) < drawn + 40  # of twice 30: the first answer was not finished
+    assert len(slow) < 2 * 30  # the first answer was not finished
     page.click("#past")  # but it is not lost
     assert page.locator("#entries button").nth(1).inner_text().startswith("Secret")
 
