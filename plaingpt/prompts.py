@@ -52,6 +52,6 @@ def read_text(path: Path) -> str:
     if size_of(path) > MAX_BYTES:
         raise UserError(f"{path} has over {MAX_BYTES:,} bytes: too many for prompts")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start:,})") from None

@@ -156,7 +156,7 @@ def test_a_sample_ends_at_the_end_of_text(folder, tmp_path, capsys):
 
 
 def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompt.txt").write_text("Über alles", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("Über alles", encoding="utf-8-sig")
     assert run(folder, f"--start=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=1") == 0
     assert capsys.readouterr().out.startswith("Über alles")
     (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
