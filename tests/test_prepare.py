@@ -476,7 +476,8 @@ MISTAKES = {
     "empty": (lambda folder: write(folder / "x.txt", b""), "there is no text in "),
     "not utf-8": (
         lambda folder: write(folder / "x.txt", b"ab\xe9 caf\xe9"),
-        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, for example with iconv -f latin1 -t utf-8",
+        "x.txt is not UTF-8: byte 0xe9 at 2; convert it, for example with "
+        "iconv -f windows-1252 -t utf-8",
     ),
     "missing": (
         lambda folder: str(folder / "x.txt"),
@@ -1058,7 +1059,7 @@ def test_sources_that_changed_since_are_not_taken_for_prepared(tmp_path, capsys)
     assert "is already prepared" in capsys.readouterr().out
     text.write_text("It was a day.\n" * 50)
     assert run_in(folder, source) == 2
-    assert "have changed since" in capsys.readouterr().err
+    assert "trained on it cannot be resumed then" in capsys.readouterr().err
     assert run_in(folder, source, "--overwrite") == 0
     text.unlink()  # a file that has gone cannot be compared
     assert run_in(folder, source) == 0

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from plaingpt.text.text_files import (
+    CONVERT,
     MAX_LINE,
     open_bytes,
+    read_text,
     refuse_damaged,
     refuse_foreign,
     suffix,
@@ -55,8 +57,11 @@ def line_rows(path: str) -> Iterator[Row]:
             where, value, problem = f"{path}, line {number}", None, None
             try:
                 value = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+            except UnicodeDecodeError:
+                problem = f"not UTF-8: {CONVERT}"
+            except (ValueError, RecursionError):
+                comma = line.rstrip().endswith(b",")  # in a list that lacks its brackets
+                problem = "not JSON: a comma ends the line" if comma else "not JSON"
             yield Row(where, value, problem, len(line))
 
 
@@ -72,11 +77,11 @@ def json_rows(path: str) -> Iterator[Row]:
         if not start.startswith(b"["):
             yield from line_rows(path)
             return
-    with open_bytes(path) as file:
-        try:
-            values = json.loads(file.read().removeprefix(codecs.BOM_UTF8))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
+    text = "".join(read_text(path))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
     for number, value in enumerate(values, 1):
         yield Row(f"{path}, record {number:,}", value)
 

@@ -108,15 +108,18 @@ def find_source(text: str) -> Source:
 
 
 def find_paths(text: str) -> list[str]:
-    """All files that a path or a pattern leads to. Raises OSError for a folder that cannot be
-    read."""
+    """All files that a path or a pattern leads to, without those that macOS, editors and Jupyter
+    hide in folders (._a.txt, .ipynb_checkpoints). Raises OSError for a folder that cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
 
     if os.path.isdir(text):
-        folders = os.walk(text, onerror=refuse)
-        found = [os.path.join(folder, name) for folder, _, names in folders for name in names]
+        found = []
+        for folder, inner, names in os.walk(text, onerror=refuse):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     else:
         found = [text] if os.path.lexists(text) else glob.glob(text, recursive=True)
     return sorted(path for path in found if not os.path.isdir(path))

@@ -56,8 +56,9 @@ def check_inputs(manifest: Manifest, sources: tuple[str, ...], folder: Path) -> 
         return
     if manifest.inputs not in (None, now):
         raise UserError(
-            f"files of {', '.join(sources)} have changed since {folder} was prepared: --overwrite "
-            "prepares it again"
+            f"files of {', '.join(sources)} have changed since {folder} was prepared: choose "
+            "another --data_dir, or replace it with --overwrite (runs that were trained on it "
+            "cannot be resumed then)"
         )
 
 

@@ -14,6 +14,7 @@ from configurator import UserError
 from plaingpt.text import cutting
 
 TEXT_SUFFIXES = {".txt", ".py"}
+CONVERT = "convert it, for example with iconv -f windows-1252 -t utf-8"
 MAX_LINE = 1 << 28  # of a file of records: a line is held in memory
 COMPRESSED = {  # suffix → module; not zstandard, to which a file that was cut off looks whole
     ".gz": "gzip",
@@ -136,9 +137,7 @@ def read_text(path: str) -> Iterator[str]:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                advice = "convert it, for example with iconv -f latin1 -t utf-8"
-                if b"\0" in error.object:
-                    advice = "it seems to be a binary file"
+                advice = "it seems to be a binary file" if b"\0" in error.object else CONVERT
                 raise UserError(
                     f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at "
                     f"{done - before + error.start:,}; {advice}"

@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +22,7 @@ from plaingpt.text import cutting, network, text_files, tokenizer
 from plaingpt.text import hub as hub_module
 from plaingpt.text.records import BATCH, Row
 from plaingpt.text.sources import Position, find_source
-from plaingpt.text.text_files import TextFile
+from plaingpt.text.text_files import CONVERT, TextFile
 from plaingpt.text.tokenizer import Tokenizer
 
 RECORDS = [{"text": "One — é 😀\nsecond line", "n": 1}, {"text": "Two", "n": 2}]
@@ -151,6 +152,15 @@ def test_a_field_with_two_columns_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_hidden_files_are_no_text_of_a_folder(tmp_path):
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "b/.c.txt", "b/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = find_source(str(tmp_path))
+    assert [Path(file.path).name for file in found.files] == ["a.txt", "d.txt"]
+    assert find_source(str(tmp_path / ".ipynb_checkpoints")).files  # asked for
+
+
 def test_links_that_lead_nowhere_are_counted(tmp_path):
     write(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "b.jsonl").symlink_to("gone")
@@ -180,7 +190,7 @@ def test_malformed_records_are_located(tmp_path):
     assert found == [
         ("a.jsonl, line 1", None),
         ("a.jsonl, line 2", "not JSON"),
-        ("a.jsonl, line 4", "not UTF-8"),
+        ("a.jsonl, line 4", f"not UTF-8: {CONVERT}"),
         ("a.jsonl, line 5", None),
         ("a.jsonl, line 6", "not JSON"),
         ("b.csv, line 2", None),
