@@ -143,7 +143,7 @@ def openai_shape(name: str, settings: Settings, dataset: Dataset | None) -> GPTC
     """The shape of one of OpenAI's models. Raises UserError for data of another tokenizer, and for
     a block_size beyond its context."""
     if dataset and dataset.tokenizer.vocab_size != GPT2_IDS:
-        raise UserError(f"{name} has another tokenizer than {dataset.folder}")
+        raise other_tokenizer(name, "gpt2", dataset)
     block_size = settings["block_size"] or GPTConfig.block_size
     if block_size > GPTConfig.block_size:
         raise UserError(f"block_size={block_size} is beyond the 1024 positions of {name}")
@@ -275,8 +275,13 @@ def check_tokenizer(folder: Path, shape: GPTConfig, dataset: Dataset | None) -> 
     tokenizer = store.load_tokenizer(folder)
     store.check_vocabulary(folder, tokenizer, shape)
     if dataset and tokenizer.fingerprint != dataset.tokenizer.fingerprint:
-        raise UserError(f"{folder} has another tokenizer than {dataset.folder}")
+        raise other_tokenizer(folder, folder, dataset)
     return tokenizer
+
+
+def other_tokenizer(model: Path | str, tokenizer: Path | str, dataset: Dataset) -> UserError:
+    makes = f"prepare.py with --tokenizer={shlex.quote(str(tokenizer))} and another --data_dir"
+    return UserError(f"{model} has another tokenizer than {dataset.folder}; {makes} makes its data")
 
 
 def lora_config(settings: Settings) -> lora.LoRAConfig | None:
