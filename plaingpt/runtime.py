@@ -201,7 +201,7 @@ def stop_signals() -> Iterator[list[str]]:
 
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if sys.platform != "win32":
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
         numbers.append(signal.SIGHUP)  # the terminal was closed
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     watcher = threading.Thread(target=watch, daemon=True)

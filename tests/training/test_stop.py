@@ -33,6 +33,20 @@ def test_signals_are_noted_and_then_have_their_usual_effect():
         send(signal.SIGINT)
 
 
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime.stop_signals() as stop:
+            send(signal.SIGHUP)
+            assert stop == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with runtime.stop_signals() as stop:
+            send(signal.SIGHUP)
+            assert stop == ["SIGHUP"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 SECOND = """
 import hashlib, os, signal, time
 from plaingpt import runtime
