@@ -4,6 +4,7 @@ torchrun starts several processes and tells each its rank in environment variabl
 """
 
 import contextlib
+import errno
 import os
 import platform
 import re
@@ -221,7 +222,7 @@ def stop_signals() -> Iterator[list[str]]:
 
 
 class Output:
-    """A stream of which the reader may leave, as `| tee` does at Ctrl-C: `stop` then gets an entry,
+    """A stream whose reader may leave, as `| tee` does at Ctrl-C: `stop` then gets an entry,
     as from a signal, and the rest is discarded."""
 
     def __init__(self, stream: TextIO, stop: list[str]) -> None:
@@ -236,7 +237,9 @@ class Output:
     def unless_broken(self, use: Callable[[], Any]) -> Any:
         try:
             return use()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that was closed
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.stop.append("the end of its output")
 

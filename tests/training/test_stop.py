@@ -1,5 +1,6 @@
 """Signals: whenever they come, a run ends soon, with status 0 and nothing half-written."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,6 +46,20 @@ def test_a_run_under_nohup_outlives_its_terminal():
             assert stop == ["SIGHUP"]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_without_a_signal_ends_a_run_as_a_reader_does():
+    ours, theirs = os.openpty()
+    with (
+        open(theirs, "w", buffering=1) as terminal,
+        contextlib.redirect_stdout(terminal),
+        runtime.stop_signals() as stop,
+    ):
+        print("step 1")
+        os.close(ours)
+        print("step 2")
+        print("step 3")
+        assert stop == ["the end of its output"]
 
 
 SECOND = """
