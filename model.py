@@ -77,14 +77,15 @@ class KVCache:
 
     def reserve(self, B: int, T: int) -> Tensor:
         """Make room for T more tokens of the first B sequences; return their positions, (B, T)."""
-        start, self.end = self.end, self.end + T
-        if self.end > self.capacity:
-            raise ValueError(f"{self.end} tokens do not fit block_size={self.capacity}")
+        start, end = self.end, self.end + T
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
+        self.end = end
         positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
         rows = torch.arange(B, device=positions.device)[:, None]
         self.slots = (rows, positions)
         self.seen = None
-        if start > 0 and B * T > 1:  # otherwise causal, or a token that sees all others
+        if start > 0 and B * T > 1:  # otherwise plainly causal, or a token that sees all others
             seen = torch.arange(self.end, device=positions.device) <= positions[..., None]
             self.seen = seen[:, None]  # (B, 1, T, S)
         self.lengths[:B] += T
@@ -120,8 +121,9 @@ class Attention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float
     ) -> Tensor:
-        """Attend with queries q (B, H, T, D) to the keys and values k and v (B, H, S, D) that
-        `seen` (B, 1, T, S) allows; without it to those up to the query's own, where T is S."""
+        """Attend with queries q (B, H, T, D) to those keys and values k and v (B, H, S, D) that
+        `seen` (B, 1, T, S) allows. Without it, attention is causal (T is S), or a single query sees
+        everything."""
         causal = seen is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)
 

@@ -32,12 +32,12 @@ class SampleConfig(Sampling):
     prompts: PathName | None = None  # a file of prompts, to complete them all
     num_samples: PositiveInt = 1  # how many texts to write for each prompt
     batch_size: PositiveInt = 8  # texts that are written side by side
-    seed: NonNegativeInt = 1337  # of the first text; the next ones have the numbers that follow
+    seed: NonNegativeInt = 1337  # of the first text; each further text adds 1
     stream: bool = True  # print a single sample as it is drawn
     chat: bool = False  # hold a conversation with a model that was trained for it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: 16 bits where they are faster
-    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on an x86 CPU
 
 
 if __name__ == "__main__":
@@ -126,7 +126,7 @@ def as_json(prompt: str, text: Text) -> str:
         "tokens": [token.id for token in text.tokens],
         "log_probabilities": [token.log_probability for token in text.tokens],
     }
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record)  # in ASCII, whatever the encoding of stdout is
 
 
 def print_stream(tokens: Iterable[Drawn]) -> Iterator[str]:
@@ -174,7 +174,8 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
         if messages != asked:
             print("(the context is full: the oldest turns are dropped)", file=sys.stderr)
         answer = print_answer(generation.continuation(model, tokenizer, ids, sampling))
-        if sampling.seed is not None:  # otherwise the same question would get the same answer
+        if sampling.seed is not None:
+            # A repeated question should not get the same answer.
             sampling = replace(sampling, seed=sampling.seed + 1)
         messages.append({"role": "assistant", "content": answer})
         yield answer
@@ -232,7 +233,8 @@ def print_answer(tokens: Iterable[Drawn]) -> str:
     """Print an answer as it is drawn; Ctrl-C ends it, and what was drawn is kept."""
     pieces: list[str] = []
     try:
-        pieces.extend(print_stream(tokens))
+        for piece in print_stream(tokens):
+            pieces.append(piece)
     except KeyboardInterrupt:
         print()
     return "".join(pieces).strip() or "…"

@@ -44,7 +44,7 @@ class Text:
         self.sampling = sampling
         self.stop_ids = frozenset({tokenizer.eot_id, *sampling.stop_tokens})
         self.speller = Speller(tokenizer, sampling.stop, self.stop_ids)
-        self.stopped = False  # before max_new_tokens
+        self.stopped = False  # by a stop token or a stop string
         self.random = Random(sampling.seed)
 
     @property
@@ -57,7 +57,7 @@ class Text:
         return "".join(drawn.piece for drawn in self.tokens)
 
     def append(self, token: int, *probabilities: Any) -> None:
-        """Add a token, with its `log_probability` and `alternatives` if they are known."""
+        """Add a token; `probabilities` are the last fields of its `Drawn`, if they are known."""
         self.ids.append(token)
         self.stopped = token in self.stop_ids
         final = self.stopped or len(self.tokens) + 1 == self.sampling.max_new_tokens
@@ -94,10 +94,15 @@ class Batch:
         self.cache = KVCache(model, size, self.capacity)
         self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
         self.device = device
-        self.clear()
+        self.forget()
 
     def clear(self) -> None:
-        """Forget all texts, in whatever state an error has left them."""
+        """Forget all texts, and keys and values that are not finite."""
+        for cache in (self.cache, self.prompt_cache):
+            cache.entries.zero_()
+        self.forget()
+
+    def forget(self) -> None:
         self.prompt: list[int] = []  # what the prompt cache holds
         self.texts: list[Text] = []  # by row of the cache; those without unread ids are the last
         self.lengths: list[int] = []  # tokens of each that are in the cache
@@ -105,7 +110,7 @@ class Batch:
 
     @torch.inference_mode()
     def add(self, text: Text) -> None:
-        """Read the prompt of a text, at most its last block_size tokens."""
+        """Read the prompt of a text, at most its last `capacity` tokens."""
         assert len(self.texts) < self.size
         self.texts.append(text)
         self.lengths.append(0)
@@ -201,11 +206,13 @@ def check_memory(model: GPT, size: int, capacity: int) -> None:
     """Raises UserError if the keys and values of `size` texts would not fit the memory."""
     config, weight = model.config, model.transformer.wpe.weight
     each = 2 * config.n_layer * capacity * config.n_embd * weight.element_size() / 2**30
+    needed = each * (size + (size > 1))  # and a prompt that is being read
     memory = runtime.device_memory_gib(weight.device)
-    if memory is not None and each * size > memory:
+    if memory is not None and needed > memory:
         raise UserError(
             f"{quantity(size, 'text')} with keys and values of {quantity(capacity, 'token')} each "
-            f"take {each * size:.1f} GiB, and there are {memory:.1f}: {int(memory / each):,} fit"
+            f"take {needed:.1f} GiB, and the device has {memory:.1f} GiB: write fewer side by side "
+            "(--batch_size of sample.py, --max_requests of tools.serve)"
         )
 
 

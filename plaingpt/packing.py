@@ -17,8 +17,8 @@ from configurator import DType, UserError
 from model import EPSILON, GPT, Block, KVCache, Linear
 from plaingpt.runtime import Runtime
 
-LEVELS = 127  # of an int8 on either side of 0
 LARGEST = 65504  # of a float16
+LEVELS = 127  # of an int8 on either side of 0
 
 
 def place(model: GPT, rt: Runtime, dtype: DType = "auto", quantize: str | None = None) -> GPT:
@@ -36,6 +36,8 @@ def place(model: GPT, rt: Runtime, dtype: DType = "auto", quantize: str | None =
     half = dtype == "auto" or rt.dtype != torch.float32
     pack = Int8Linear if quantize else HalfLinear if half else SharedLinear
     rt.place(model).eval()
+    if pack is not SharedLinear:
+        check_range(model)
     for layer, block in enumerate(model.transformer.h):
         assert isinstance(block, Block)
         model.transformer.h[layer] = PackedBlock(block, pack)
@@ -43,6 +45,19 @@ def place(model: GPT, rt: Runtime, dtype: DType = "auto", quantize: str | None =
     if pack is not SharedLinear:
         model.transformer.wte.half()  # added to positions in float32, which makes their sum so
     return model
+
+
+def check_range(model: GPT) -> None:
+    """Raises UserError for weights that a float16 cannot hold."""
+    if any(not weight.abs().max() <= LARGEST for weight in model.parameters()):
+        raise UserError(f"weights above {LARGEST:,} do not fit 16 bits: use --dtype=float32")
+
+
+def input_levels() -> int:
+    """Levels of an activation on either side of 0. Without VNNI, FBGEMM adds pairs of products in
+    16 bits, which only 7 bits never exceed."""
+    # A private name, the same from torch 2.9 to 2.15; a torch without it gets 7 bits.
+    return 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
 
 
 def can_pack(device: torch.device) -> bool:
@@ -86,8 +101,6 @@ class HalfLinear(nn.Module):
     def __init__(self, layer: Linear) -> None:
         super().__init__()
         weight = layer.weight.detach()
-        if not weight.abs().max() <= LARGEST:
-            raise UserError(f"weights above {LARGEST:,} do not fit 16 bits: use --dtype=float32")
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
@@ -108,11 +121,12 @@ class Int8Linear(nn.Module):
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
         self.bias = None if layer.bias is None else layer.bias.detach()
+        self.levels = input_levels()
 
     def forward(self, x: Tensor) -> Tensor:
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = multiply(x / largest, 1 / LEVELS, 128, self.packed).mul_(largest)
+        y = multiply(x / largest, 1 / self.levels, self.levels + 1, self.packed).mul_(largest)
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -17,7 +17,8 @@ class Line(msgspec.Struct, frozen=True):
 
 
 def read_prompt(start: str) -> str:
-    """The prompt that --start gives. Raises UserError if it is not UTF-8, or FILE: no such file."""
+    """The prompt that --start gives. Raises UserError if it is not UTF-8, or its file cannot be
+    read."""
     if start.startswith("FILE:"):
         name = start.removeprefix("FILE:")
         if not name:
@@ -32,7 +33,7 @@ def read_prompt(start: str) -> str:
 
 def read_prompts(name: str) -> list[str]:
     """The prompts of a file, one per line: as {"prompt": "…"} if its name ends in .jsonl, otherwise
-    as they are. Empty lines are skipped.
+    as they are. Blank lines are skipped.
 
     Raises UserError for a line that is not a prompt, and for a file without any.
     """

@@ -25,8 +25,8 @@ class Sampling:
     top_k: PositiveInt | None = None  # draw from the k likeliest tokens only
     top_p: FractionAbove0 | None = 0.95  # draw from the likeliest that together reach this share
     min_p: FractionAbove0 | None = None  # drop tokens less likely than this share of the likeliest
-    repetition_penalty: PositiveFloat = 1.0  # above 1: tokens that the text has become less likely
-    stop: tuple[NonEmpty, ...] = ()  # end the text before any of these
+    repetition_penalty: PositiveFloat = 1.0  # above 1 makes tokens that are in the text less likely
+    stop: tuple[NonEmpty, ...] = ()  # end the text before any of these strings
     stop_tokens: tuple[NonNegativeInt, ...] = ()  # end the text at any of these ids
     seed: NonNegativeInt | None = None  # the same seed draws the same text; None: new each time
 

@@ -73,3 +73,20 @@ def test_without_the_kernels_int8_is_refused_and_the_blocks_stay(monkeypatch):
     with pytest.raises(UserError, match="quantize=int8: PyTorch has no kernels for it on cpu"):
         placed(tiny(), quantize="int8")
     assert all(type(block) is Block for block in placed(tiny()).transformer.h)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("levels", [63, 127])
+def test_int8_products_of_the_largest_numbers_are_right(monkeypatch, levels):
+    """Sums of 16 bits would overflow: 127 levels are only for CPUs with VNNI."""
+    if levels > packing.input_levels():
+        pytest.skip("needs VNNI")
+    monkeypatch.setattr(packing, "input_levels", lambda: levels)
+    plain = tiny().transformer.h[0].mlp.c_fc
+    with torch.no_grad():
+        plain.weight.fill_(0.3)
+        plain.weight[::2] *= -1
+    torch.backends.quantized.engine = "fbgemm"
+    layer = packing.Int8Linear(plain)
+    x = torch.full((3, plain.in_features), 2.0)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-3, atol=1e-3)

@@ -187,7 +187,7 @@ def test_the_prompt_can_come_from_a_file(folder, tmp_path, capsys, monkeypatch):
         (["--repetition_penalty=0"], "repetition_penalty must be a number above 0"),
         (["--start=a", "--prompts=b.txt"], "start cannot be combined with prompts"),
         (["--chat", "--prompts=b.txt"], "chat cannot be combined with start, prompts or"),
-        (["--batch_size=100000000", "--num_samples=100000000"], " fit"),
+        (["--batch_size=100000000", "--num_samples=100000000"], "write fewer side by side"),
         ([f"--checkpoint={__file__}"], f"{__file__} is a file, but a checkpoint is a folder"),
     ],
 )

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -41,6 +42,7 @@ from plaingpt.advice import unknown
 from plaingpt.generation import Text
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
+from plaingpt.text.spelling import Speller
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 from tools import insight
@@ -89,8 +91,9 @@ def build_app(served: Served, defaults: Sampling, max_requests: int, hosts: list
                 ids, forgotten = await run_in_threadpool(
                     prompt_of, asked, tokenizer, block_size, count
                 )
-                text = Text(ids, sampling, tokenizer)
-                prompt = [[token, text.speller.text(token)] for token in ids]
+                text, speller = Text(ids, sampling, tokenizer), Speller(tokenizer)
+                prompt = [[token, speller.text(token)] for token in ids]
+                text.speller.decoder = speller.decoder  # a character may begin in the prompt
                 first = {"prompt": prompt, "forgotten": forgotten, "seed": sampling.seed}
                 with writer.writing(text) as tokens, contextlib.suppress(asyncio.TimeoutError):
                     lines = json_lines(first, tokens, request.app.state.stopping)
@@ -142,11 +145,13 @@ async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
 
 def description(served: Served, defaults: Sampling) -> dict[str, Any]:
     tokenizer = served.tokenizer
+    with torch.device("meta"):  # packed weights are no parameters
+        parameters = GPT(served.model.config).num_params()
     about = {
         "name": served.name,
         "chat": generation.holds_conversations(tokenizer),
         "remembers": tokenizer.chat_template == templates.CHAT,
-        "parameters": served.model.num_params(),
+        "parameters": parameters,
         "block_size": served.model.config.block_size,
         "tokenizer": tokenizer.fingerprint,
         "eot_id": tokenizer.eot_id,

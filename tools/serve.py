@@ -31,8 +31,8 @@ class ServeConfig(Sampling):
     port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 8  # answers written side by side; others get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: DType = "auto"  # of the weights; auto: 16 bits
-    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
+    dtype: DType = "auto"  # of the weights; auto: 16 bits where they are faster
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on an x86 CPU
 
 
 if __name__ == "__main__":

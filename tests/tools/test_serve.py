@@ -171,6 +171,14 @@ def test_a_context_may_end_within_a_character(site, monkeypatch):
     assert [text for _, text in start["prompt"]] == ["a", "", ""] and token["text"] == "€"
 
 
+def test_a_stop_string_in_the_prompt_ends_nothing(site, monkeypatch):
+    choose(monkeypatch, *b"bcdefg")
+    asked = {"text": "a\nb\n", "stop": ["\n", "de"], "max_new_tokens": 6}
+    _, [start, *tokens] = site.ask(asked)
+    assert "".join(text for _, text in start["prompt"]) == "a\nb\n"
+    assert "".join(token["text"] for token in tokens) == "bc" and tokens[-1]["end"] == "stop"
+
+
 def test_the_tokens_of_a_prompt_are_scored(site, folder):
     ids = list(b"Once upon a time")
     status, [found] = site.ask({"ids": ids}, "/score")
@@ -488,7 +496,8 @@ def test_the_command_serves_until_ctrl_c(folder, tmp_path):
         url = run.stdout.readline().split()[0]
         connection = http.client.HTTPConnection(url.removeprefix("http://"))
         connection.request("GET", "/model")
-        assert json.loads(connection.getresponse().read())["parameters"] > 0
+        parameters = store.load_model(folder).num_params()
+        assert json.loads(connection.getresponse().read())["parameters"] == parameters
         connection.close()  # the server closes it after five idle seconds
         taken = url.rpartition(":")[2]
         again = subprocess.run([*command[:-1], f"--port={taken}"], capture_output=True, text=True)
