@@ -55,7 +55,7 @@ def run_of(cfg, tmp_path):  # noqa: F811
 
 
 def newest(out_dir: str) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
+    """The step of the newest checkpoint, or 0 without one."""
     return max((int(path.name[5:]) for path in folders.step_folders(Path(out_dir))), default=0)
 
 
