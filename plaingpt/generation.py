@@ -41,7 +41,7 @@ class Text:
     def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
         self.ids = list(prompt)  # the prompt, then what has been drawn
         self.tokens: list[Drawn] = []
-        self.sampling = sampling
+        self.sampling, self.drawing = sampling, sampling.for_drawing()
         self.stop_ids = frozenset({tokenizer.eot_id, *sampling.stop_tokens})
         self.speller = Speller(tokenizer, sampling.stop, self.stop_ids)
         self.stopped = False  # by a stop token or a stop string
@@ -169,7 +169,7 @@ class Batch:
         if logits.device.type == "mps":
             logits = logits.cpu()  # MPS has no float64
         chosen, row = [], 0
-        for sampling, group in groupby(self.texts, lambda text: text.sampling.drawn_alike()):
+        for sampling, group in groupby(self.texts, lambda text: text.drawing):
             texts = list(group)
             part = logits[row : row + len(texts)]
             if sampling.repetition_penalty != 1:

@@ -38,12 +38,12 @@ def read_prompts(name: str) -> list[str]:
     Raises UserError for a line that is not a prompt, and for a file without any.
     """
     path = Path(name)
-    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
+    numbered = enumerate(read_text(path).split("\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"there are no prompts in {path}")
     if path.suffix != ".jsonl":
-        return [line.removesuffix("\r") for _, line in lines]
+        return [line for _, line in lines]
     where = f"{path}, line "
     return [parse_json(line.encode(), Line, f"{where}{number:,}").prompt for number, line in lines]
 

@@ -30,10 +30,6 @@ class Sampling:
     stop_tokens: tuple[NonNegativeInt, ...] = ()  # end the text at any of these ids
     seed: NonNegativeInt | None = None  # the same seed draws the same text; None: new each time
 
-    def drawn_alike(self) -> "Sampling":
-        """These settings without those that do not change how an id is drawn from logits."""
-        return replace(PLAIN, **{name: getattr(self, name) for name in FILTERS})
-
-
-FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-PLAIN = Sampling()
+    def for_drawing(self) -> "Sampling":
+        """These settings with the same value for all that do not change how an id is drawn."""
+        return replace(self, max_new_tokens=1, stop=(), stop_tokens=(), seed=None)
