@@ -83,7 +83,7 @@ class KVCache:
         self.end = end
         positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
         rows = torch.arange(B, device=positions.device)[:, None]
-        self.slots = (rows, positions)
+        self.positions, self.slots = positions, (rows, positions)
         self.seen = None
         if start > 0 and B * T > 1:  # otherwise plainly causal, or a token that sees all others
             seen = torch.arange(self.end, device=positions.device) <= positions[..., None]

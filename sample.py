@@ -37,7 +37,7 @@ class SampleConfig(Sampling):
     chat: bool = False  # hold a conversation with a model that was trained for it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: 16 bits where they are faster
-    quantize: Literal["int8"] | None = None  # weights in 8 bits, on an x86 CPU
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
 
 
 if __name__ == "__main__":

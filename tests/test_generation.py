@@ -213,8 +213,7 @@ def test_each_text_of_a_batch_is_as_if_it_were_alone(dtype, quantize, temperatur
     for text, alone in zip(together, texts()):
         list(write(Batch(model, BYTES, alternatives=2), [alone]))
         assert text.ids == alone.ids and text.written == alone.written
-        logs, theirs = ([token.log_probability for token in each.tokens] for each in (text, alone))
-        assert logs == pytest.approx(theirs, abs=1e-4)
+        assert text.tokens == alone.tokens  # with their log probabilities, to the last bit
     assert len({tuple(text.ids) for text in together}) == 7
 
 

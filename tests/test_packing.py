@@ -1,15 +1,23 @@
-"""Weights that are packed for writing."""
+"""Models that are placed for writing, and what they compute on a CPU."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from test_model import tiny, tokens
+from torch.nn import functional as F
 
 from configurator import UserError
-from model import Block, KVCache
-from plaingpt import packing, runtime
+from model import Block, KVCache, Linear
+from plaingpt import compiled, kernels, packing, runtime
 
-FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-needs_fbgemm = pytest.mark.skipif(not FBGEMM, reason="needs PyTorch's kernels for x86")
+REPO = Path(__file__).parents[1]
+HELD = [("float32", None), ("auto", None), ("auto", "int8")]
 
 
 def placed(model, dtype="auto", quantize=None):
@@ -18,75 +26,116 @@ def placed(model, dtype="auto", quantize=None):
 
 @pytest.mark.parametrize(
     "dtype, quantize, error",
-    [("float32", None, 1e-5), ("auto", None, 0.005), ("auto", "int8", 0.2)],
+    [("float32", None, 1e-5), ("auto", None, 0.005), ("auto", "int8", 0.15)],
 )
-@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"tie_weights": False}])
-def test_packed_weights_give_the_logits_of_the_model(changes, dtype, quantize, error):
-    if quantize and not FBGEMM:
-        pytest.skip("needs PyTorch's kernels for x86")
-    idx, expected = tokens(2, 16), tiny(**changes)(tokens(2, 16))
-    model = placed(tiny(**changes), dtype, quantize)
-    spread = expected.std()
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": False}, {"tie_weights": False}, {"n_embd": 36, "n_head": 3}]
+)
+def test_compiled_models_give_the_logits_of_the_model(changes, dtype, quantize, error):
+    expected = tiny(**changes)(tokens(2, 16))
     with torch.inference_mode():
-        whole = model(idx)
-        cache = KVCache(model, batch_size=2)
-        parts = [model(idx[:, :9], cache=cache), model(idx[:, 9:10], cache=cache)]
-        alone = KVCache(model, batch_size=1)
-        rows = [model(idx[:1, t : t + 1], cache=alone) for t in range(10)]
-    assert (whole - expected).abs().max() < error * spread
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, :10], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.cat(rows, dim=1), whole[:1, :10], atol=1e-4, rtol=1e-4)
-    assert whole.dtype == torch.float32
+        found = placed(tiny(**changes), dtype, quantize)(tokens(2, 16))
+    assert (found - expected).abs().max() < error * expected.std()
+    assert found.dtype == torch.float32
 
 
-@needs_fbgemm
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_row_has_the_same_bits_whatever_the_others_are(quantize):
-    model, idx = placed(tiny(), "auto", quantize), tokens(12, 16)
+@pytest.mark.parametrize("dtype, quantize", HELD)
+@pytest.mark.parametrize("changes", [{}, {"n_embd": 36, "n_head": 3}])
+def test_a_token_has_the_same_bits_however_it_is_computed(changes, dtype, quantize):
+    model, idx = placed(tiny(**changes), dtype, quantize), tokens(12, 16)
     with torch.inference_mode():
         whole = model(idx)
-        for count in (1, 2, 7):
+        for count in (1, 2, 4, 5, 7, 9):
             assert torch.equal(model(idx[:count]), whole[:count])
+        cache = KVCache(model, batch_size=3)
+        parts = [model(idx[:3, a:b], cache=cache) for a, b in ((0, 9), (9, 10), (10, 16))]
+        assert torch.equal(torch.cat(parts, dim=1), whole[:3])
 
 
-def test_float32_weights_are_shared_between_the_threads(monkeypatch):
-    for threads in (1, 2, 3, 100):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        plain = tiny().transformer.h[0].mlp.c_proj
-        layer = packing.SharedLinear(plain)
-        for shape in ((1, 1), (2, 1), (1, 3)):
-            x = torch.randn(*shape, plain.in_features)
-            torch.testing.assert_close(layer(x), plain(x))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 16), (40, 33), (64, 257)])
+def test_products_are_those_of_the_weights_that_are_held(dtype, inputs, outputs):
+    torch.manual_seed(1)
+    layer = Linear(inputs, outputs)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    found, x = compiled.CompiledLinear(layer, dtype), torch.randn(11, inputs)
+    held = layer.weight.to(torch.float16).float()
+    if dtype == torch.float32:
+        held = layer.weight
+    elif dtype == torch.int8:
+        scales = layer.weight.abs().amax(1, keepdim=True) / 127
+        held = (layer.weight / scales).round() * scales
+    for rows in (1, 2, 4, 5, 11):
+        expected = F.linear(x[:rows], held, layer.bias)
+        torch.testing.assert_close(found(x[:rows]), expected, atol=1e-4, rtol=1e-4)
 
 
-@needs_fbgemm
+OLDER = """
+import sys
+import pytest
+from llvmlite import binding
+features = binding.get_host_cpu_features()
+features.update({name: False for name in features if name.startswith("avx512")})
+binding.get_host_cpu_features = lambda: features
+sys.exit(pytest.main(["tests/test_packing.py", "-k", "products or bits"]))
+"""
+
+
+@pytest.mark.skipif(not kernels.HAS_32_REGISTERS, reason="the other tests show it")
+def test_a_cpu_without_avx512_computes_the_same(tmp_path):
+    """Numba compiles for the features that LLVM reports."""
+    run = subprocess.run(
+        [sys.executable, "-c", OLDER],
+        cwd=REPO,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert list(tmp_path.iterdir())  # compiled code of its own
+
+
+def test_the_exponential_is_that_of_numpy():
+    x = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    found = np.array([kernels.exp(each) for each in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=1e-5)
+    assert kernels.exp(np.float32(0)) == 1
+    assert np.isnan(kernels.exp(np.float32("nan")))
+    assert kernels.exp(np.float32("-inf")) < 1e-37
+
+
 def test_weights_that_16_bits_do_not_hold_are_refused():
-    model = tiny()
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[0, 0] = 1e5
-    with pytest.raises(UserError, match="above 65,504 do not fit 16 bits: use --dtype=float32"):
-        placed(model)
+    for quantize in (None, "int8"):
+        model = tiny()
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight[0, 0] = 1e5
+        with pytest.raises(UserError, match="above 65,504 do not fit 16 bits: use --dtype=float32"):
+            placed(model, quantize=quantize)
 
 
-def test_without_the_kernels_int8_is_refused_and_the_blocks_stay(monkeypatch):
-    monkeypatch.setattr(packing, "can_pack", lambda device: False)
-    with pytest.raises(UserError, match="quantize=int8: PyTorch has no kernels for it on cpu"):
-        placed(tiny(), quantize="int8")
-    assert all(type(block) is Block for block in placed(tiny()).transformer.h)
+def test_on_other_devices_int8_is_refused_and_the_blocks_stay():
+    rt = runtime.Runtime(torch.device("meta"), torch.bfloat16)
+    with pytest.raises(UserError, match="quantize=int8 is for CPUs, and the device is meta"):
+        packing.place(tiny(), rt, quantize="int8")
+    assert all(type(block) is Block for block in packing.place(tiny(), rt).transformer.h)
 
 
-@needs_fbgemm
-@pytest.mark.parametrize("levels", [63, 127])
-def test_int8_products_of_the_largest_numbers_are_right(monkeypatch, levels):
-    """Sums of 16 bits would overflow: 127 levels are only for CPUs with VNNI."""
-    if levels > packing.input_levels():
-        pytest.skip("needs VNNI")
-    monkeypatch.setattr(packing, "input_levels", lambda: levels)
-    plain = tiny().transformer.h[0].mlp.c_fc
-    with torch.no_grad():
-        plain.weight.fill_(0.3)
-        plain.weight[::2] *= -1
-    torch.backends.quantized.engine = "fbgemm"
-    layer = packing.Int8Linear(plain)
-    x = torch.full((3, plain.in_features), 2.0)
-    torch.testing.assert_close(layer(x), plain(x), rtol=1e-3, atol=1e-3)
+def test_compiled_code_is_not_kept_where_there_is_no_room(monkeypatch):
+    def successor(x):
+        return x + 1
+
+    assert kernels.compiled({})(successor).stats.cache_path
+    usage = shutil.disk_usage(REPO)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    found = kernels.compiled({})(successor)
+    assert found.stats.cache_path is None and found(1) == 2
+
+
+def test_as_many_threads_as_pytorch_has(monkeypatch):
+    import numba
+
+    for threads, expected in ((1, 1), (1000, numba.config.NUMBA_NUM_THREADS)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        compiled.use_threads()
+        assert numba.get_num_threads() == expected

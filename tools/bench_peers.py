@@ -18,6 +18,7 @@ from configurator import DType, UserError
 from model import GPT, GPTConfig
 from plaingpt import drawing, generation, packing, runtime
 from plaingpt.checkpoint import store
+from plaingpt.compiled import CompiledLinear
 from plaingpt.sampling import Sampling
 from plaingpt.text.bpe import single_bytes
 from plaingpt.text.tokenizer import Tokenizer
@@ -48,11 +49,10 @@ def write_weights(task: Task) -> dict[str, Any]:
     Path(task.folder).mkdir()
     weights = GPT(config).init_weights(seed=1).weights()
     store.write_model(Path(task.folder), config, weights, tokenizer)
-    precisions = ["float32", "auto", "int8"] if packing.can_pack(rt.device) else ["float32", "auto"]
     return {
         "device": str(rt.device),
         "threads": torch.get_num_threads(),
-        "precisions": precisions,
+        "precisions": ["float32", "auto", *(["int8"] if rt.device.type == "cpu" else [])],
     }
 
 
@@ -118,8 +118,8 @@ def moved_gigabytes(model: GPT) -> float:
     """The size of the matrices that each token meets, as they are held."""
     config, head = model.config, model.lm_head
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-    held = {packing.HalfLinear: 2, packing.Int8Linear: 1}
-    return weights * (held.get(type(head)) or head.weight.element_size()) / 1e9
+    held = head.matrix.tiles if isinstance(head, CompiledLinear) else head.weight
+    return weights * held.itemsize / 1e9
 
 
 def memory_speed(device: torch.device) -> float:

@@ -37,7 +37,7 @@ class EvalConfig:
     limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: 16 bits where they are faster
-    quantize: Literal["int8"] | None = None  # weights in 8 bits, on an x86 CPU, whatever dtype is
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU, whatever dtype is
 
 
 if __name__ == "__main__":
@@ -88,7 +88,7 @@ def score(cfg: EvalConfig) -> dict[str, float]:
     if own_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
     if cfg.quantize:
-        rt = replace(rt, dtype=torch.float32)  # no autocast: packed weights take float32
+        rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
         packing.place(model, rt, cfg.dtype, cfg.quantize)
     else:
         rt.place(model).eval()

@@ -145,7 +145,7 @@ async def slot(slots: asyncio.Semaphore) -> AsyncIterator[None]:
 
 def description(served: Served, defaults: Sampling) -> dict[str, Any]:
     tokenizer = served.tokenizer
-    with torch.device("meta"):  # packed weights are no parameters
+    with torch.device("meta"):  # compiled blocks have no parameters
         parameters = GPT(served.model.config).num_params()
     about = {
         "name": served.name,

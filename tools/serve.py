@@ -32,7 +32,7 @@ class ServeConfig(Sampling):
     max_requests: PositiveInt = 8  # answers written side by side; others get status 503
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of the weights; auto: 16 bits where they are faster
-    quantize: Literal["int8"] | None = None  # weights in 8 bits, on an x86 CPU
+    quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from tools import bench, bench_peers, bench_sample, processes
 from tools.bench_sample import SampleBench, Task
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 32}
-CAN_PACK = packing.can_pack(torch.device("cpu"))
 
 LLAMA_BENCH = f"""#!{sys.executable}
 import json, sys
@@ -102,8 +101,6 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["auto", "int8"])
 def test_ours_is_timed_by_all_new_tokens(task, precision, counted, monkeypatch):
-    if precision == "int8" and not CAN_PACK:
-        pytest.skip("needs PyTorch's kernels for x86")
     monkeypatch.setattr(bench_peers, "memory_speed", lambda device: 10.0)
     found = bench_peers.ours(replace(task, precision=precision))
     assert counted == [bench_peers.WARMUP_TOKENS, 6, 6]
@@ -111,7 +108,6 @@ def test_ours_is_timed_by_all_new_tokens(task, precision, counted, monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("auto", 2), ("int8", 1)])
-@pytest.mark.skipif(not CAN_PACK, reason="needs PyTorch's kernels for x86")
 def test_weights_count_in_the_bytes_that_they_are_held_in(precision, size):
     rt = bench_peers.runtime.start("cpu", "float32" if precision == "float32" else "bfloat16")
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64)).init_weights(1)

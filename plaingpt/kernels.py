@@ -1,0 +1,306 @@
+"""
+A block of GPT-2 on a CPU, compiled by Numba.
+
+A new token takes the time of reading all weights once, if little else is done. A row is computed by
+the same operations in the same order whatever the other rows are, so that a text has the same bits
+in every batch. docs/benchmarks.md has the measurements.
+
+Shapes: R rows (tokens), K inputs and N outputs of a matrix; otherwise as in model.py.
+"""
+
+import contextlib
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, prange, types
+from numba.core import event
+from numba.core.cgutils import alloca_once_value, create_struct_proxy, for_range
+from numba.extending import intrinsic
+
+from model import EPSILON
+
+LANES = 16  # float32 numbers that are added up side by side
+PAIR = 2  # tiles of LANES outputs that a thread computes at a time
+ADD, GELU = 1, 2  # what is done after a product
+
+ROOM = 20_000_000  # bytes; compiled code takes less
+
+f32 = np.float32
+NORMAL = {"error_model": "numpy"}
+# Sums may be reordered; what is not finite stays so.
+FAST = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
+PARALLEL = {"error_model": "numpy", "parallel": True}
+
+
+class Matrix(NamedTuple):
+    """Weights and bias of a linear layer, with the weights of LANES outputs side by side."""
+
+    tiles: np.ndarray  # (tiles, K, LANES): float16 as uint16, int8, or float32; zeros beyond N
+    scales: np.ndarray  # (N,), what the products are multiplied by
+    bias: np.ndarray  # (N,)
+    after: int = 0  # ADD: add what the output holds; GELU: apply it
+
+
+class BlockWeights(NamedTuple):
+    ln_1: tuple[np.ndarray, np.ndarray]  # gain and bias, each (C,)
+    c_attn: Matrix
+    attn_c_proj: Matrix
+    ln_2: tuple[np.ndarray, np.ndarray]
+    c_fc: Matrix
+    mlp_c_proj: Matrix
+
+
+def compiled(options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's njit. Compiled code is kept beside this file or else in the user's cache, if there is
+    room."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        with contextlib.suppress(RuntimeError, OSError):  # neither folder can be written
+            found = njit(cache=True, **options)(function)
+            if shutil.disk_usage(found.stats.cache_path).free > ROOM:
+                return found
+        return njit(**options)(function)
+
+    return decorate
+
+
+class Announcement(event.Listener):
+    """Says once that code is being compiled."""
+
+    def on_start(self, event: Any) -> None:
+        global announced
+        if not announced:
+            print("compiling for this CPU (once; takes some seconds)", file=sys.stderr)
+        announced = True
+
+    def on_end(self, event: Any) -> None:
+        """Nothing to say."""
+
+
+announced = False
+event.register("numba:compile", Announcement())
+
+
+# --- products
+
+
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR, INDICES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+ELEMENTS = {types.uint16: ir.HalfType(), types.int8: ir.IntType(8), types.float32: FLOAT}
+HAS_32_REGISTERS = binding.get_host_cpu_features().get("avx512f", False)  # of 16 numbers each
+TILES = PAIR if HAS_32_REGISTERS else 1  # that several rows are multiplied with at a time
+
+
+def multiplier(tiles: int, rows: int) -> Any:
+    """A function that multiplies a few tiles with a few rows. All sums stay in registers, which
+    LLVM does not achieve on its own."""
+
+    def write(b: ir.IRBuilder, w: Any, tile: ir.Value, x: Any, row: ir.Value, out: Any) -> None:
+        R, K = b.extract_value(x.shape, 0), b.extract_value(x.shape, 1)
+        last = b.sub(R, INT64(1))
+        inputs, sums = [], []
+        for r in range(rows):
+            index = b.add(row, INT64(r))
+            index = b.select(b.icmp_signed("<", index, last), index, last)
+            inputs.append(b.gep(x.data, [b.mul(index, K)]))
+            zero = VECTOR([0.0] * LANES)
+            sums.append([alloca_once_value(b, zero) for _ in range(tiles)])
+        with for_range(b, K) as loop:
+            columns = []
+            for t in range(tiles):
+                index = b.add(b.mul(b.add(tile, INT64(t)), K), loop.index)
+                columns.append(as_floats(b, b.load(b.gep(w, [index]), align=1)))
+            for r in range(rows):
+                number = b.load(b.gep(inputs[r], [loop.index]))
+                single = b.insert_element(VECTOR(ir.Undefined), number, INT32(0))
+                spread = b.shuffle_vector(single, single, INDICES([0] * LANES))
+                for t in range(tiles):
+                    product = b.fmul(columns[t], spread, flags=["contract"])
+                    b.store(b.fadd(b.load(sums[r][t]), product, flags=["contract"]), sums[r][t])
+        for r in range(rows):
+            for t in range(tiles):
+                place = b.gep(out.data, [INT64((r * tiles + t) * LANES)])
+                b.store(b.load(sums[r][t]), b.bitcast(place, VECTOR.as_pointer()), align=4)
+
+    @intrinsic
+    def multiply(context, w, tile, x, row, out):  # type: ignore[no-untyped-def]
+        """Put into `out` the products (rows, tiles · LANES) of w (tiles, K, LANES), from `tile` on,
+        and x (R, K), from `row` on; the last row stands in for those beyond it."""
+
+        def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            w, x, out = (
+                create_struct_proxy(signature.args[n])(context, builder, value=args[n])
+                for n in (0, 2, 4)
+            )
+            vectors = ir.VectorType(ELEMENTS[signature.args[0].dtype], LANES).as_pointer()
+            write(builder, builder.bitcast(w.data, vectors), args[1], x, args[3], out)
+            return context.get_dummy_value()
+
+        return types.void(w, tile, x, row, out), code
+
+    return multiply
+
+
+def as_floats(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    element = numbers.type.element
+    if element == FLOAT:
+        return numbers
+    return (b.sitofp if isinstance(element, ir.IntType) else b.fpext)(numbers, VECTOR)
+
+
+one_row, four_rows, eight_rows = multiplier(PAIR, 1), multiplier(TILES, 4), multiplier(TILES, 8)
+
+
+@compiled(PARALLEL)
+def product(matrix, x, y):
+    """Put the products of `matrix` and x (R, K) into y (R, N)."""
+    R, tiles = len(x), matrix.tiles
+    for pair in prange(len(tiles) // PAIR):
+        first, out = PAIR * pair, np.empty((8, PAIR * LANES), f32)
+        row = 0
+        while row < R:
+            if row == R - 1:
+                one_row(tiles, first, x, row, out)
+                finish(matrix, first, PAIR, out, y[row:])
+                row += 1
+            elif row >= R - 4 or not HAS_32_REGISTERS:
+                for tile in range(first, first + PAIR, TILES):
+                    four_rows(tiles, tile, x, row, out)
+                    finish(matrix, tile, TILES, out, y[row : row + 4])
+                row += 4
+            else:
+                for tile in range(first, first + PAIR, TILES):
+                    eight_rows(tiles, tile, x, row, out)
+                    finish(matrix, tile, TILES, out, y[row : row + 8])
+                row += 8
+
+
+@compiled(FAST)
+def finish(matrix, tile, tiles, products, y):
+    """Scale the products of some tiles, add the bias, and put them into y (rows, N)."""
+    start, end = tile * LANES, min((tile + tiles) * LANES, y.shape[1])
+    flat = products.reshape(-1)
+    for r in range(len(y)):
+        here = flat[r * tiles * LANES :]
+        for n in range(start, end):
+            total = here[n - start] * matrix.scales[n] + matrix.bias[n]
+            if matrix.after == ADD:
+                total += y[r, n]
+            elif matrix.after == GELU:
+                total = gelu(total)
+            y[r, n] = total
+
+
+@compiled(NORMAL)
+def linear(matrix, x):
+    y = np.empty((len(x), len(matrix.bias)), f32)
+    product(matrix, x, y)
+    return y
+
+
+# --- the rest of a block
+
+
+@intrinsic
+def float_of_bits(context, bits):  # type: ignore[no-untyped-def]
+    return types.float32(types.int32), lambda _, b, signature, args: b.bitcast(args[0], FLOAT)
+
+
+LOG2_E = f32(1 / math.log(2))
+C1, C2, C3, C4, C5, C6, C7 = (f32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
+
+
+@compiled(FAST)
+def exp(x):
+    """e^x = 2^(n + f) by eight terms of the series of 2^f: unlike math.exp, LLVM can do that for
+    several numbers at a time."""
+    x = max(min(x, f32(88)), f32(-87)) * LOG2_E
+    n = math.floor(x + f32(0.5))
+    f = x - f32(n)
+    series = f32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * (C6 + f * C7))))))
+    power = (np.int32(n) + np.int32(127)) << np.int32(23)  # the bits of 2^n
+    return series * float_of_bits(power)  # type: ignore[call-arg]
+
+
+@compiled(FAST)
+def gelu(x):
+    """The tanh approximation as x·sigmoid(2u)."""
+    u = f32(math.sqrt(2 / math.pi)) * (x + f32(0.044715) * x * x * x)
+    return x / (f32(1) + exp(f32(-2) * u))
+
+
+@compiled(FAST)
+def normalize(x, weights, y):
+    """Put the LayerNorm of x (R, C) into y."""
+    gain, bias = weights
+    C = len(gain)
+    for r in range(len(x)):
+        mean, variance = f32(0), f32(0)
+        for c in range(C):
+            mean += x[r, c]
+        mean /= f32(C)
+        for c in range(C):
+            variance += (x[r, c] - mean) ** 2
+        scale = f32(1) / math.sqrt(variance / f32(C) + f32(EPSILON))
+        for c in range(C):
+            y[r, c] = (x[r, c] - mean) * scale * gain[c] + bias[c]
+
+
+@compiled(PARALLEL)
+def attend(qkv, positions, entries, y):
+    """Causal attention with queries, keys and values (B·T, 3·C), into y (B·T, C)."""
+    (B, T), (_, _, H, _, D) = positions.shape, entries.shape
+    for n in prange(B * H):
+        b, h = n % B, n // B
+        k, v = entries[b, 0, h], entries[b, 1, h]
+        for t in range(T):
+            row, s = qkv[b * T + t], positions[b, t]
+            for d in range(D):
+                k[s, d], v[s, d] = row[(H + h) * D + d], row[(2 * H + h) * D + d]
+            mix(row[h * D : (h + 1) * D], k[: s + 1], v[: s + 1], y[b * T + t, h * D : (h + 1) * D])
+
+
+@compiled(FAST)
+def mix(q, k, v, y):
+    """Put the mean of v (S, D), weighted by the softmax of k·q, into y (D,)."""
+    S, D = k.shape
+    weights, scale = np.empty(S, f32), f32(1 / math.sqrt(D))
+    largest, total = f32(-np.inf), f32(0)
+    for s in range(S):
+        score = f32(0)
+        for d in range(D):
+            score += q[d] * k[s, d]
+        weights[s] = score * scale
+        largest = max(largest, weights[s])
+    for s in range(S):
+        weights[s] = exp(weights[s] - largest)
+        total += weights[s]
+    for d in range(D):
+        y[d] = 0
+    for s in range(S):
+        for d in range(D):
+            y[d] += weights[s] * v[s, d]
+    for d in range(D):
+        y[d] /= total
+
+
+@compiled(NORMAL)
+def block(weights, x, positions, entries):
+    """What model.py's Block makes of x (B·T, C), the tokens at `positions` (B, T). Their keys and
+    values are added to `entries` (B, 2, H, S, D)."""
+    (R, C), x = x.shape, x.copy()
+    normal, qkv = np.empty((R, C), f32), np.empty((R, 3 * C), f32)
+    hidden = np.empty((R, 4 * C), f32)
+    normalize(x, weights.ln_1, normal)
+    product(weights.c_attn, normal, qkv)
+    attend(qkv, positions, entries, normal)
+    product(weights.attn_c_proj, normal, x)
+    normalize(x, weights.ln_2, normal)
+    product(weights.c_fc, normal, hidden)
+    product(weights.mlp_c_proj, hidden, x)
+    return x
