@@ -21,7 +21,7 @@ from typing import Literal, get_type_hints
 
 import configurator
 from configurator import DType, NonNegativeInt, PathName, PositiveInt, UserError
-from plaingpt import threads
+from plaingpt import environment
 from plaingpt.sampling import Sampling
 
 
@@ -42,7 +42,8 @@ class SampleConfig(Sampling):
 
 if __name__ == "__main__":
     configurator.answer_help(SampleConfig)  # before torch is imported, which takes a second
-    threads.wait_briefly()
+    environment.wait_briefly()
+    environment.use_huge_pages()
 
 from model import GPT
 from plaingpt import generation, packing, runtime, values

@@ -36,7 +36,7 @@ from configurator import (
     PositiveInt,
     UserError,
 )
-from plaingpt import threads
+from plaingpt import environment
 from plaingpt.training.schedule import ScheduleName
 
 
@@ -101,7 +101,7 @@ class TrainConfig:
 
 if __name__ == "__main__":
     configurator.answer_help(TrainConfig)  # before torch is imported, which takes a second
-    threads.wait_briefly()
+    environment.wait_briefly()
 
 import torch
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import Block, KVCache, Linear
 from plaingpt import kernels
-from plaingpt.kernels import LANES, PAIR, BlockWeights, Matrix
+from plaingpt.kernels import TILE, BlockWeights, Matrix
 
 LEVELS = 127  # of an int8 on either side of 0
 
@@ -31,10 +31,10 @@ def packed(layer: Linear, dtype: torch.dtype) -> Matrix:
     if dtype == torch.int8:
         scales = weight.abs().amax(dim=1).clamp(min=1e-30) / LEVELS
         weight = (weight / scales[:, None]).round()
-    pairs, whole = -(-N // (PAIR * LANES)), N // LANES
-    tiles = torch.zeros(pairs * PAIR, K, LANES, dtype=dtype)
-    tiles[:whole] = weight[: whole * LANES].view(whole, LANES, K).mT
-    if rest := N % LANES:
+    whole, rest = divmod(N, TILE)
+    tiles = torch.zeros(whole + bool(rest), K, TILE, dtype=dtype)
+    tiles[:whole] = weight[: whole * TILE].view(whole, TILE, K).mT
+    if rest:
         tiles[whole, :, :rest] = weight[-rest:].T
     bits = tiles.view(torch.uint16) if dtype == torch.float16 else tiles
     bias = torch.zeros(N) if layer.bias is None else layer.bias.detach()

@@ -138,9 +138,9 @@ class Batch:
     def step(self) -> None:
         """Draw the next token of each text. Raises UserError for logits that are not finite."""
         unread = len(self.texts) - len(self.logits)
-        logits = self.logits
-        if unread:
-            logits = torch.cat((self.next_logits(unread), logits))
+        parts = [self.next_logits(unread)] if unread else []
+        parts += [self.logits] if len(self.logits) else []
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.logits = logits[:0]
         ids = self.choose(logits)
         probabilities = self.probabilities(logits, ids)

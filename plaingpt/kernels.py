@@ -24,8 +24,8 @@ from numba.extending import intrinsic
 
 from model import EPSILON
 
-LANES = 16  # float32 numbers that are added up side by side
-PAIR = 2  # tiles of LANES outputs that a thread computes at a time
+LANES, VECTORS = 16, 2  # float32 numbers of a vector, and vectors of a tile
+TILE = LANES * VECTORS  # outputs that are computed together
 ADD, GELU = 1, 2  # what is done after a product
 
 ROOM = 20_000_000  # bytes; compiled code takes less
@@ -38,9 +38,9 @@ PARALLEL = {"error_model": "numpy", "parallel": True}
 
 
 class Matrix(NamedTuple):
-    """Weights and bias of a linear layer, with the weights of LANES outputs side by side."""
+    """Weights and bias of a linear layer, stored in the order in which they are read."""
 
-    tiles: np.ndarray  # (tiles, K, LANES): float16 as uint16, int8, or float32; zeros beyond N
+    tiles: np.ndarray  # (tiles, K, TILE): float16 as uint16, int8, or float32; zeros beyond N
     scales: np.ndarray  # (N,), what the products are multiplied by
     bias: np.ndarray  # (N,)
     after: int = 0  # ADD: add what the output holds; GELU: apply it
@@ -93,14 +93,16 @@ FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INDICES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 ELEMENTS = {types.uint16: ir.HalfType(), types.int8: ir.IntType(8), types.float32: FLOAT}
 HAS_32_REGISTERS = binding.get_host_cpu_features().get("avx512f", False)  # of 16 numbers each
-TILES = PAIR if HAS_32_REGISTERS else 1  # that several rows are multiplied with at a time
+PART = VECTORS if HAS_32_REGISTERS else 1  # vectors that are multiplied with several rows at a time
 
 
-def multiplier(tiles: int, rows: int) -> Any:
-    """A function that multiplies a few tiles with a few rows. All sums stay in registers, which
-    LLVM does not achieve on its own."""
+def multiplier(vectors: int, rows: int) -> Any:
+    """A function that multiplies vectors of a tile with some rows. All sums stay in registers,
+    which LLVM does not achieve on its own."""
 
-    def write(b: ir.IRBuilder, w: Any, tile: ir.Value, x: Any, row: ir.Value, out: Any) -> None:
+    def write(
+        b: ir.IRBuilder, w: ir.Value, first: ir.Value, x: Any, row: ir.Value, out: Any
+    ) -> None:
         R, K = b.extract_value(x.shape, 0), b.extract_value(x.shape, 1)
         last = b.sub(R, INT64(1))
         inputs, sums = [], []
@@ -109,39 +111,40 @@ def multiplier(tiles: int, rows: int) -> Any:
             index = b.select(b.icmp_signed("<", index, last), index, last)
             inputs.append(b.gep(x.data, [b.mul(index, K)]))
             zero = VECTOR([0.0] * LANES)
-            sums.append([alloca_once_value(b, zero) for _ in range(tiles)])
+            sums.append([alloca_once_value(b, zero) for _ in range(vectors)])
+        w = b.gep(w, [first])
         with for_range(b, K) as loop:
             columns = []
-            for t in range(tiles):
-                index = b.add(b.mul(b.add(tile, INT64(t)), K), loop.index)
+            for v in range(vectors):
+                index = b.add(b.mul(loop.index, INT64(VECTORS)), INT64(v))
                 columns.append(as_floats(b, b.load(b.gep(w, [index]), align=1)))
             for r in range(rows):
                 number = b.load(b.gep(inputs[r], [loop.index]))
                 single = b.insert_element(VECTOR(ir.Undefined), number, INT32(0))
                 spread = b.shuffle_vector(single, single, INDICES([0] * LANES))
-                for t in range(tiles):
-                    product = b.fmul(columns[t], spread, flags=["contract"])
-                    b.store(b.fadd(b.load(sums[r][t]), product, flags=["contract"]), sums[r][t])
+                for v in range(vectors):
+                    product = b.fmul(columns[v], spread, flags=["contract"])
+                    b.store(b.fadd(b.load(sums[r][v]), product, flags=["contract"]), sums[r][v])
         for r in range(rows):
-            for t in range(tiles):
-                place = b.gep(out.data, [INT64((r * tiles + t) * LANES)])
-                b.store(b.load(sums[r][t]), b.bitcast(place, VECTOR.as_pointer()), align=4)
+            for v in range(vectors):
+                place = b.gep(out.data, [INT64((r * vectors + v) * LANES)])
+                b.store(b.load(sums[r][v]), b.bitcast(place, VECTOR.as_pointer()), align=4)
 
     @intrinsic
-    def multiply(context, w, tile, x, row, out):  # type: ignore[no-untyped-def]
-        """Put into `out` the products (rows, tiles · LANES) of w (tiles, K, LANES), from `tile` on,
-        and x (R, K), from `row` on; the last row stands in for those beyond it."""
+    def multiply(context, w, first, x, row, out):  # type: ignore[no-untyped-def]
+        """Put into `out` the products (rows, vectors · LANES) of a tile w (K, TILE), from the
+        vector `first` on, and x (R, K), from `row` on; the last row stands in for further ones."""
 
         def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
             w, x, out = (
                 create_struct_proxy(signature.args[n])(context, builder, value=args[n])
                 for n in (0, 2, 4)
             )
-            vectors = ir.VectorType(ELEMENTS[signature.args[0].dtype], LANES).as_pointer()
-            write(builder, builder.bitcast(w.data, vectors), args[1], x, args[3], out)
+            kind = ir.VectorType(ELEMENTS[signature.args[0].dtype], LANES).as_pointer()
+            write(builder, builder.bitcast(w.data, kind), args[1], x, args[3], out)
             return context.get_dummy_value()
 
-        return types.void(w, tile, x, row, out), code
+        return types.void(w, first, x, row, out), code
 
     return multiply
 
@@ -153,40 +156,40 @@ def as_floats(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
     return (b.sitofp if isinstance(element, ir.IntType) else b.fpext)(numbers, VECTOR)
 
 
-one_row, four_rows, eight_rows = multiplier(PAIR, 1), multiplier(TILES, 4), multiplier(TILES, 8)
+one_row, four_rows, eight_rows = multiplier(VECTORS, 1), multiplier(PART, 4), multiplier(PART, 8)
 
 
 @compiled(PARALLEL)
 def product(matrix, x, y):
     """Put the products of `matrix` and x (R, K) into y (R, N)."""
-    R, tiles = len(x), matrix.tiles
-    for pair in prange(len(tiles) // PAIR):
-        first, out = PAIR * pair, np.empty((8, PAIR * LANES), f32)
+    R = len(x)
+    for t in prange(len(matrix.tiles)):
+        tile, out = matrix.tiles[t], np.empty((8, TILE), f32)
         row = 0
         while row < R:
             if row == R - 1:
-                one_row(tiles, first, x, row, out)
-                finish(matrix, first, PAIR, out, y[row:])
+                one_row(tile, 0, x, row, out)
+                finish(matrix, t * TILE, TILE, out, y[row:])
                 row += 1
-            elif row >= R - 4 or not HAS_32_REGISTERS:
-                for tile in range(first, first + PAIR, TILES):
-                    four_rows(tiles, tile, x, row, out)
-                    finish(matrix, tile, TILES, out, y[row : row + 4])
-                row += 4
-            else:
-                for tile in range(first, first + PAIR, TILES):
-                    eight_rows(tiles, tile, x, row, out)
-                    finish(matrix, tile, TILES, out, y[row : row + 8])
-                row += 8
+                continue
+            few = row >= R - 4 or not HAS_32_REGISTERS
+            for first in range(0, VECTORS, PART):
+                if few:
+                    four_rows(tile, first, x, row, out)
+                else:
+                    eight_rows(tile, first, x, row, out)
+                rows = y[row : row + (4 if few else 8)]
+                finish(matrix, t * TILE + first * LANES, PART * LANES, out, rows)
+            row += 4 if few else 8
 
 
 @compiled(FAST)
-def finish(matrix, tile, tiles, products, y):
-    """Scale the products of some tiles, add the bias, and put them into y (rows, N)."""
-    start, end = tile * LANES, min((tile + tiles) * LANES, y.shape[1])
-    flat = products.reshape(-1)
+def finish(matrix, start, count, products, y):
+    """Scale the products of `count` outputs from `start` on, add the bias, and put them into y
+    (rows, N)."""
+    end = min(start + count, y.shape[1])
     for r in range(len(y)):
-        here = flat[r * tiles * LANES :]
+        here = products.reshape(-1)[r * count :]
         for n in range(start, end):
             total = here[n - start] * matrix.scales[n] + matrix.bias[n]
             if matrix.after == ADD:

@@ -28,7 +28,7 @@ from configurator import (
     Range,
     UserError,
 )
-from plaingpt import threads
+from plaingpt import environment
 from tools import bench_sample
 from tools.bench_sample import SampleBench
 
@@ -73,7 +73,7 @@ def answer_help(arguments: list[str]) -> None:
 if __name__ == "__main__":
     configurator.begin()
     answer_help(sys.argv[1:])  # before torch is imported, which takes a second
-    threads.wait_briefly()
+    environment.wait_briefly()
 
 import json
 import math

@@ -42,7 +42,9 @@ BENCH = Path("build", "bin", "llama-bench")
 BUILD = "cmake -B build && cmake --build build --target llama-bench"
 WRITER = "import sys; from tools import bench_peers; bench_peers.main(sys.argv[1])"
 # As sample.py does, before torch is imported; the others wait for their threads in their own way.
-OURS = "from plaingpt import threads; threads.wait_briefly(); "
+OURS = (
+    "from plaingpt import environment; environment.wait_briefly(); environment.use_huge_pages(); "
+)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import configurator
 from configurator import DType, Folder, PathName, PositiveInt, UserError
-from plaingpt import threads
+from plaingpt import environment
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class EvalConfig:
 
 if __name__ == "__main__":
     configurator.answer_help(EvalConfig)  # before torch is imported, which takes a second
-    threads.wait_briefly()
+    environment.wait_briefly()
+    environment.use_huge_pages()
 
 import math
 import re

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import configurator
 from configurator import DType, NonEmpty, PathName, PositiveInt, Range, UserError
-from plaingpt import threads
+from plaingpt import environment
 from plaingpt.sampling import Sampling
 
 Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)]
@@ -37,7 +37,8 @@ class ServeConfig(Sampling):
 
 if __name__ == "__main__":
     configurator.answer_help(ServeConfig)  # before torch is imported, which takes a second
-    threads.wait_briefly()
+    environment.wait_briefly()
+    environment.use_huge_pages()
 
 import os
 import socket

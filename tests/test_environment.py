@@ -1,4 +1,4 @@
-"""GNU OpenMP prints the settings that it read when torch was loaded."""
+"""Settings that are made before torch is loaded."""
 
 import os
 import re
@@ -20,6 +20,7 @@ REPO = Path(__file__).parents[1]
     ],
 )
 def test_threads_wait_briefly_unless_the_user_decides(program, given, expected):
+    """GNU OpenMP prints the settings that it read."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))
     }
@@ -34,3 +35,23 @@ def test_threads_wait_briefly_unless_the_user_decides(program, given, expected):
     if found is None:
         pytest.skip("this build of torch does not use GNU OpenMP")
     assert found[1] == expected
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = """
+from plaingpt import environment
+environment.use_huge_pages()
+import torch
+kept = torch.ones(2**25)
+print(open("/proc/self/smaps_rollup").read().partition("AnonHugePages:")[2].split()[0])
+"""
+
+
+@pytest.mark.parametrize("given, expected", [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_large_tensors_have_huge_pages_unless_the_user_decides(given, expected):
+    if not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text():
+        pytest.skip("needs a Linux that gives huge pages where they are asked for")
+    run = subprocess.run(
+        [sys.executable, "-c", LARGE], cwd=REPO, env=os.environ | given, capture_output=True
+    )
+    assert (int(run.stdout) > 60_000) == expected  # KiB
