@@ -20,7 +20,7 @@ class CompiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         use_threads()
-        y = kernels.linear(self.matrix, x.reshape(-1, x.size(-1)).numpy())
+        y = kernels.linear(self.matrix, x.reshape(-1, x.size(-1)).contiguous().numpy())
         return torch.from_numpy(y).view(*x.shape[:-1], -1)
 
 
@@ -70,13 +70,13 @@ class CompiledBlock(Block):
         else:
             positions, entries = cache.positions, cache.entries[layer, :B]
         use_threads()
-        rows = x.reshape(B * T, C).numpy()
+        rows = x.reshape(B * T, C).contiguous().numpy()
         y = kernels.block(self.weights, rows, positions.numpy(), entries.numpy())
         return torch.from_numpy(y).view(B, T, C)
 
 
 def use_threads() -> None:
-    """As many as PyTorch. Numba has a number for each thread that calls it."""
+    """Use as many threads as PyTorch. Numba keeps a separate count for each calling thread."""
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(torch.get_num_threads(), most))
 

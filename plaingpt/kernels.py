@@ -1,9 +1,9 @@
 """
 A block of GPT-2 on a CPU, compiled by Numba.
 
-A new token takes the time of reading all weights once, if little else is done. A row is computed by
-the same operations in the same order whatever the other rows are, so that a text has the same bits
-in every batch. docs/benchmarks.md has the measurements.
+Generating a token takes about as long as reading all the weights once, provided little else is
+done. A row is computed by the same operations in the same order whatever the other rows are, so
+that a text has the same bits in every batch. docs/benchmarks.md has the measurements.
 
 Shapes: R rows (tokens), K inputs and N outputs of a matrix; otherwise as in model.py.
 """
@@ -24,16 +24,17 @@ from numba.extending import intrinsic
 
 from model import EPSILON
 
-LANES, VECTORS = 16, 2  # float32 numbers of a vector, and vectors of a tile
+LANES, VECTORS = 16, 2  # float32s per vector, and vectors per tile
 TILE = LANES * VECTORS  # outputs that are computed together
-ADD, GELU = 1, 2  # what is done after a product
+ADD, GELU = 1, 2  # applied to each product
 
 ROOM = 20_000_000  # bytes; compiled code takes less
 
 f32 = np.float32
 NORMAL = {"error_model": "numpy"}
-# Sums may be reordered; what is not finite stays so.
-FAST = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
+# Sums may be reordered, but not assumed to be finite.
+SUMS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+NUMBERS = {"error_model": "numpy", "fastmath": {"contract"}}
 PARALLEL = {"error_model": "numpy", "parallel": True}
 
 
@@ -55,12 +56,12 @@ class BlockWeights(NamedTuple):
     mlp_c_proj: Matrix
 
 
-def compiled(options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Numba's njit. Compiled code is kept beside this file or else in the user's cache, if there is
-    room."""
+def jit(options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's njit, with compiled code cached beside this file or in the user's cache directory, if
+    there is room."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        with contextlib.suppress(RuntimeError, OSError):  # neither folder can be written
+        with contextlib.suppress(RuntimeError, OSError):  # neither directory is writable
             found = njit(cache=True, **options)(function)
             if shutil.disk_usage(found.stats.cache_path).free > ROOM:
                 return found
@@ -72,17 +73,17 @@ def compiled(options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
 class Announcement(event.Listener):
     """Says once that code is being compiled."""
 
-    def on_start(self, event: Any) -> None:
-        global announced
-        if not announced:
-            print("compiling for this CPU (once; takes some seconds)", file=sys.stderr)
-        announced = True
+    announced = False
 
-    def on_end(self, event: Any) -> None:
+    def on_start(self, _: Any) -> None:
+        if not self.announced:
+            print("compiling for this CPU, which takes some seconds", file=sys.stderr)
+        self.announced = True
+
+    def on_end(self, _: Any) -> None:
         """Nothing to say."""
 
 
-announced = False
 event.register("numba:compile", Announcement())
 
 
@@ -92,8 +93,8 @@ event.register("numba:compile", Announcement())
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INDICES = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 ELEMENTS = {types.uint16: ir.HalfType(), types.int8: ir.IntType(8), types.float32: FLOAT}
-HAS_32_REGISTERS = binding.get_host_cpu_features().get("avx512f", False)  # of 16 numbers each
-PART = VECTORS if HAS_32_REGISTERS else 1  # vectors that are multiplied with several rows at a time
+HAS_AVX512 = binding.get_host_cpu_features().get("avx512f", False)  # 32 registers of 16
+PART = VECTORS if HAS_AVX512 else 1  # vectors multiplied by several rows at once
 
 
 def multiplier(vectors: int, rows: int) -> Any:
@@ -132,8 +133,8 @@ def multiplier(vectors: int, rows: int) -> Any:
 
     @intrinsic
     def multiply(context, w, first, x, row, out):  # type: ignore[no-untyped-def]
-        """Put into `out` the products (rows, vectors · LANES) of a tile w (K, TILE), from the
-        vector `first` on, and x (R, K), from `row` on; the last row stands in for further ones."""
+        """Write to `out` the products (rows, vectors · LANES) of a tile w (K, TILE), starting at
+        vector `first`, with rows of x (R, K), starting at `row`; the last row is repeated."""
 
         def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
             w, x, out = (
@@ -159,7 +160,7 @@ def as_floats(b: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
 one_row, four_rows, eight_rows = multiplier(VECTORS, 1), multiplier(PART, 4), multiplier(PART, 8)
 
 
-@compiled(PARALLEL)
+@jit(PARALLEL)
 def product(matrix, x, y):
     """Put the products of `matrix` and x (R, K) into y (R, N)."""
     R = len(x)
@@ -172,7 +173,7 @@ def product(matrix, x, y):
                 finish(matrix, t * TILE, TILE, out, y[row:])
                 row += 1
                 continue
-            few = row >= R - 4 or not HAS_32_REGISTERS
+            few = row >= R - 4 or not HAS_AVX512
             for first in range(0, VECTORS, PART):
                 if few:
                     four_rows(tile, first, x, row, out)
@@ -183,7 +184,7 @@ def product(matrix, x, y):
             row += 4 if few else 8
 
 
-@compiled(FAST)
+@jit(NUMBERS)
 def finish(matrix, start, count, products, y):
     """Scale the products of `count` outputs from `start` on, add the bias, and put them into y
     (rows, N)."""
@@ -199,7 +200,7 @@ def finish(matrix, start, count, products, y):
             y[r, n] = total
 
 
-@compiled(NORMAL)
+@jit(NORMAL)
 def linear(matrix, x):
     y = np.empty((len(x), len(matrix.bias)), f32)
     product(matrix, x, y)
@@ -218,7 +219,7 @@ LOG2_E = f32(1 / math.log(2))
 C1, C2, C3, C4, C5, C6, C7 = (f32(math.log(2) ** n / math.factorial(n)) for n in range(1, 8))
 
 
-@compiled(FAST)
+@jit(NUMBERS)
 def exp(x):
     """e^x = 2^(n + f) by eight terms of the series of 2^f: unlike math.exp, LLVM can do that for
     several numbers at a time."""
@@ -230,14 +231,14 @@ def exp(x):
     return series * float_of_bits(power)  # type: ignore[call-arg]
 
 
-@compiled(FAST)
+@jit(NUMBERS)
 def gelu(x):
     """The tanh approximation as x·sigmoid(2u)."""
     u = f32(math.sqrt(2 / math.pi)) * (x + f32(0.044715) * x * x * x)
     return x / (f32(1) + exp(f32(-2) * u))
 
 
-@compiled(FAST)
+@jit(SUMS)
 def normalize(x, weights, y):
     """Put the LayerNorm of x (R, C) into y."""
     gain, bias = weights
@@ -254,7 +255,7 @@ def normalize(x, weights, y):
             y[r, c] = (x[r, c] - mean) * scale * gain[c] + bias[c]
 
 
-@compiled(PARALLEL)
+@jit(PARALLEL)
 def attend(qkv, positions, entries, y):
     """Causal attention with queries, keys and values (B·T, 3·C), into y (B·T, C)."""
     (B, T), (_, _, H, _, D) = positions.shape, entries.shape
@@ -268,7 +269,7 @@ def attend(qkv, positions, entries, y):
             mix(row[h * D : (h + 1) * D], k[: s + 1], v[: s + 1], y[b * T + t, h * D : (h + 1) * D])
 
 
-@compiled(FAST)
+@jit(SUMS)
 def mix(q, k, v, y):
     """Put the mean of v (S, D), weighted by the softmax of k·q, into y (D,)."""
     S, D = k.shape
@@ -292,7 +293,7 @@ def mix(q, k, v, y):
         y[d] /= total
 
 
-@compiled(NORMAL)
+@jit(NORMAL)
 def block(weights, x, positions, entries):
     """What model.py's Block makes of x (B·T, C), the tokens at `positions` (B, T). Their keys and
     values are added to `entries` (B, 2, H, S, D)."""

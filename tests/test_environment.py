@@ -54,4 +54,5 @@ def test_large_tensors_have_huge_pages_unless_the_user_decides(given, expected):
     run = subprocess.run(
         [sys.executable, "-c", LARGE], cwd=REPO, env=os.environ | given, capture_output=True
     )
+    assert run.returncode == 0, run.stderr
     assert (int(run.stdout) > 60_000) == expected  # KiB
