@@ -82,8 +82,7 @@ class KVCache:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
         self.end = end
         positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
-        rows = torch.arange(B, device=positions.device)[:, None]
-        self.positions, self.slots = positions, (rows, positions)
+        self.positions, self.rows = positions, torch.arange(B, device=positions.device)[:, None]
         self.seen = None
         if start > 0 and B * T > 1:  # otherwise plainly causal, or a token that sees all others
             seen = torch.arange(self.end, device=positions.device) <= positions[..., None]
@@ -98,8 +97,7 @@ class KVCache:
         if len(kv) == 1:
             entries[..., -kv.size(1) :, :] = kv.permute(0, 2, 3, 1, 4)
         else:
-            rows, positions = self.slots
-            entries[rows, :, :, positions] = kv
+            entries[self.rows, :, :, self.positions] = kv
         k, v = entries.unbind(1)
         return k, v
 

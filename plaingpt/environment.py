@@ -19,5 +19,5 @@ def wait_briefly() -> None:
 
 def use_huge_pages() -> None:
     """Have PyTorch ask Linux for pages of 2 MB, unless the environment already decides: weights are
-    then read up to a tenth faster. Training gains nothing from them (docs/benchmarks.md)."""
+    then read some per cent faster. Training gains nothing from them (docs/benchmarks.md)."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
