@@ -66,39 +66,44 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens that each sequence has so far, in buffers of a fixed shape."""
 
-    def __init__(self, model: "GPT", batch_size: int, capacity: int | None = None) -> None:
+    def __init__(
+        self, model: "GPT", batch_size: int, capacity: int | None = None, stride: int = 1
+    ) -> None:
+        """For `capacity` tokens per sequence (None: block_size). New tokens see a multiple of
+        `stride` entries, so that a GPU meets few shapes; those beyond a sequence are masked."""
         config, weight = model.config, model.transformer.wpe.weight
-        self.capacity = config.block_size if capacity is None else capacity  # tokens per sequence
+        self.capacity, self.stride = capacity or config.block_size, stride
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, 2, config.n_head, self.capacity, head_dim)
         self.entries = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.end = 0  # no sequence is longer
 
+    def span(self, end: int) -> int:
+        """How many entries new tokens see when no sequence is longer than `end`."""
+        return min(-(-end // self.stride) * self.stride, self.capacity)
+
     def reserve(self, B: int, T: int) -> Tensor:
         """Make room for T more tokens of the first B sequences; return their positions, (B, T)."""
         start, end = self.end, self.end + T
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        self.end = end
-        positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
-        self.positions, self.rows = positions, torch.arange(B, device=positions.device)[:, None]
+        self.end, self.size = end, self.span(end) if start else end
+        self.positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
+        self.rows = torch.arange(B, device=self.lengths.device)[:, None]
         self.seen = None
-        if start > 0 and B * T > 1:  # otherwise plainly causal, or a token that sees all others
-            seen = torch.arange(self.end, device=positions.device) <= positions[..., None]
+        if start and (B * T > 1 or self.size > end):  # else plainly causal, or one that sees all
+            seen = torch.arange(self.size, device=self.lengths.device) <= self.positions[..., None]
             self.seen = seen[:, None]  # (B, 1, T, S)
         self.lengths[:B] += T
-        return positions
+        return self.positions
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values (B, T, 2, H, D) of a layer; return all of them as k and v,
         (B, H, S, D)."""
-        entries = self.entries[layer, : len(kv), :, :, : self.end]  # (B, 2, H, S, D)
-        if len(kv) == 1:
-            entries[..., -kv.size(1) :, :] = kv.permute(0, 2, 3, 1, 4)
-        else:
-            entries[self.rows, :, :, self.positions] = kv
-        k, v = entries.unbind(1)
+        entries = self.entries[layer]
+        entries[self.rows, :, :, self.positions] = kv
+        k, v = entries[: len(kv), :, :, : self.size].unbind(1)
         return k, v
 
 

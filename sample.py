@@ -48,7 +48,7 @@ if __name__ == "__main__":
 from model import GPT
 from plaingpt import generation, packing, runtime, values
 from plaingpt.checkpoint import store
-from plaingpt.generation import Batch, Drawn, Text, write, write_in_order
+from plaingpt.generation import Batch, Drawn, Text, cache_sentence, write, write_in_order
 from plaingpt.prompts import read_prompt, read_prompts
 from plaingpt.text import templates
 from plaingpt.text.tokenizer import Tokenizer
@@ -85,11 +85,14 @@ def samples(cfg: SampleConfig) -> Iterator[str]:
         print(said, file=sys.stderr)
     size = min(cfg.batch_size, len(ids) * cfg.num_samples)
     alternatives = 0 if cfg.prompts else None
-    batch = Batch(model, tokenizer, size, longest + cfg.max_new_tokens, alternatives)
+    capacity = min(longest + cfg.max_new_tokens, block_size)
+    if size > 1:
+        print(cache_sentence(model, size, capacity), file=sys.stderr)
+    batch = Batch(model, tokenizer, size, capacity, alternatives)
     texts = new_texts(ids, tokenizer, cfg)
     if cfg.stream and cfg.num_samples == 1 and not cfg.prompts:
         print(given[0], end="", flush=True)
-        pieces = print_stream(text.tokens[-1] for text in write(batch, texts))
+        pieces = print_stream(token for _, tokens in write(batch, texts) for token in tokens)
         yield given[0] + "".join(pieces)
         return
     for number, text in enumerate(write_in_order(batch, texts)):

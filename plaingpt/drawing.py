@@ -38,7 +38,8 @@ def filtered(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     """The likeliest of `probabilities` (B, V) in falling order, with 0 for those that the filters
     drop, and their ids; each (B, N)."""
     most = min(sampling.top_k or probabilities.size(-1), probabilities.size(-1))
-    all_at_once = probabilities.is_cuda or sampling.top_k or most <= CANDIDATES
+    on_cpu = probabilities.device.type == "cpu"
+    all_at_once = not on_cpu or sampling.top_k or most <= CANDIDATES
     counts = [most] if all_at_once else [CANDIDATES, most]
     for count in counts:
         top, ids = probabilities.topk(count)
@@ -52,11 +53,16 @@ def filtered(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     return top * kept, ids
 
 
-def penalized(logits: Tensor, texts: list[list[int]], sampling: Sampling) -> Tensor:
-    """`logits` (B, V) with those of the ids that each text already holds made smaller: divided by
-    the repetition penalty where positive, otherwise multiplied by it (arXiv 1909.05858)."""
+def penalized(
+    logits: Tensor, texts: list[list[int]], newest: Tensor | None, sampling: Sampling
+) -> Tensor:
+    """`logits` (B, V) with those of the ids that each text already holds, and of its `newest`
+    (B, N), made smaller: divided by the repetition penalty where positive, otherwise multiplied by
+    it (arXiv 1909.05858)."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in enumerate(texts):
         seen[row, ids] = True
+    if newest is not None:
+        seen.scatter_(1, newest, True)
     penalty = sampling.repetition_penalty
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

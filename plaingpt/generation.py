@@ -13,13 +13,15 @@ from torch import Tensor
 
 from configurator import UserError
 from model import GPT, KVCache
-from plaingpt import drawing, runtime
+from plaingpt import drawing, graphs, runtime
 from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.spelling import Speller
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
+AHEAD = 16  # tokens that a GPU draws before the host looks at them
+STRIDE = 128  # a GPU attends to a multiple of so many entries of the cache
 NOT_FINITE = "the model's logits are not finite: its weights are too large, or damaged"
 
 
@@ -91,9 +93,12 @@ class Batch:
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.alternatives = alternatives
         check_memory(model, size, self.capacity)
-        self.cache = KVCache(model, size, self.capacity)
+        self.ahead, stride = (AHEAD, STRIDE) if device.type == "cuda" else (1, 1)
+        self.cache = KVCache(model, size, self.capacity, stride)
+        self.decode = graphs.Recorded(self.forward, self.cache) if self.ahead > 1 else self.forward
         self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
         self.device = device
+        self.drawing_device = torch.device("cpu") if device.type == "mps" else device  # for float64
         self.forget()
 
     def clear(self) -> None:
@@ -135,60 +140,94 @@ class Batch:
         return self.model.lm_head(hidden)[:, : self.tokenizer.vocab_size].float()
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Draw the next token of each text. Raises UserError for logits that are not finite."""
-        unread = len(self.texts) - len(self.logits)
-        parts = [self.next_logits(unread)] if unread else []
-        parts += [self.logits] if len(self.logits) else []
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self.logits = logits[:0]
-        ids = self.choose(logits)
-        probabilities = self.probabilities(logits, ids)
-        # Whether all is finite comes with the ids, because each question makes a GPU wait.
-        drawn = torch.where(logits.sum().isfinite().to(ids.device), ids, -1).tolist()
-        if -1 in drawn:
-            raise UserError(NOT_FINITE)
-        for text, token, known in zip(self.texts, drawn, probabilities):
-            text.append(token, *known)
+    def step(self) -> dict[Text, list[Drawn]]:
+        """Draw the next token of each text, on a GPU the next few. Raises UserError for logits that
+        are not finite."""
+        logits = self.first_logits()
+        count = self.tokens_ahead()
+        random = [[text.random.random() for text in self.texts] for _ in range(count)]
+        uniform = torch.tensor(random, dtype=torch.float64, device=self.drawing_device)
+        drawn: list[Tensor] = []
+        finite: list[Tensor] = []
+        known: list[tuple[Tensor, ...]] = []
+        for turn in range(count):
+            if turn == 1:
+                self.cache.lengths[: len(self.texts)] = torch.tensor(self.lengths)
+            if turn:
+                logits = self.next_logits(drawn[-1][:, None].to(self.device))
+            ids = self.choose(logits.to(self.drawing_device), uniform[turn], drawn)
+            known.append(self.probabilities(logits, ids))
+            finite.append(logits.sum(dim=-1).isfinite().to(ids.device))
+            drawn.append(ids)
+        # All is asked for at once, because each question makes a GPU wait.
+        tokens = torch.where(torch.stack(finite), torch.stack(drawn), -1).tolist()
+        before = [len(text.tokens) for text in self.texts]
+        for row, probabilities in zip(tokens, known):
+            for text, token, each in zip(self.texts, row, listed(probabilities)):
+                if text.ended:  # and what was drawn beyond its end is dropped
+                    continue
+                if token == -1:
+                    raise UserError(NOT_FINITE)
+                text.append(token, *each)
+        return {text: text.tokens[start:] for text, start in zip(self.texts, before)}
 
-    def next_logits(self, count: int) -> Tensor:
-        """Read the unread id of each of the first texts; return the logits (count, V) after it."""
-        for row in range(count):
+    def first_logits(self) -> Tensor:
+        """The logits of all texts: of those with an unread id, after it, and of new prompts."""
+        unread = len(self.texts) - len(self.logits)
+        for row in range(unread):
             if self.lengths[row] == self.capacity:
                 self.read(row, self.texts[row].ids[-max(self.capacity // 2, 1) : -1])
-        self.cache.lengths[:count] = torch.tensor(self.lengths[:count])
-        self.cache.end = max(self.lengths[:count])
-        idx = torch.tensor([text.ids[-1:] for text in self.texts[:count]], device=self.device)
-        logits = self.head(self.model.transformer(idx, self.cache)[:, -1])
-        for row in range(count):
+        parts = [self.logits] if len(self.logits) else []
+        if unread:
+            self.cache.lengths[:unread] = torch.tensor(self.lengths[:unread])
+            idx = torch.tensor([text.ids[-1:] for text in self.texts[:unread]], device=self.device)
+            parts = [self.next_logits(idx), *parts]
+        self.logits = self.logits[:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tokens_ahead(self) -> int:
+        """How many tokens can be drawn before the host must see them: one if a text is new, so that
+        it begins at once."""
+        if not all(text.tokens for text in self.texts):
+            return 1
+        room = self.capacity - max(self.lengths) + 1
+        left = max(text.sampling.max_new_tokens - len(text.tokens) for text in self.texts)
+        return min(self.ahead, room, left)
+
+    def next_logits(self, idx: Tensor) -> Tensor:
+        """Read the next ids (B, 1) of the first texts; return the logits (B, V) after them."""
+        self.cache.end = max(self.lengths[: len(idx)])
+        logits = self.decode(idx)
+        for row in range(len(idx)):
             self.lengths[row] += 1
         return logits
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """An id (B,) for each text, given the logits (B, V) of all."""
-        if logits.device.type == "mps":
-            logits = logits.cpu()  # MPS has no float64
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head(self.model.transformer(idx, self.cache)[:, -1])
+
+    def choose(self, logits: Tensor, uniform: Tensor, drawn: list[Tensor]) -> Tensor:
+        """An id (B,) for each text, given the logits (B, V) of all, a number in [0, 1) for each,
+        and the ids that were drawn after those in the texts."""
         chosen, row = [], 0
         for sampling, group in groupby(self.texts, lambda text: text.drawing):
             texts = list(group)
-            part = logits[row : row + len(texts)]
+            rows = slice(row, row + len(texts))
+            part = logits[rows]
             if sampling.repetition_penalty != 1:
-                part = drawing.penalized(part, [text.ids for text in texts], sampling)
-            uniform = [text.random.random() for text in texts]
-            numbers = torch.tensor(uniform, dtype=torch.float64, device=part.device)
-            chosen.append(drawing.draw(part, sampling, numbers))
+                newest = torch.stack([ids[rows] for ids in drawn], dim=1) if drawn else None
+                part = drawing.penalized(part, [text.ids for text in texts], newest, sampling)
+            chosen.append(drawing.draw(part, sampling, uniform[rows]))
             row += len(texts)
         return torch.cat(chosen)
 
-    def probabilities(self, logits: Tensor, ids: Tensor) -> Iterable[tuple[Any, ...]]:
-        """For each text the log probability of its id (B,), and the alternatives to it."""
+    def probabilities(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """The log probability of the id of each text, (B,), and the ids and log probabilities of
+        its alternatives, each (B, N)."""
         if self.alternatives is None:
-            return repeat(())
+            return ()
         known = logits.log_softmax(dim=-1)
-        own = known.gather(1, ids.to(known.device)[:, None])[:, 0].tolist()
         top = known.topk(min(self.alternatives, known.size(-1)))
-        others = zip(top.indices.tolist(), top.values.tolist())
-        return zip(own, (tuple(zip(*each)) for each in others))
+        return known.gather(1, ids.to(known.device)[:, None])[:, 0], top.indices, top.values
 
     def remove(self, text: Text) -> None:
         """Forget a text, before any are added for the next step. Its row goes to the last text."""
@@ -202,31 +241,48 @@ class Batch:
         self.lengths.pop()
 
 
+def listed(probabilities: tuple[Tensor, ...]) -> Iterable[tuple[Any, ...]]:
+    """For each text the last fields of its `Drawn`."""
+    if not probabilities:
+        return repeat(())
+    own, ids, logs = (each.tolist() for each in probabilities)
+    return zip(own, (tuple(zip(*each)) for each in zip(ids, logs)))
+
+
 def check_memory(model: GPT, size: int, capacity: int) -> None:
     """Raises UserError if the keys and values of `size` texts would not fit the memory."""
-    config, weight = model.config, model.transformer.wpe.weight
-    each = 2 * config.n_layer * capacity * config.n_embd * weight.element_size() / 2**30
-    needed = each * (size + (size > 1))  # and a prompt that is being read
-    memory = runtime.device_memory_gib(weight.device)
-    if memory is not None and needed > memory:
+    memory = runtime.device_memory_gib(model.transformer.wpe.weight.device)
+    if memory is not None and cache_gib(model, size, capacity) > memory:
+        has = f"{1024 * memory:,.0f} MiB"
         raise UserError(
-            f"{quantity(size, 'text')} with keys and values of {quantity(capacity, 'token')} each "
-            f"take {needed:.1f} GiB, and the device has {memory:.1f} GiB: write fewer side by side "
-            "(--batch_size of sample.py, --max_requests of tools.serve)"
+            f"{cache_sentence(model, size, capacity)}, and the device has {has}: write "
+            "fewer side by side (--batch_size of sample.py, --max_requests of tools.serve)"
         )
 
 
-def write(batch: Batch, texts: Iterable[Text]) -> Iterator[Text]:
-    """Write `texts`, as many at a time as fit the batch; yield each whenever it has a new token."""
+def cache_gib(model: GPT, size: int, capacity: int) -> float:
+    config, weight = model.config, model.transformer.wpe.weight
+    each = 2 * config.n_layer * capacity * config.n_embd * weight.element_size() / 2**30
+    return each * (size + (size > 1))  # and a prompt that is being read
+
+
+def cache_sentence(model: GPT, size: int, capacity: int) -> str:
+    """What the keys and values of `size` texts take."""
+    needed = f"{1024 * cache_gib(model, size, capacity):,.1f} MiB"
+    tokens = quantity(capacity, "token")
+    return f"{quantity(size, 'text')} with keys and values of {tokens} each take {needed}"
+
+
+def write(batch: Batch, texts: Iterable[Text]) -> Iterator[tuple[Text, list[Drawn]]]:
+    """Write `texts`, as many at a time as fit the batch; yield each with its new tokens."""
     waiting = iter(texts)
     while True:
         while len(batch.texts) < batch.size and (text := next(waiting, None)):
             batch.add(text)
         if not batch.texts:
             return
-        batch.step()
-        for text in list(batch.texts):
-            yield text
+        for text, tokens in batch.step().items():
+            yield text, tokens
             if text.ended:
                 batch.remove(text)
 
@@ -252,7 +308,7 @@ def continuation(
     capacity = len(prompt) + sampling.max_new_tokens
     batch = Batch(model, tokenizer, capacity=capacity)
     text = Text(prompt, sampling, tokenizer)
-    return (each.tokens[-1] for each in write(batch, [text]))
+    return (token for _, tokens in write(batch, [text]) for token in tokens)
 
 
 # --- conversations

@@ -92,9 +92,10 @@ def slow_down(monkeypatch) -> list:
     really = Batch.step
 
     def slowly(self):
-        really(self)
+        drawn = really(self)
         time.sleep(0.02)
         steps.append([text.ids[-1] for text in self.texts])
+        return drawn
 
     monkeypatch.setattr(Batch, "step", slowly)
     return steps

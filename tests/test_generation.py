@@ -9,7 +9,7 @@ from test_model import huggingface, tiny, tokens
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from configurator import UserError
-from plaingpt import drawing, generation, packing, runtime
+from plaingpt import drawing, generation, graphs, packing, runtime
 from plaingpt.generation import Batch, Text, write, write_in_order
 from plaingpt.sampling import Sampling
 from plaingpt.text.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def test_draws_follow_the_softmax(filters):
 def test_the_repetition_penalty_is_that_of_transformers():
     logits, seen = torch.randn(2, 61), [[1, 5, 5, 60], [7]]
     sampling = Sampling(repetition_penalty=1.3)
-    found = drawing.penalized(logits, seen, sampling)
+    found = drawing.penalized(logits, seen, None, sampling)
     for row, ids in enumerate(seen):
         theirs = RepetitionPenaltyLogitsProcessor(1.3)
         expected = theirs(torch.tensor([ids]), logits[row : row + 1].clone())[0]
@@ -231,6 +231,90 @@ def test_a_prompt_is_read_once_for_all_of_its_texts(monkeypatch):
     assert read == [(1, 3), (3, 1)]
 
 
+def varied_texts() -> list[Text]:
+    """Of different lengths and settings, some beyond block_size, some that end early."""
+    settings = [
+        Sampling(temperature=0, max_new_tokens=40, seed=1),
+        Sampling(temperature=0.9, max_new_tokens=23, repetition_penalty=1.3, seed=2),
+        Sampling(temperature=1.5, max_new_tokens=60, stop_tokens=tuple(range(0, 250, 9)), seed=3),
+        Sampling(temperature=0.7, top_k=9, max_new_tokens=5, repetition_penalty=1.1, seed=4),
+    ]
+    return [
+        Text(tokens(4 * n + 1, seed=n).tolist(), each, BYTES) for n, each in enumerate(settings)
+    ]
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("ahead, stride", [(2, 1), (16, 6), (100, 5)])
+def test_drawing_ahead_changes_no_text(monkeypatch, ahead, stride, recording):
+    """As a GPU does, here without one: a graph that is launched again is a function that is called
+    again, and the arguments are those of the recording."""
+
+    def recorded(function, example):
+        function(example)
+        return function
+
+    monkeypatch.setattr(graphs, "recorded", recorded)
+    monkeypatch.setattr(graphs, "WORTH", 2)
+    model, found = tiny(vocab_size=257), {}
+    for drawn_ahead in (1, ahead):
+        batch = Batch(model, BYTES, size=3, alternatives=2)
+        if drawn_ahead > 1:
+            batch.ahead, batch.cache.stride = ahead, stride
+            batch.decode = (
+                graphs.Recorded(batch.forward, batch.cache) if recording else batch.forward
+            )
+        found[drawn_ahead] = varied_texts()
+        list(write(batch, found[drawn_ahead]))
+    for one, other in zip(found[1], found[ahead]):
+        assert one.ids == other.ids and one.written == other.written and other.ended
+        logs, theirs = ([token.log_probability for token in each.tokens] for each in (one, other))
+        assert logs == pytest.approx(theirs, abs=1e-5)
+    assert not recording or batch.decode.graphs
+
+
+def test_the_first_token_of_a_text_does_not_wait_for_others():
+    batch = Batch(tiny(vocab_size=257), BYTES, size=2)
+    batch.ahead = 16
+    first, second = (Text([1, n], Sampling(max_new_tokens=40, seed=n), BYTES) for n in (1, 2))
+    batch.add(first)
+    assert [len(batch.step()[first]) for _ in range(2)] == [1, 14]  # until the context is full
+    batch.add(second)
+    assert [len(new) for new in batch.step().values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9, "repetition_penalty": 1.2}]
+)
+def test_a_gpu_draws_without_asking_the_host(monkeypatch, filters):
+    """A meta tensor has no values: asking for one is an error."""
+    monkeypatch.setattr(runtime, "device_memory_gib", lambda device: None)
+    monkeypatch.setattr(drawing, "CANDIDATES", 9)
+    batch = Batch(tiny(vocab_size=257).to("meta"), BYTES, size=2, alternatives=2)
+    batch.texts = [Text([1], Sampling(**filters), BYTES) for _ in range(2)]
+    batch.cache.end = 3
+    drawn = [torch.zeros(2, dtype=torch.long, device="meta")]
+    logits = batch.forward(drawn[0][:, None])
+    ids = batch.choose(logits, torch.rand(2, dtype=torch.float64, device="meta"), drawn)
+    own, others, logs = batch.probabilities(logits, ids)
+    assert ids.shape == own.shape == (2,) and others.shape == logs.shape == (2, 2)
+    with pytest.raises(RuntimeError):
+        ids.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_graphs_write_what_the_cpu_writes(monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH", 2)
+    texts, model = {}, tiny(vocab_size=257)
+    for device in ("cpu", "cuda"):
+        batch = Batch(model.to(device), BYTES, size=3, alternatives=2)
+        texts[device] = varied_texts()
+        list(write(batch, texts[device]))
+    assert batch.decode.graphs
+    assert [text.ids for text in texts["cpu"]] == [text.ids for text in texts["cuda"]]
+
+
 def test_samples_differ_and_a_seed_repeats_them():
     model = tiny(vocab_size=257)
 
@@ -245,6 +329,7 @@ def test_samples_differ_and_a_seed_repeats_them():
 def test_keys_and_values_that_do_not_fit_are_refused_before_they_are_taken(monkeypatch):
     monkeypatch.setattr(runtime, "device_memory_gib", lambda device: 0.001)
     with pytest.raises(
-        UserError, match=r"500 texts with .* take 0.0 GiB, .*: write fewer side by side"
+        UserError,
+        match=r"500 texts with .* take [\d,.]+ MiB, .* has 1 MiB: write fewer side by side",
     ):
         Batch(tiny(vocab_size=257), BYTES, size=500)

@@ -76,7 +76,9 @@ def test_many_samples_are_drawn_and_printed_batch_by_batch(folder, capsys, monke
     )
     texts = itertools.islice(sample.samples(cfg), 16)
     assert len(set(texts)) > 8 and sizes == [8] * 6
-    assert "--- sample 16 of 100,000,000\n" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "--- sample 16 of 100,000,000\n" in printed.out
+    assert "8 texts with keys and values of 4 tokens each take 0.0 MiB" in printed.err
     assert run(folder, "--num_samples=5", "--max_new_tokens=1", "--batch_size=4") == 0
     assert sizes[6:] == [4, 1]
 

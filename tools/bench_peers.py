@@ -111,7 +111,8 @@ def timed(model: GPT, tokenizer: Tokenizer, task: Task, sampling: Sampling) -> d
     texts = [generation.Text(prompt, sampling, tokenizer) for prompt in prompts(task)]
     began = time.perf_counter()
     written = generation.write(batch, texts)
-    return speed(task, began, [time.perf_counter() for text in written if text is texts[0]])
+    times = [(time.perf_counter(), tokens) for text, tokens in written if text is texts[0]]
+    return speed(task, began, [moment for moment, tokens in times for _ in tokens])
 
 
 def moved_gigabytes(model: GPT) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, Block
-from plaingpt.generation import Text
+from plaingpt.generation import Drawn, Text
 from plaingpt.text.tokenizer import Tokenizer
 
 ALTERNATIVES = 10  # shown for each token
@@ -37,15 +37,16 @@ def rounded(probability: float) -> float:
     return float(f"{probability:.5g}")
 
 
-def newest(text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The newest token of a text as `described`, with the "text" it completes. The last of all has
-    an "end": "stop" if something ended the text, "length" otherwise."""
-    token = text.tokens[-1]
-    assert token.log_probability is not None
-    found = described(token.id, token.log_probability, token.alternatives, tokenizer)
-    found["text"] = token.piece
+def newest(text: Text, tokens: list[Drawn], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The newest tokens of a text as `described`, each with the "text" it completes. The last of
+    all has an "end": "stop" if something ended the text, "length" otherwise."""
+    found = []
+    for token in tokens:
+        assert token.log_probability is not None
+        about = described(token.id, token.log_probability, token.alternatives, tokenizer)
+        found.append(about | {"text": token.piece})
     if text.ended:
-        found["end"] = "stop" if text.stopped else "length"
+        found[-1]["end"] = "stop" if text.stopped else "length"
     return found
 
 

@@ -45,6 +45,7 @@ import socket
 
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
+from plaingpt.generation import cache_sentence
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_CONNECTIONS = 64
@@ -74,6 +75,7 @@ def serve(cfg: ServeConfig) -> None:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         problem = f"cannot listen on {cfg.host}:{cfg.port} ({reason})"
         raise OSError(f"{problem}: try another --port or --host") from None
+    print(cache_sentence(model, cfg.max_requests, model.config.block_size), file=sys.stderr)
     hosts = ["*"] if cfg.host == "0.0.0.0" else [*LOOPBACK, cfg.host.lower()]
     examples = openers.examples(cfg.checkpoint, tokenizer)
     served = page.Served(model, tokenizer, cfg.checkpoint, examples)

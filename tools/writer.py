@@ -13,7 +13,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from tools import insight
 
 Result = TypeVar("Result")
-Turn = asyncio.Future[dict[Text, dict[str, Any]]]  # the next token of each text, as described
+Turn = asyncio.Future[dict[Text, list[dict[str, Any]]]]  # the next tokens of each text, described
 
 
 class Writer:
@@ -42,8 +42,8 @@ class Writer:
         async def tokens() -> AsyncIterator[dict[str, Any]]:
             token: dict[str, Any] = {}
             while "end" not in token:
-                token = (await turns.get()).result()[text]
-                yield token
+                for token in (await turns.get()).result()[text]:
+                    yield token
 
         self.turns[text] = turns
         if self.driver is None or self.driver.done():
@@ -66,13 +66,13 @@ class Writer:
                     if turn.exception() or text.ended:
                         del self.turns[text]
 
-    def take_turn(self, texts: list[Text]) -> dict[Text, dict[str, Any]]:
-        """Draw the next token of each text, whether or not the batch has it yet."""
+    def take_turn(self, texts: list[Text]) -> dict[Text, list[dict[str, Any]]]:
+        """Draw the next tokens of each text, whether or not the batch has it yet."""
         batch = self.batch
         for text in [each for each in batch.texts if each not in texts]:
             batch.remove(text)
         for text in texts:
             if text not in batch.texts:
                 batch.add(text)
-        batch.step()
-        return {text: insight.newest(text, self.tokenizer) for text in texts}
+        drawn = batch.step().items()
+        return {text: insight.newest(text, tokens, self.tokenizer) for text, tokens in drawn}
