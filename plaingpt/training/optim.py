@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from configurator import UserError
-from plaingpt.training.parallel import full_tensor, local_shard, sharded_as
+from plaingpt.training.parallel import at_owners, divided, local_shard, sharded_as
 
 OptimizerName = Literal["muon", "adamw"]
 
@@ -93,7 +93,7 @@ class Muon(Optimizer):
     learning rates serve both (Moonlight, arXiv 2502.16982). The matrices of a group are split along
     their rows into `parts` that are orthogonalized separately: the q, k and v of a fused
     projection. All matrices of one shape form one batch, because in small models they are most of
-    the cost. Sharded matrices are gathered for this, in every process.
+    the cost. Several processes share the work.
     """
 
     def __init__(
@@ -120,16 +120,20 @@ class Muon(Optimizer):
         mine, averages = [local_shard(g) for g in grads], [local_shard(b) for b in buffers]
         torch._foreach_lerp_(averages, mine, 1 - group["momentum"])
         torch._foreach_lerp_(mine, averages, group["momentum"])  # Nesterov's
-        stack = torch.stack([full_tensor(grad) for grad in grads])
-        parts = group.get("parts", 1)
-        rows, columns = stack.size(1) // parts, stack.size(2)
-        updates = orthogonalize(stack.view(-1, rows, columns)).to(stack.dtype).view_as(stack)
+        stack = torch.stack(mine).bfloat16()
+        rows, columns = parameters[0].size(0) // group.get("parts", 1), parameters[0].size(1)
+
+        def update(matrices: Tensor) -> Tensor:
+            return orthogonalize(matrices.reshape(-1, rows, columns)).view_as(matrices)
+
+        if mine[0] is grads[0]:
+            updates = divided(update, stack.view(-1, rows, columns)).view_as(stack)
+        else:
+            updates = at_owners(update, stack, parameters[0].size(0))
         weights = [local_shard(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        sharded = (sharded_as(p, update) for p, update in zip(parameters, updates.unbind()))
-        shards = [local_shard(update) for update in sharded]
-        torch._foreach_add_(weights, shards, alpha=scale)
+        torch._foreach_add_(weights, list(updates.to(mine[0].dtype)), alpha=scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

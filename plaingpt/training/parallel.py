@@ -1,9 +1,14 @@
-"""One model on many processes: gradients averaged (DDP), or all of it sharded (FSDP2)."""
+"""One model on many processes: gradients averaged (DDP), or all of it sharded (FSDP2).
+
+Shapes: n matrices of one shape, W processes.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,6 +77,44 @@ def sharded_as(like: Any, tensor: Tensor) -> Tensor:
 
     same = DTensor.from_local(tensor, like.device_mesh, [Replicate()], run_check=False)
     return same.redistribute(placements=like.placements)
+
+
+def divided(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """function(stack) of a stack (n, rows, columns) that all processes hold, if the function treats
+    each matrix alone: each process computes 1/W of them, and all get all results."""
+    if not dist.is_initialized():
+        return function(stack)
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-len(stack) // processes)
+    mine = stack[rank * share : (rank + 1) * share]
+    results = stack.new_zeros(processes * share, *stack.shape[1:])
+    padded = stack.new_zeros(share, *stack.shape[1:])
+    if len(mine):
+        padded[: len(mine)] = function(mine)
+    dist.all_gather_into_tensor(results, padded)
+    return results[: len(stack)]
+
+
+def at_owners(function: Callable[[Tensor], Tensor], shards: Tensor, rows: int) -> Tensor:
+    """The same for matrices of so many rows, of which each process holds some: `shards`
+    (n, rows here, columns), as is the result. Each matrix is put together in one process only."""
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    heights = [len(part) for part in torch.arange(rows).chunk(processes)]
+    heights += [0] * (processes - len(heights))
+    share, n, columns = -(-len(shards) // processes), len(shards), shards.size(2)
+    counts = [max(0, min(share, n - owner * share)) for owner in range(processes)]
+    whole = [counts[rank] * height * columns for height in heights]  # of my matrices, in others
+    parts = [count * heights[rank] * columns for count in counts]  # of others' matrices, here
+
+    received = shards.new_empty(sum(whole))
+    dist.all_to_all_single(received, shards.flatten(), whole, parts)
+    pieces = zip(received.split(whole), heights)
+    stack = torch.cat([piece.view(counts[rank], rows, columns) for piece, rows in pieces], dim=1)
+    results = function(stack) if len(stack) else stack
+    sent = torch.cat([part.flatten() for part in results.split(heights, dim=1)])
+    returned = torch.empty_like(shards)
+    dist.all_to_all_single(returned.view(-1), sent, parts, whole)
+    return returned
 
 
 def gather_to_main(tensors: dict[str, Tensor], rt: Runtime) -> dict[str, Tensor]:

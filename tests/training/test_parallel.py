@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import workers
+from conftest import free_port
 from test_train import assert_same_end, cfg, records, same  # noqa: F401
 
 import train
 from plaingpt.checkpoint import adapters, folders, hugging_face, store
+from plaingpt.training import parallel
 
 REPO = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -129,6 +132,37 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
             assert [r["skipped"] for r in records(run.out_dir)] == [0, 0, 1, 2, 2, 2, 2, 2]
             first = {"init_from": "resume", "max_steps": 9}  # what they saved opens in one process
             assert train.train(replace(run, fsdp=False, **first))["step"] == 9
+
+
+def share_matrices(rank: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    generator = torch.Generator().manual_seed(1)
+    for n, rows in ((4, 5), (2, 7), (1, 1), (9, 2)):  # not all processes have a matrix, or a row
+        whole = torch.randn(n, rows, 6, generator=generator)
+        heights = [len(part) for part in torch.arange(rows).chunk(3)] + [0, 0]
+        first = sum(heights[:rank])
+        mine = whole[:, first : first + heights[rank]].contiguous()
+
+        def squared(matrices: torch.Tensor) -> torch.Tensor:
+            return matrices @ matrices.mT @ matrices
+
+        expected = squared(whole)
+        torch.testing.assert_close(parallel.divided(squared, whole), expected)
+        shards = parallel.at_owners(squared, mine, rows)
+        torch.testing.assert_close(shards, expected[:, first : first + heights[rank]])
+
+
+def test_matrices_are_shared_out_whatever_their_number_and_height():
+    port = free_port()
+    processes = [
+        workers.context.Process(target=share_matrices, args=(rank, port)) for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
 
 
 def test_one_two_and_four_processes_go_on_from_each_other(run_of, tmp_path):
