@@ -52,10 +52,12 @@ class BlockedAttention(Attention):
 
 
 class GELU(nn.GELU):
-    """GPT-2's GELU; in bf16 by vectorized operations, twice as fast as PyTorch's kernel."""
+    """GPT-2's GELU; in bf16 by vectorized operations, twice as fast as PyTorch's kernel. A compiler
+    makes its own, and would leave the graph for ours."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return SigmoidGELU.apply(x) if x.dtype == torch.bfloat16 else super().forward(x)
+        ours = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        return SigmoidGELU.apply(x) if ours else super().forward(x)
 
 
 class SigmoidGELU(torch.autograd.Function):

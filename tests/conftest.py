@@ -180,3 +180,17 @@ def no_gpt2_files(monkeypatch, tmp_path_factory):
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def masked_copy(data_dir: str, folder: Path) -> str:
+    """The same data with masks, in which most windows of a batch count differently."""
+    folder.mkdir()
+    for path in Path(data_dir).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    rng = np.random.default_rng(1)
+    for name in ("train", "val"):
+        tokens = np.fromfile(folder / f"{name}_000000.bin", "<u2")[512:]
+        mask = (rng.random(len(tokens)) < np.linspace(0, 1, len(tokens))).astype(np.uint8)
+        mask[: len(tokens) // 4] = 0
+        mask.tofile(folder / f"{name}_000000.mask.bin")
+    return str(folder)

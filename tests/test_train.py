@@ -12,11 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_shard
+from conftest import masked_copy, write_shard
 
 import train
 from model import GPT
@@ -601,7 +602,7 @@ def test_fine_tuning_is_planned_without_data_or_network(cfg, tmp_path, capsys, n
 
 
 def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, capsys):
-    def broken(model):
+    def broken(model, **settings):
         def call(*args):
             raise RuntimeError("no compiler\nat all")
 
@@ -611,10 +612,25 @@ def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, cap
     rt = runtime.start("cpu")
     model = fresh_model(cfg)
     monkeypatch.setattr(state, "worth_compiling", lambda rt: True)
-    assert maybe_compiled(model, "auto", 4, rt) is model
+    plan = SimpleNamespace(compile="auto", micro_batch_size=4, masked=False)
+    assert maybe_compiled(model, plan, rt) is model
     assert "(RuntimeError: no compiler)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--compile=true does not work here"):
-        maybe_compiled(model, True, 4, rt)
+        maybe_compiled(model, SimpleNamespace(**vars(plan) | {"compile": True}), rt)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_compiles_once(cfg, tmp_path, monkeypatch, masked):
+    from torch._dynamo.testing import CompileCounter  # takes a second
+
+    counter, really = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **settings: really(model, backend=counter, **settings)
+    )
+    data_dir = masked_copy(cfg.data_dir, tmp_path / "masked") if masked else cfg.data_dir
+    run = replace(cfg, data_dir=data_dir, out_dir=str(tmp_path / "out"), compile=True, max_steps=4)
+    train.train(replace(run, micro_batch_size=2, eval_interval=2))
+    assert counter.frame_count == 1
 
 
 # --- trackers, the real libraries writing to this machine

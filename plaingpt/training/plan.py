@@ -41,6 +41,7 @@ class Plan:
     # a step
     batch_size: int  # sequences, over all processes
     micro_batch_size: int  # sequences that a process takes at once
+    masked: bool  # whether some tokens may not count in the loss
     optimizer: OptimizerConfig
     grad_clip: float  # inf: no limit
     # the run
@@ -114,6 +115,7 @@ def make_plan(
         compile=settings["compile"],
         batch_size=settings["batch_size"],
         micro_batch_size=micro,
+        masked=bool(data and data.batches.split.has_mask),
         optimizer=OptimizerConfig(
             settings["optimizer"],
             weight_decay=settings["weight_decay"],

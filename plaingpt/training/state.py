@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
         if start.optimizer["scaler"]:  # {} if the run had another dtype
             scaler.load_state_dict(start.optimizer["scaler"])
         start.optimizer.clear()  # it is up to twice as large as the model
-    step_model = maybe_compiled(model, plan.compile, plan.micro_batch_size, rt)
+    step_model = maybe_compiled(model, plan, rt)
     if rt.world_size > 1 and not plan.sharded:
         step_model = parallel.average_gradients(step_model, rt)
     return TrainState(
@@ -73,30 +73,33 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
     )
 
 
-def maybe_compiled(
-    model: GPT, wanted: bool | Literal["auto"], micro_batch_size: int, rt: Runtime
-) -> Callable[..., Tensor]:
+def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> Callable[..., Tensor]:
     """The model as a training step calls it, tried once; "auto" compiles on GPUs.
 
-    Evaluation and sampling keep the plain module, because their shapes vary. Raises UserError if
-    compiling is `wanted` and fails; "auto" says so and trains without it.
+    It is tried with what a step gives it, and outside of DDP: otherwise the first step would
+    compile again, and in pieces. Evaluation and sampling keep the plain module, because their
+    shapes vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
+    says what failed and trains without it.
     """
-    if wanted is False or (wanted == "auto" and not worth_compiling(rt)):
+    if plan.compile is False or (plan.compile == "auto" and not worth_compiling(rt)):
         return model
-    compiled = torch.compile(model)
-    shape = (micro_batch_size, model.config.block_size)
+    compiled = torch.compile(model, dynamic=False)
+    shape = (plan.micro_batch_size, model.config.block_size)
     tokens = torch.zeros(shape, dtype=torch.long, device=rt.device)
+    mask = torch.ones(shape, device=rt.device) if plan.masked else None
     reason = ""
     try:
         with rt.autocast():
-            compiled(tokens, tokens).backward()
+            compiled(tokens, tokens.clone(), mask).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     model.zero_grad(set_to_none=True)
     if not rt.any(bool(reason)):
         return compiled
     reason = reason or "in another process"
-    if wanted is True:
+    if plan.compile is True:
         raise UserError(f"--compile=true does not work here ({reason})")
     print(f"torch.compile does not work here ({reason}); training without it")
     return model

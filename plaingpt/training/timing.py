@@ -62,10 +62,11 @@ def timed(start: Start, plan: Plan, rt: Runtime, step: Step, sequences: int, ste
     state = make_state(replace(start, model=model), Tokenizer.bytes(), plan, rt)
     shape = (sequences, plan.config.block_size)
     x = torch.randint(plan.config.vocab_size, shape, device=rt.device)
+    mask = torch.ones(shape, device=rt.device) if plan.masked else None
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        step(state, (x, x, None), 0.0, plan, rt)
+        step(state, (x, x.clone(), mask), 0.0, plan, rt)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])  # the first is slower
 

@@ -10,18 +10,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_model
 import torch
 import torch.distributed as dist
 import workers
-from conftest import free_port
+from conftest import free_port, masked_copy
 from test_train import assert_same_end, cfg, records, same  # noqa: F401
 
 import train
+from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders, hugging_face, store
 from plaingpt.training import parallel
+from plaingpt.training.state import maybe_compiled
 
 REPO = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -85,20 +89,6 @@ def moments(saved: dict) -> dict[str, torch.Tensor]:
     return {f"{name} {key}": state[key] for name, state in each for key in state}
 
 
-def masked_copy(data_dir: str, folder: Path) -> str:
-    """The same data with masks, in which most windows of a batch count differently."""
-    folder.mkdir()
-    for path in Path(data_dir).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    rng = np.random.default_rng(1)
-    for name in ("train", "val"):
-        tokens = np.fromfile(folder / f"{name}_000000.bin", "<u2")[512:]
-        mask = (rng.random(len(tokens)) < np.linspace(0, 1, len(tokens))).astype(np.uint8)
-        mask[: len(tokens) // 4] = 0
-        mask.tofile(folder / f"{name}_000000.mask.bin")
-    return str(folder)
-
-
 def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
     """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps."""
     data_dir = masked_copy(cfg.data_dir, tmp_path / "masked")
@@ -153,16 +143,31 @@ def share_matrices(rank: int, port: int) -> None:
         torch.testing.assert_close(shards, expected[:, first : first + heights[rank]])
 
 
-def test_matrices_are_shared_out_whatever_their_number_and_height():
+def compile_for_ddp(rank: int, port: int) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    address, counter, really = f"tcp://127.0.0.1:{port}", CompileCounter(), torch.compile
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=1)
+    torch.compile = lambda model, **settings: really(model, backend=counter, **settings)
+    model, rt = test_model.tiny(), runtime.Runtime(torch.device("cpu"), torch.float32)
+    plan = SimpleNamespace(compile=True, micro_batch_size=2, masked=False)
+    step_model = parallel.average_gradients(maybe_compiled(model, plan, rt), rt)
+    for seed in range(3):
+        x, y = (test_model.tokens(2, 16, seed=2 * seed + n) for n in range(2))
+        step_model(x, y, None).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("work, count", [(share_matrices, 3), (compile_for_ddp, 1)])
+def test_in_processes(work, count):
+    """Matrices are shared out whatever their number and height; DDP compiles a model once."""
     port = free_port()
-    processes = [
-        workers.context.Process(target=share_matrices, args=(rank, port)) for rank in range(3)
-    ]
+    processes = [workers.context.Process(target=work, args=(rank, port)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0] * count
 
 
 def test_one_two_and_four_processes_go_on_from_each_other(run_of, tmp_path):
