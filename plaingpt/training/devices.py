@@ -13,20 +13,28 @@ from plaingpt.runtime import Runtime
 KNOWN = {
     "A100": (312, 80),
     "A100 40GB": (312, 40),
+    "A10": (125, 24),
     "A10G": (70, 24),
+    "A30": (165, 24),
     "A40": (150, 48),
     "A6000": (155, 48),
     "B200": (2250, 180),
+    "B300": (2250, 270),
+    "GB200": (2500, 186),
     "H100 PCIe": (756, 80),
     "H100 NVL": (835, 94),
     "H100": (989, 80),
     "GH200": (989, 96),
+    "H200 NVL": (835, 141),
     "H200": (989, 141),
     "H20": (148, 96),
     "L40S": (362, 48),
     "L40": (181, 48),
     "L4": (121, 24),
+    "MI300X": (1307, 192),
+    "MI325X": (1307, 256),
     "RTX 3090": (71, 24),
+    "RTX 6000 Ada": (364, 48),
     "RTX 4090": (165, 24),
     "RTX 5090": (210, 32),
     "T4": (65, 16),
@@ -49,7 +57,7 @@ def device_of(device: torch.device) -> Device:
     peak = None
     if device.type == "cuda":
         found = torch.cuda.get_device_name(device)
-        # "H100 PCIe" stands before "H100"
+        # "H100 PCIe" and "H200 NVL" stand before "H100" and "H200"
         names = [name for name in KNOWN if re.search(rf"\b{name}\b", found)]
         peak = KNOWN[names[0]][0] * 1e12 if names else None
     return Device(str(device), device.type, runtime.device_memory_gib(device), peak)
