@@ -231,7 +231,7 @@ def run(
         lr = plan.learning_rate.at(state.step)
         loss, norm = optimizer_step(state, next(coming), lr, plan, rt)
         clock.stop()
-        state.count(math.isfinite(loss + norm))
+        state.count(loss, math.isfinite(loss + norm))
         step = state.step
         stopping = rt.stopping()  # asked once per step: a signal may arrive at any time
         if state.skipped_in_a_row:
@@ -240,7 +240,7 @@ def run(
         # the metrics
         evaluating = plan.evaluation.due(step)
         if evaluating or plan.logging.due(step):
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            record = {"step": step, "loss": state.read_loss(), "lr": lr, "grad_norm": norm}
             record |= throughput(state, plan, clock.read(), rt)
             print(console_line(record, plan.max_steps))
             if evaluating:

@@ -116,6 +116,30 @@ def test_7_steps_and_13_more_are_20_steps(cfg, tmp_path, monkeypatch, changes):
     assert [r["step"] for r in records(tmp_path / "parts")] == list(range(1, 21))
 
 
+def test_a_line_has_the_mean_loss_since_the_line_before(cfg, tmp_path, monkeypatch):
+    """Without the steps that were not finite, and though a kill falls between two lines."""
+    real = train.optimizer_step
+
+    def never_finite_in_step_9(state, *rest):
+        loss, norm = real(state, *rest)
+        return (math.nan if state.step == 8 else loss), norm
+
+    monkeypatch.setattr(train, "optimizer_step", never_finite_in_step_9)
+    each, mean = replace(cfg, out_dir=str(tmp_path / "each")), tmp_path / "mean"
+    train.train(each)
+    losses = [r["loss"] for r in records(each.out_dir)]
+    five = replace(cfg, out_dir=str(mean), log_interval=5, eval_interval=12)
+    train.train(five)
+    before = records(mean)
+    assert [r["step"] for r in before] == [5, 10, 12, 15, 20] and losses[8] is None
+    wanted = [losses[:5], losses[5:8] + losses[9:10], losses[10:12], losses[12:15], losses[15:]]
+    assert [r["loss"] for r in before] == pytest.approx([np.mean(few) for few in wanted])
+    for step in (14, 20):
+        shutil.rmtree(mean / f"step_{step:06d}")
+    train.train(replace(five, init_from="resume"))
+    assert records(mean) == before
+
+
 def test_evaluating_sampling_and_saving_more_often_change_no_loss(cfg, tmp_path):
     rare = replace(cfg, out_dir=str(tmp_path / "rare"), eval_interval=100, save_interval=100)
     often = replace(

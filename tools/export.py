@@ -181,7 +181,7 @@ def training_section(folder: Path) -> list[str]:
     rows = {
         "steps": f"{step:,}",
         "tokens": f"{figures['tokens']:,}" if "tokens" in figures else None,
-        "training loss": number(state.loss, "nats per token"),
+        "training loss": number(figures.get("loss", state.loss), "nats per token"),
         "validation loss": number(state.val_loss, "nats per token"),
         "validation, bits per byte": number(figures.get("val_bpb"), ""),
         "optimizer": settings.get("optimizer"),

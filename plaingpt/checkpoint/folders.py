@@ -28,14 +28,22 @@ MODEL_FILES = [  # patterns of the files that a model needs; no others are downl
 ]
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """What a run remembers of its losses, to resume exactly."""
+
+    loss_sum: float = 0.0  # since the last line, over the steps that were finite
+    loss_steps: Count = 0  # how many those are
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """state.json: where in its run a checkpoint was saved."""
 
     step: Count
     world_size: Count = 1
     skipped: Count = 0  # steps so far whose loss or gradient was not finite
-    loss: float | None = None
+    loss: float | None = None  # of the last step
     val_loss: float | None = None
+    progress: Progress = Progress()
     data: str  # fingerprint
     versions: dict[str, str] = {}
     settings: Settings  # train.py's

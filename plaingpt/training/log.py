@@ -19,13 +19,13 @@ class Metrics(msgspec.Struct, frozen=True):
     """A line of metrics.jsonl; null stands for a number that was not finite."""
 
     step: Count
-    loss: float | None = None
+    loss: float | None = None  # the mean since the line before, over the steps that were finite
     lr: float | None = None
-    grad_norm: float | None = None
+    grad_norm: float | None = None  # of this step
     skipped: Count = 0  # steps so far
     tokens: Count = 0
     tokens_per_s: float | None = None
-    dt_ms: float | None = None
+    dt_ms: float | None = None  # the mean since the line before, or since the run was resumed
     mfu: float | None = None
     peak_mem_gib: float | None = None
     val_loss: float | None = None  # after an evaluation

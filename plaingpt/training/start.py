@@ -17,7 +17,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt import lora
 from plaingpt.checkpoint import adapters, folders, store
-from plaingpt.checkpoint.folders import State
+from plaingpt.checkpoint.folders import Progress, State
 from plaingpt.checkpoint.hugging_face import MAX_LAYERS, MAX_WIDTH, read_config
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.recipe import GPT2_IDS, vocab_size_for
@@ -44,6 +44,7 @@ class Start:
     base: Path | None = None  # with LoRA: the folder of the frozen model, which the run copies
     step: int = 0
     skipped: int = 0  # steps so far whose loss or gradient was not finite
+    progress: Progress = field(default_factory=Progress)
     optimizer: dict[str, Any] = field(default_factory=dict)  # what optimizer.pt of `source` holds
 
 
@@ -194,7 +195,13 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> 
         raise UserError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
     if dataset and state.data != dataset.fingerprint:
         raise UserError(f"cannot resume {folder} on other data than it was trained on")
-    start = Start(outline(shape), folder, step=state.step, skipped=state.skipped)
+    start = Start(
+        outline(shape),
+        folder,
+        step=state.step,
+        skipped=state.skipped,
+        progress=state.progress,
+    )
     if adapter is None:
         return start
     with torch.device("meta"):

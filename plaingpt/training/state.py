@@ -1,18 +1,20 @@
 """What changes during a run: the model on its device, its optimizers, and its progress."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from configurator import UserError
 from model import GPT
 from plaingpt import lora
 from plaingpt.checkpoint import store
-from plaingpt.checkpoint.folders import State
+from plaingpt.checkpoint.folders import Progress, State
 from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import optim, parallel
@@ -31,13 +33,23 @@ class TrainState:
     scaler: torch.amp.GradScaler  # enabled in float16 only
     step: int  # steps done
     skipped: int  # of those, the ones whose loss or gradient was not finite
+    progress: Progress
     skipped_in_a_row: int = 0
 
-    def count(self, finite: bool) -> None:
+    def count(self, loss: float, finite: bool) -> None:
         """Count a step, which updated the weights if it was `finite`."""
         self.step += 1
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite:
+            total, steps = self.progress.loss_sum + loss, self.progress.loss_steps + 1
+            self.progress = replace(self.progress, loss_sum=total, loss_steps=steps)
+
+    def read_loss(self) -> float:
+        """The mean loss of the finite steps since the last reading; nan if there are none."""
+        total, steps = self.progress.loss_sum, self.progress.loss_steps
+        self.progress = replace(self.progress, loss_sum=0.0, loss_steps=0)
+        return total / steps if steps else math.nan
 
 
 def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> TrainState:
@@ -70,6 +82,7 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
         scaler,
         step=start.step,
         skipped=start.skipped,
+        progress=start.progress,
     )
 
 
@@ -125,7 +138,13 @@ def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt
     if not rt.is_main:
         return
     optimizer = {"parameters": parameters, "scaler": state.scaler.state_dict()}
-    saved = State(step=state.step, world_size=rt.world_size, skipped=state.skipped, **about)
+    saved = State(
+        step=state.step,
+        world_size=rt.world_size,
+        skipped=state.skipped,
+        progress=state.progress,
+        **about,
+    )
     snapshot = store.Snapshot(
         model.config, weights, state.tokenizer, optimizer, saved, state.adapter
     )
