@@ -83,6 +83,7 @@ class TrainConfig:
     # watching
     eval_interval: PositiveInt = 500  # steps between evaluations
     eval_tokens: PositiveInt | None = None  # validation tokens per evaluation; None: all
+    patience: PositiveInt | None = None  # evaluations without a better loss that end the run
     sample_interval: NonNegativeInt | None = None  # steps; None: at evaluations, 0: never
     log_interval: PositiveInt = 25  # steps between console lines
     save_interval: PositiveInt | None = None  # steps between checkpoints; None: at evaluations
@@ -124,7 +125,7 @@ from plaingpt.training.run_folder import (
     claimed,
     describe_start,
 )
-from plaingpt.training.sentences import sentences, time_sentence
+from plaingpt.training.sentences import sentences, time_sentence, without_better
 from plaingpt.training.start import (
     SHAPE,
     load_weights,
@@ -187,10 +188,12 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
         here = None if cfg.plan_for else step_seconds(start, plan, rt, optimizer_step)
         print(time_sentence(plan, *(here or nominal_seconds(plan))))
         return {}
-    if start.step >= plan.max_steps:
+    if start.step >= plan.max_steps or plan.waited >= plan.patience:
         done = f"has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
+        larger = "--max_steps" if not cfg.epochs else "--epochs (and --max_steps, if given)"
+        if start.step < plan.max_steps:
+            done, larger = f"{done}, after {without_better(plan.waited)}", "--patience"
         if not same_run:
-            larger = "--max_steps" if not cfg.epochs else "--epochs (and --max_steps, if given)"
             raise UserError(f"{start.source} {done}; a larger {larger} continues it")
         print(out_dir, done)
         return {}
@@ -215,7 +218,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
 def run(
     cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, log: RunLog | None, rt: Runtime
 ) -> Record:
-    """The training loop: from state.step to plan.max_steps, or until a signal."""
+    """The training loop: from state.step to plan.max_steps, unless patience or a signal ends it."""
     record: Record = {}
     if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
         record = {"step": 0, **evaluate(cfg, state, plan, data, rt)}
@@ -223,8 +226,8 @@ def run(
             log.add(record)
     clock = Clock(plan.max_steps - state.step)
     coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
-    stopping = rt.stopping()
-    while state.step < plan.max_steps and not stopping:
+    stopping, impatient = rt.stopping(), False
+    while state.step < plan.max_steps and not (stopping or impatient):
         # the step
         clock.start()
         rt.seed_step(cfg.seed, state.step)
@@ -245,6 +248,7 @@ def run(
             print(console_line(record, plan.max_steps))
             if evaluating:
                 record |= evaluate(cfg, state, plan, data, rt)
+                impatient = state.progress.waited >= plan.patience
             if log:
                 log.add(record)
 
@@ -254,10 +258,12 @@ def run(
             sound = sound and math.isfinite(record["val_loss"])
         if sound and plan.sampling.due(step):
             print_sample(state.model, state.tokenizer, cfg.seed)
-        if stopping or plan.saving.due(step):
+        if stopping or impatient or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
             save(cfg, state, losses, data, rt)
-    if stopping:
+    if impatient and state.step < plan.max_steps:
+        print(f"step {state.step}: ending early after {without_better(state.progress.waited)}")
+    elif stopping:
         name = rt.stop[0] if rt.stop else "a signal"
         print(f"stopped by {name}; {how_to_resume(cfg.out_dir)}")
     if log:
@@ -384,6 +390,7 @@ def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Ru
     loss, counted = validation_loss(state.model, split, cfg.eval_tokens, micro, rt, first)
     if first and not counted:
         return {}
+    state.count_evaluation(loss)
     measured = {"val_loss": loss}
     text = f"step {state.step}: validation loss {loss:.4f} nats per token"
     if bytes_per_token := data.dataset.bytes_per_token(split):

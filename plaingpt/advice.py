@@ -50,6 +50,7 @@ grad_clip: max_grad_norm
 optimizer: optim
 eval_tokens: eval_iters eval_batches (a number of tokens, not of batches)
 eval_interval: eval_steps eval_every
+patience: early_stopping early_stopping_patience
 log_interval: logging_steps log_every
 save_interval: save_steps save_every
 keep_checkpoints: save_total_limit

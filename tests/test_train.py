@@ -193,6 +193,30 @@ def test_a_validation_loss_is_the_mean_over_all_targets(cfg, tmp_path):
     assert last["val_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+def test_patience_ends_a_run_at_the_same_step_though_it_was_killed(
+    cfg, tmp_path, monkeypatch, capsys
+):
+    impatient = replace(cfg, out_dir=str(tmp_path), eval_interval=2, save_interval=3, patience=3)
+    losses = [5.0, 4.0, 4.5, 4.0, math.nan, 4.5, 3.0]  # of steps 2, 4, …
+    evaluations = iter(losses)
+    monkeypatch.setattr(train, "validation_loss", lambda *_: (next(evaluations), 1))
+    said = "after 3 evaluations without a better validation loss"
+    assert train.train(impatient)["step"] == 10
+    assert f"step 10: ending early {said}\n" in capsys.readouterr().out
+    whole = records(tmp_path)
+    for lost, start in (([10], 9), ([9, 10], 6)):
+        for step in lost:
+            shutil.rmtree(tmp_path / f"step_{step:06d}")
+        evaluations = iter(losses[start // 2 :])
+        assert train.train(replace(impatient, init_from="resume"))["step"] == 10
+        assert records(tmp_path) == whole and folders.read_state(folders.find(tmp_path)).step == 10
+    with pytest.raises(ValueError, match=f"step 10 of max_steps=20, {said}; a larger --patience"):
+        train.train(replace(impatient, init_from="resume"))
+    evaluations = iter(losses[5:])
+    longer = replace(impatient, init_from="resume", patience=5, max_steps=14)
+    assert train.train(longer)["step"] == 14
+
+
 # --- steps that are not finite
 
 

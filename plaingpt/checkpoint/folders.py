@@ -33,6 +33,8 @@ class Progress(msgspec.Struct, frozen=True):
 
     loss_sum: float = 0.0  # since the last line, over the steps that were finite
     loss_steps: Count = 0  # how many those are
+    best_val_loss: float | None = None
+    waited: Count = 0  # evaluations since that one
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,6 +46,7 @@ class Plan:
     grad_clip: float  # inf: no limit
     # the run
     done: int  # steps done already, if resumed
+    waited: int  # evaluations since the best one, if resumed
     max_steps: int
     fresh: bool  # whether it starts from random weights
     split_tokens: int  # in the training split; 0: no data yet
@@ -53,6 +54,7 @@ class Plan:
     eval_tokens: int  # per evaluation; 0: no data yet
     learning_rate: LearningRate
     evaluation: Every
+    patience: float  # evaluations without a better loss that end the run; inf: no limit
     sampling: Every
     saving: Every
     logging: Every
@@ -125,6 +127,7 @@ def make_plan(
         ),
         grad_clip=settings["grad_clip"] or math.inf,
         done=start.step,
+        waited=start.progress.waited,
         max_steps=max_steps,
         fresh=settings["init_from"] == "scratch",
         split_tokens=len(data.batches.split) if data else 0,
@@ -139,6 +142,7 @@ def make_plan(
             decay_fraction=settings["decay_fraction"],
         ),
         evaluation=evaluation,
+        patience=settings["patience"] or math.inf,
         sampling=evaluation if sample_interval is None else Every(sample_interval),
         saving=Every(settings["save_interval"] or settings["eval_interval"], last=max_steps),
         logging=Every(settings["log_interval"]),

@@ -1,5 +1,7 @@
 """What a run will do, how much memory it needs and how long it takes, in sentences."""
 
+import math
+
 from plaingpt.training.memory import memory_gib, what_fits
 from plaingpt.training.plan import Plan
 from plaingpt.wording import duration, quantity
@@ -59,6 +61,9 @@ def run_sentences(plan: Plan) -> list[str]:
     if plan.done:
         tokens = plan.steps_left * plan.tokens_per_step
         lines.append(f"Left: {quantity(plan.steps_left, 'step')}, {quantity(tokens, 'token')}.")
+    if plan.patience < math.inf:
+        so_far = f" ({plan.waited:,} so far)" if plan.waited else ""
+        lines.append(f"Ends early after {without_better(int(plan.patience))}{so_far}.")
     if plan.fresh and plan.epochs > WORTHWHILE:
         lines.append(
             f"This run reads its text {plan.epochs:,.0f} times: repetition teaches less and less "
@@ -66,6 +71,10 @@ def run_sentences(plan: Plan) -> list[str]:
             "Use more text or fewer steps."
         )
     return lines
+
+
+def without_better(evaluations: int) -> str:
+    return f"{quantity(evaluations, 'evaluation')} without a better validation loss"
 
 
 def time_sentence(plan: Plan, step_s: float, how: str) -> str:

@@ -51,6 +51,14 @@ class TrainState:
         self.progress = replace(self.progress, loss_sum=0.0, loss_steps=0)
         return total / steps if steps else math.nan
 
+    def count_evaluation(self, val_loss: float) -> None:
+        """Count an evaluation, which is the best so far or one more without a better loss."""
+        best = self.progress.best_val_loss
+        if math.isfinite(val_loss) and (best is None or val_loss < best):
+            self.progress = replace(self.progress, best_val_loss=val_loss, waited=0)
+        else:
+            self.progress = replace(self.progress, waited=self.progress.waited + 1)
+
 
 def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> TrainState:
     """Move the model of a start to its device, or shard it, and give it its optimizers."""

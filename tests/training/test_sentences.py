@@ -32,6 +32,14 @@ def test_a_resumed_run_says_what_is_left():
     assert "Left: 0 steps, 0 tokens." in sentences(replace(PLAN, done=101))
 
 
+def test_an_early_end_is_said():
+    assert "Ends early" not in "\n".join(sentences(PLAN))
+    patient = replace(PLAN, patience=3, done=60)
+    said = "Ends early after 3 evaluations without a better validation loss"
+    assert f"{said}." in sentences(patient)
+    assert f"{said} (2 so far)." in sentences(replace(patient, waited=2))
+
+
 @pytest.mark.parametrize(
     "changes, seconds, said",
     [
