@@ -260,7 +260,7 @@ def run(
             print_sample(state.model, state.tokenizer, cfg.seed)
         if stopping or impatient or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
-            save(cfg, state, losses, data, rt)
+            save(cfg, state, losses, data, log, rt)
     if impatient and state.step < plan.max_steps:
         print(f"step {state.step}: ending early after {without_better(state.progress.waited)}")
     elif stopping:
@@ -400,7 +400,9 @@ def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Ru
     return measured
 
 
-def save(cfg: TrainConfig, state: TrainState, losses: Record, data: Data, rt: Runtime) -> None:
+def save(
+    cfg: TrainConfig, state: TrainState, losses: Record, data: Data, log: RunLog | None, rt: Runtime
+) -> None:
     about = {
         **{name: finite(loss) for name, loss in losses.items()},
         "data": data.dataset.fingerprint,
@@ -408,8 +410,10 @@ def save(cfg: TrainConfig, state: TrainState, losses: Record, data: Data, rt: Ru
         "settings": asdict(cfg),
     }
     write_checkpoint(state, Path(cfg.out_dir), about, rt)
-    if rt.is_main and not state.skipped_in_a_row:  # one before the trouble may still be needed
-        folders.prune(Path(cfg.out_dir), cfg.keep_checkpoints)
+    if log:
+        log.name_best()
+        if not state.skipped_in_a_row:  # a checkpoint before the trouble may still be needed
+            folders.prune(Path(cfg.out_dir), cfg.keep_checkpoints)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,8 @@ from tools import export
 
 COMMANDS = {"prepare": prepare, "train": train, "export": export}
 EVENTS = {  # of sys.addaudithook; open counts if it is below the folder of the run
-    *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "fcntl.lockf"),
+    *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
+    "fcntl.lockf",
 }
 CALLS = [  # what Python does not audit
     (os, "fsync"),
@@ -140,6 +141,8 @@ class Job:
                 store.read_optimizer(folder)
             newest = int(found[-1].name[5:]) if found else 0
             promised = max((int(words[1][:-1]) for words in lines), default=0)
+            best = self.out / "best"
+            assert (best / "state.json").exists() or not best.is_symlink(), self.name
             assert newest >= promised, f"{self.name}: {promised} was saved, {newest} is there"
 
 
@@ -200,7 +203,7 @@ def jobs_in(folder: Path) -> list[Job]:
     prepared += ["--vocab_size=300", "--val_fraction=0.2", "--shard_tokens=1500", "--workers=1"]
     trained = [f"--data_dir={data}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
     trained += ["--batch_size=4", f"--max_steps={STEPS}", f"--save_interval={SAVE_EVERY}"]
-    trained += [f"--eval_interval={STEPS}", "--keep_checkpoints=2", "--log_interval=1"]
+    trained += [f"--eval_interval={SAVE_EVERY}", "--keep_checkpoints=1", "--log_interval=1"]
     trained += ["--sample_interval=0", "--dropout=0.1", "--device=cpu"]
     jobs = [
         Job("prepare", data, [*prepared, f"--data_dir={data}"]),

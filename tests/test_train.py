@@ -217,6 +217,39 @@ def test_patience_ends_a_run_at_the_same_step_though_it_was_killed(
     assert train.train(longer)["step"] == 14
 
 
+def test_the_best_checkpoint_is_named(cfg, tmp_path, monkeypatch, capsys):
+    run = replace(cfg, out_dir=str(tmp_path / "run"), eval_interval=2, save_interval=2, max_steps=8)
+    run = replace(run, keep_checkpoints=1)
+
+    def trained(losses, **changes) -> str:
+        evaluations = iter(losses)
+        monkeypatch.setattr(train, "validation_loss", lambda *_: (next(evaluations), 1))
+        train.train(replace(run, **changes))
+        out_dir = Path(changes.get("out_dir", run.out_dir))
+        best = json.loads((out_dir / "run.json").read_text())["best"]
+        assert (out_dir / best["checkpoint"]).is_dir()
+        assert folders.find(out_dir / "best") == out_dir / best["checkpoint"]
+        store.load(out_dir / "best")
+        return best["checkpoint"]
+
+    assert trained([5.0, 3.0, 4.0, 3.5]) == "step_000004"
+    out = capsys.readouterr().out
+    where = f"{tmp_path / 'run'}{os.sep}step_000004, validation loss 3.0000\n"
+    assert f"the best checkpoint so far: {where}" in out and "so far: " not in out[-200:]
+    assert out.endswith(f"the best checkpoint: {where}")
+    link = tmp_path / "run" / "best"
+    assert os.name == "nt" or os.readlink(link) == "step_000004"
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # of the link, it makes a folder
+    more = {"init_from": "resume", "max_steps": 12}
+    assert trained([2.5, 2.6], out_dir=str(tmp_path / "copy"), **more) == "step_000010"
+    out = capsys.readouterr().out
+    assert out.count("gets no link to its best checkpoint") == 1 and "is not a link" in out
+    assert trained([3.1, 2.9], **more) == "step_000012"
+    assert trained([1.0, 2.0], init_from=str(link), out_dir=f"{tmp_path}/new", max_steps=2)
+    assert trained([6.0, 6.0, 7.0, 6.0], overwrite=True) == "step_000002"
+    assert os.name == "nt" or os.readlink(link) == "step_000002"
+
+
 # --- steps that are not finite
 
 

@@ -1,5 +1,6 @@
 """Checkpoint folders: finding, describing, pruning and downloading them."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from configurator import UserError, one_line
-from plaingpt.files import Count, Settings, read_json, remove_folder
+from plaingpt.files import PARTIAL, Count, Settings, flush, read_json, remove_folder
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
+BEST = "best"  # in a run folder: a link to its checkpoint of the lowest validation loss
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_NAMES = {name: f"hf:openai-community/{name}" for name in OPENAI}
 HUB_NAME = re.compile(r"hf:(?P<repo_id>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>\S+))?")
@@ -74,16 +76,24 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True):
         return str(self.settings["init_from"])
 
 
+class Best(msgspec.Struct, frozen=True):
+    """The checkpoint of a run that has the lowest validation loss."""
+
+    checkpoint: str  # the name of its folder
+    val_loss: float
+
+
 class Run(msgspec.Struct, frozen=True):
-    """run.json: the start of a run and each resumption."""
+    """run.json: the start of a run and each resumption, and its best checkpoint."""
 
     starts: tuple[RunStart, ...]
+    best: Best | None = None  # until a checkpoint has been evaluated
 
 
 def find(where: Path | str) -> Path:
-    """The checkpoint folder that `where` names: a run folder (its newest step), a checkpoint
-    folder, one of OpenAI's models (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or
-    hf:OWNER/NAME[@REVISION] on the hub.
+    """The checkpoint folder that `where` names: a run folder (its newest step), `best` in a run
+    folder, a checkpoint folder, one of OpenAI's models (gpt2, gpt2-medium, gpt2-large, gpt2-xl),
+    or hf:OWNER/NAME[@REVISION] on the hub.
 
     Raises UserError if it finds no checkpoint there.
     """
@@ -91,6 +101,8 @@ def find(where: Path | str) -> Path:
     if name in HUB_NAMES or name.startswith("hf:"):
         return download(name)
     folder = Path(where)
+    if folder.name == BEST and (best := best_of(folder.parent)):
+        return folder.parent / best.checkpoint
     if steps := step_folders(folder):
         return steps[-1]
     if is_model(folder):
@@ -164,20 +176,53 @@ def is_adapter(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
+def best_of(out_dir: Path) -> Best | None:
+    """The best of a run's checkpoints whose state.json is whole; the earliest of equals. None
+    before the first evaluation."""
+    evaluated = []
+    for folder in step_folders(out_dir):
+        with contextlib.suppress(UserError):
+            state = read_state(folder)
+            if state.val_loss is not None:
+                evaluated.append((state.val_loss, state.step, folder.name))
+    if not evaluated:
+        return None
+    val_loss, _, name = min(evaluated)
+    return Best(name, val_loss)
+
+
+def link_best(out_dir: Path, name: str) -> None:
+    """Lead the link `best` of a run folder to one of its checkpoints, for programs that open
+    folders by name. Raises OSError on systems without links, and for another file of that name."""
+    link, partial = out_dir / BEST, out_dir / f"{PARTIAL}{BEST}"
+    try:
+        if link.exists() and not link.is_symlink():
+            raise OSError(f"{link} exists and is not a link")
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(name, target_is_directory=True)
+        partial.replace(link)
+        flush(out_dir)
+    except OSError:
+        unlink_best(out_dir)  # or it would soon lead to a checkpoint that has been pruned
+        raise
+
+
+def unlink_best(out_dir: Path) -> None:
+    if (out_dir / BEST).is_symlink():
+        (out_dir / BEST).unlink()
+
+
 def prune(out_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one of the lowest validation loss. An
-    older checkpoint whose state.json is damaged stays: it should not end a training."""
-    folders = step_folders(out_dir)
-    losses = {}
-    for folder in folders:
+    """Remove all but the `keep` newest checkpoints and the best. An older checkpoint whose
+    state.json is damaged stays: it should not end a training."""
+    best = best_of(out_dir)
+    for folder in step_folders(out_dir)[:-keep]:
         try:
-            losses[folder] = read_state(folder).val_loss
+            read_state(folder)
         except UserError as problem:
             print(f"keeping {folder}: {problem}")
-    evaluated = [(loss, folder) for folder, loss in losses.items() if loss is not None]
-    best = min(evaluated)[1] if evaluated else None
-    for folder in folders[:-keep]:
-        if folder in losses and folder != best:
+            continue
+        if not best or folder.name != best.checkpoint:
             remove_folder(folder)
 
 

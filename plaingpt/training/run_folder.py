@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 from configurator import UserError
 from plaingpt import runtime
 from plaingpt.checkpoint import folders
-from plaingpt.checkpoint.folders import RunStart
+from plaingpt.checkpoint.folders import Best, RunStart
 from plaingpt.checksums import sealed
 from plaingpt.files import (
     Settings,
@@ -56,16 +56,23 @@ def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
 
 
 class RunLog:
-    """Writes the records of a run to metrics.jsonl, loss.png and a tracker.
+    """Writes the records of a run to metrics.jsonl, loss.png and a tracker, and what it is to
+    run.json.
 
     metrics.jsonl has one record per line, in the order of the steps and without repetition: it
     starts with the `earlier` records, and a resumed run replaces those after its first step.
     """
 
     def __init__(
-        self, out_dir: Path, earlier: list[Record], tracker: "Tracker | None" = None
+        self,
+        out_dir: Path,
+        earlier: list[Record],
+        tracker: "Tracker | None" = None,
+        starts: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.out_dir, self.records, self.tracker = out_dir, list(earlier), tracker
+        self.starts, self.links = starts, True
+        self.best: Best | None = None
         self.path = out_dir / METRICS
         with atomic_file(self.path) as partial:
             lines = [f"{sealed(json.dumps(record))}\n" for record in self.records]
@@ -84,9 +91,32 @@ class RunLog:
         if self.tracker:
             self.tracker.log(record)
 
+    def name_best(self) -> None:
+        """Write run.json, which names the best checkpoint, and lead the link `best` to it; print
+        it if it is new."""
+        before, self.best = self.best, folders.best_of(self.out_dir)
+        about = {"starts": self.starts} | ({"best": self.best} if self.best else {})
+        write_json(self.out_dir / RUN, about, seal=True)
+        if self.best and self.links:
+            try:
+                folders.link_best(self.out_dir, self.best.checkpoint)
+            except OSError as error:
+                self.links = False
+                print(f"{self.out_dir} gets no link to its best checkpoint ({error}): see {RUN}")
+        if self.best and self.best != before:
+            self.print_best("the best checkpoint so far")
+
+    def print_best(self, words: str) -> None:
+        if self.best:
+            folder, loss = self.out_dir / self.best.checkpoint, self.best.val_loss
+            print(f"{words}: {folder}, validation loss {loss:.4f}")
+
     def finish(self) -> None:
+        newest = folders.step_folders(self.out_dir)[-1:]
+        if self.best and self.best.checkpoint not in [folder.name for folder in newest]:
+            self.print_best("the best checkpoint")
         if self.tracker:
-            self.tracker.finish(folders.step_folders(self.out_dir)[-1:])
+            self.tracker.finish(newest)
 
 
 def begin_run(
@@ -119,10 +149,12 @@ def begin_run(
         name = f"{out_dir.name}-{starts[0].get('time', '')}"
         running = Tracker(tracker, name, out_dir, about | {"splits": splits})
     if start.step == 0:
+        folders.unlink_best(out_dir)
         for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
             remove_folder(folder)
-    write_json(out_dir / RUN, {"starts": starts}, seal=True)
-    return RunLog(out_dir, earlier, running)
+    log = RunLog(out_dir, earlier, running, starts)
+    log.name_best()
+    return log
 
 
 def check_out_dir(out_dir: Path, step: int) -> None:

@@ -1,6 +1,9 @@
 """Checkpoint folders: found, pruned, described, and taken from the hub's cache."""
 
 import json
+import os
+import shutil
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -65,6 +68,38 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         save(tmp_path, step, val_loss=loss)
         folders.prune(tmp_path, keep=2)
     assert [int(p.name[5:]) for p in folders.step_folders(tmp_path)] == [2, 4, 5]
+
+
+def test_best_names_the_checkpoint_of_the_lowest_loss(tmp_path):
+    assert folders.best_of(tmp_path) is None
+    for step, loss in enumerate([None, 3.0, 2.0, 2.0, 4.0], start=1):
+        save(tmp_path, step, val_loss=loss)
+    assert folders.best_of(tmp_path) == folders.Best("step_000003", 2.0)
+    assert folders.find(tmp_path / "best") == tmp_path / "step_000003"
+    (tmp_path / "step_000003" / "state.json").write_text("{")
+    assert folders.find(f"{tmp_path}/best/").name == "step_000004"
+    shutil.copytree(tmp_path / "step_000005", tmp_path / "best")  # as a copy of a link may be
+    assert folders.find(tmp_path / "best").name == "step_000004"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty/best does not exist"):
+        folders.find(tmp_path / "empty" / "best")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right on Windows")
+def test_a_link_leads_to_the_best_or_is_gone(tmp_path, monkeypatch):
+    for name in ("step_000001", "step_000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / ".partial_best").symlink_to("left by a kill")
+        folders.link_best(tmp_path, name)
+        assert os.readlink(tmp_path / "best") == name
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no links"):
+        patch.setattr(os, "symlink", mock.Mock(side_effect=OSError("no links")))
+        folders.link_best(tmp_path, "step_000001")
+    assert sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002"]
+    (tmp_path / "best").mkdir()
+    with pytest.raises(OSError, match="best exists and is not a link"):
+        folders.link_best(tmp_path, "step_000001")
+    assert (tmp_path / "best").is_dir()
 
 
 def test_a_damaged_old_checkpoint_ends_no_training(tmp_path, capsys):
