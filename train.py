@@ -85,6 +85,7 @@ class TrainConfig:
     eval_tokens: PositiveInt | None = None  # validation tokens per evaluation; None: all
     patience: PositiveInt | None = None  # evaluations without a better loss that end the run
     sample_interval: NonNegativeInt | None = None  # steps; None: at evaluations, 0: never
+    sample_prompts: PathName | None = None  # of samples: a file; None: held-out questions, if any
     log_interval: PositiveInt = 25  # steps between console lines
     save_interval: PositiveInt | None = None  # steps between checkpoints; None: at evaluations
     keep_checkpoints: PositiveInt = 3  # how many of the newest to keep, besides the best
@@ -114,7 +115,7 @@ from plaingpt.text.recipe import command_for
 from plaingpt.training import optim, parallel
 from plaingpt.training.batches import Batch, Data, open_data
 from plaingpt.training.devices import Device, device_of, planned_devices
-from plaingpt.training.evaluation import bits_per_byte, print_sample, validation_loss
+from plaingpt.training.evaluation import bits_per_byte, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size
@@ -125,6 +126,7 @@ from plaingpt.training.run_folder import (
     claimed,
     describe_start,
 )
+from plaingpt.training.samples import print_samples
 from plaingpt.training.sentences import sentences, time_sentence, without_better
 from plaingpt.training.start import (
     SHAPE,
@@ -180,8 +182,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     # what it will do
     data = None
     if dataset:
-        length = start.model.config.block_size
-        data = open_data(dataset, cfg.batch_size, length, cfg.seed, cfg.stride or length)
+        data = open_data(dataset, asdict(cfg), start.model.config.block_size)
     plan = make_plan(asdict(cfg), start, data, micro, rt, device)
     print("\n".join(sentences(plan)))
     if not dataset or not data or cfg.plan:
@@ -252,12 +253,14 @@ def run(
             if log:
                 log.add(record)
 
-        # periodic work: a sample, unless the model is broken, and a checkpoint
+        # periodic work: samples, unless the model is broken, and a checkpoint
         sound = not state.skipped_in_a_row
         if evaluating:
             sound = sound and math.isfinite(record["val_loss"])
         if sound and plan.sampling.due(step):
-            print_sample(state.model, state.tokenizer, cfg.seed)
+            samples = print_samples(state.model, state.tokenizer, data.prompts, cfg.seed, step)
+            if log:
+                log.add_samples(samples)
         if stopping or impatient or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
             save(cfg, state, losses, data, log, rt)

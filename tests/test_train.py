@@ -250,6 +250,35 @@ def test_the_best_checkpoint_is_named(cfg, tmp_path, monkeypatch, capsys):
     assert os.name == "nt" or os.readlink(link) == "step_000002"
 
 
+def test_samples_continue_the_same_prompts_and_are_kept_once(cfg, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("alpha be\n\ngam\n")
+    often = {"sample_interval": 5, "eval_interval": 5, "sample_prompts": str(prompts)}
+    whole = replace(cfg, out_dir=str(tmp_path / "whole"), **often)
+    train.train(whole)
+    out = capsys.readouterr().out
+    assert len(re.findall(r"\n  > alpha be\n  \| (?:.*\n  \| )*.*\n  > gam\n  \| ", out)) == 4
+    samples = run_folder.read_records(tmp_path / "whole" / "samples.jsonl", run_folder.Sample)
+    steps = [5, 5, 10, 10, 15, 15, 20, 20]
+    assert [sample["step"] for sample in samples] == steps
+    assert [sample["prompt"] for sample in samples[:2]] == ["alpha be", "gam"]
+    assert all(sample["text"] for sample in samples)
+    (tmp_path / "whole" / "best").unlink(missing_ok=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (14, 20):
+        shutil.rmtree(tmp_path / "parts" / f"step_{step:06d}")
+    train.train(replace(whole, init_from="resume", out_dir=str(tmp_path / "parts")))
+    for name in ("whole", "parts"):
+        path = tmp_path / name / "samples.jsonl"
+        assert run_folder.read_records(path, run_folder.Sample) == samples
+    train.train(replace(whole, overwrite=True, sample_interval=0))
+    assert not (tmp_path / "whole" / "samples.jsonl").exists()
+    with pytest.raises(ValueError, match="there are no prompts in"):
+        prompts.write_text("\n")
+        train.train(replace(whole, out_dir=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
 # --- steps that are not finite
 
 

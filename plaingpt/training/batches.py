@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from configurator import UserError
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
+from plaingpt.training.samples import Prompt, prompts_for
 from plaingpt.wording import quantity
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss mask, each (B, T)
@@ -115,6 +117,7 @@ class Data:
     dataset: Dataset
     batches: Batches
     held_out: Split
+    prompts: list[Prompt]  # of the samples
 
     def try_reading(self, step: int) -> None:
         """Read the batch of a step and a held-out window. Raises UserError if that fails: at the
@@ -123,12 +126,17 @@ class Data:
         windows_at(self.held_out, np.zeros(1, np.int64), self.batches.block_size)
 
 
-def open_data(dataset: Dataset, batch_size: int, block_size: int, seed: int, stride: int) -> Data:
-    """Raises UserError if a split is missing, damaged, or holds less than one window."""
-    batches = Batches(dataset.split("train"), batch_size, block_size, seed, stride)
-    held_out = dataset.split("val")
+def open_data(dataset: Dataset, settings: dict[str, Any], block_size: int) -> Data:
+    """What a run with these settings of train.py reads.
+
+    Raises UserError if a split is missing, damaged, or holds less than one window, and for a file
+    that holds no prompts.
+    """
+    stride = settings["stride"] or block_size
+    train, held_out = dataset.split("train"), dataset.split("val")
+    batches = Batches(train, settings["batch_size"], block_size, settings["seed"], stride)
     check_length(held_out, block_size)
-    return Data(dataset, batches, held_out)
+    return Data(dataset, batches, held_out, prompts_for(dataset, settings["sample_prompts"]))
 
 
 def on_device(tensor: Tensor, rt: Runtime) -> Tensor:

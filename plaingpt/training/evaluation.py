@@ -1,19 +1,13 @@
-"""How a model is doing: the loss on held-out text, and a sample."""
+"""How a model is doing: the loss on held-out text."""
 
 import math
 
 import torch
 
 from model import GPT
-from plaingpt import generation
 from plaingpt.runtime import Runtime
-from plaingpt.sampling import Sampling
 from plaingpt.text.shards import Split
-from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import parallel
 from plaingpt.training.batches import validation_batches
-
-SAMPLE_TOKENS = 100
 
 
 @torch.no_grad()
@@ -50,14 +44,3 @@ def validation_loss(
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """A loss in nats per token in a unit that does not depend on the tokenizer."""
     return loss / math.log(2) / bytes_per_token
-
-
-def print_sample(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
-    """Print what the model writes after `<|endoftext|>`, with the same draws each time."""
-    model.eval()
-    sampling = Sampling(seed=seed, max_new_tokens=SAMPLE_TOKENS)
-    with parallel.unsharded(model):  # a sharded model needs all processes
-        drawn = list(generation.continuation(model, tokenizer, [tokenizer.eot_id], sampling))
-    model.train()
-    text = "".join(each.piece for each in drawn)
-    print("\n".join(f"  | {line}" for line in text.splitlines()))

@@ -1,4 +1,5 @@
-"""What a run leaves beside its checkpoints: run.json, metrics.jsonl, loss.png, a tracker."""
+"""What a run leaves beside its checkpoints: run.json, metrics.jsonl, loss.png, samples.jsonl, and
+what a tracker gets."""
 
 import contextlib
 import importlib
@@ -9,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from plaingpt.files import (
 from plaingpt.locks import locked
 from plaingpt.runtime import Runtime
 from plaingpt.training.log import Metrics, Record, finite
+from plaingpt.training.samples import Sample
 
-METRICS, RUN = "metrics.jsonl", "run.json"
+METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
 
 
 @contextlib.contextmanager
@@ -73,23 +75,20 @@ class RunLog:
         self.out_dir, self.records, self.tracker = out_dir, list(earlier), tracker
         self.starts, self.links = starts, True
         self.best: Best | None = None
-        self.path = out_dir / METRICS
-        with atomic_file(self.path) as partial:
-            lines = [f"{sealed(json.dumps(record))}\n" for record in self.records]
-            partial.write_text("".join(lines), encoding="utf-8")
+        write_lines(out_dir / METRICS, self.records)
 
     def add(self, record: Record) -> None:
         """Add a record; non-finite numbers become null. A validation loss redraws the plot."""
         written = {key: finite(value) for key, value in record.items()}
         self.records.append(written)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{sealed(json.dumps(written))}\n")
-            file.flush()
-            os.fsync(file.fileno())  # a power cut may tear the line that is being written, no other
+        append_lines(self.out_dir / METRICS, [written])
         if "val_loss" in record and record["step"] > 0:
             plot(self.records, self.out_dir / "loss.png")
         if self.tracker:
             self.tracker.log(record)
+
+    def add_samples(self, samples: list[Sample]) -> None:
+        append_lines(self.out_dir / SAMPLES, [msgspec.to_builtins(each) for each in samples])
 
     def name_best(self) -> None:
         """Write run.json, which names the best checkpoint, and lead the link `best` to it; print
@@ -136,13 +135,14 @@ def begin_run(
     import matplotlib.figure  # noqa: F401  # a run should end here rather than at its first plot
 
     about = msgspec.to_builtins(start)
-    starts, earlier = [about], []
+    starts, earlier, samples = [about], [], []
     if source and start.step:
         before = folders.read_starts(source.parent)
         # as they are in the file, with fields that this version may not know
         raw = read_json(source.parent / RUN, dict[str, Any])["starts"] if before else []
         starts = [each for each, typed in zip(raw, before) if typed.step <= start.step] + starts
-        earlier = [r for r in read_records(source.parent / METRICS) if r["step"] <= start.step]
+        earlier = records_until(start.step, source.parent / METRICS, Metrics)
+        samples = records_until(start.step, source.parent / SAMPLES, Sample)
     out_dir.mkdir(parents=True, exist_ok=True)
     running = None
     if tracker:
@@ -152,6 +152,10 @@ def begin_run(
         folders.unlink_best(out_dir)
         for folder in folders.step_folders(out_dir):  # left by a run that --overwrite replaces
             remove_folder(folder)
+    if samples:
+        write_lines(out_dir / SAMPLES, samples)
+    else:
+        (out_dir / SAMPLES).unlink(missing_ok=True)
     log = RunLog(out_dir, earlier, running, starts)
     log.name_best()
     return log
@@ -200,9 +204,29 @@ def describe_start(settings: Settings, rt: Runtime, step: int, fingerprint: str)
     )
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that a kill cut short. Raises UserError
-    for a damaged line."""
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    with atomic_file(path) as partial:
+        lines = [f"{sealed(json.dumps(record))}\n" for record in records]
+        partial.write_text("".join(lines), encoding="utf-8")
+
+
+def append_lines(path: Path, records: Iterable[Record]) -> None:
+    """Append records to a file that `write_lines` may have begun. A kill or a power cut may tear
+    the line that is being written, no other."""
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(f"{sealed(json.dumps(record))}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def records_until(step: int, path: Path, kind: type) -> list[Record]:
+    return [record for record in read_records(path, kind) if record["step"] <= step]
+
+
+def read_records(path: Path, kind: type = Metrics) -> list[Record]:
+    """The records of a metrics.jsonl, or of another `kind`, without a last line that a kill cut
+    short. Raises UserError for a damaged line."""
     if not path.exists():
         return []
     records = []
@@ -210,9 +234,9 @@ def read_records(path: Path) -> list[Record]:
         for number, line in enumerate(file, 1):
             try:
                 record = parse_json(line, dict[str, Any], f"{path}:{number}")
-                as_record(record, Metrics, f"{path}:{number}")
+                as_record(record, kind, f"{path}:{number}")
             except UserError:
-                if b"}" in line or line.endswith(b"\n"):
+                if line.endswith(b"\n") or b"}" in line.partition(b'"crc32"')[2]:
                     raise
                 break
             record.pop("crc32", None)

@@ -7,6 +7,7 @@ import struct
 import sys
 
 import matplotlib
+import msgspec
 import pytest
 
 from plaingpt.checkpoint import folders
@@ -78,6 +79,21 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path, torn):
     path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
     begin(tmp_path, 2, tmp_path / "step_000002").add({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_samples_with_braces_are_torn_as_well(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    samples = [run_folder.Sample(step, "{", 'a }, "crc32": "1"}') for step in (1, 2, 3)]
+    run_folder.append_lines(path, map(msgspec.to_builtins, samples))
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(1, len(lines[2]) - 2):
+        path.write_bytes(b"".join(lines[:2]) + lines[2][:cut])
+        records = run_folder.read_records(path, run_folder.Sample)
+        assert [record["step"] for record in records] == [1, 2], lines[2][:cut]
+    path.write_bytes(whole[:-5] + b"0" + whole[-4:])
+    with pytest.raises(ValueError, match=r"samples\.jsonl:3 is damaged: its checksum differs"):
+        run_folder.read_records(path, run_folder.Sample)
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_and_the_file_stays(tmp_path):
