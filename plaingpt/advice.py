@@ -113,6 +113,8 @@ def unnamed(words: list[str], known: Collection[str], given: Collection[str]) ->
         name, value = "start", f"FILE:{text}" if os.path.isfile(text) else text
     elif "checkpoint" in known:
         name = "checkpoint"
+    elif "runs" in known:
+        name, value = "runs", ",".join(words)
     elif config := similar_config(words[0]):
         return f"{said}; did you mean {config}?"
     if name in given or name not in known or len(text) > 500:  # such as the many files of a pattern

@@ -10,7 +10,7 @@ import sample
 import train
 from configurator import UserError
 from plaingpt import advice
-from tools import eval, export, serve
+from tools import compare, eval, export, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -19,6 +19,7 @@ CLASSES = {
     "sample": sample.SampleConfig,
     "eval": eval.EvalConfig,
     "export": export.ExportConfig,
+    "compare": compare.CompareConfig,
     "serve": serve.ServeConfig,
 }
 
@@ -151,6 +152,7 @@ def folder(tmp_path, monkeypatch):
         ("train", ["gpt2_125m"], "; did you mean config/gpt2_124m.py?"),
         ("train", ["run"], " (quote a value that contains spaces or *)"),
         ("export", ["run"], "; write --checkpoint=run"),
+        ("compare", ["run", "b"], "; write --runs=run,b"),
     ],
 )
 def test_a_bare_word_is_answered_with_what_to_write(folder, command, argv, said):

@@ -26,7 +26,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plaingpt.text.tokenizer import Tokenizer
-from tools import bench, eval, export, serve
+from tools import bench, compare, eval, export, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -36,6 +36,7 @@ CLASSES = {
     "tools.export": export.ExportConfig,
     "tools.serve": serve.ServeConfig,
     "tools.eval": eval.EvalConfig,
+    "tools.compare": compare.CompareConfig,
 }
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench")]
+TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compare")]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench")]
         ("-m tools.eval", "  --limit "),
         ("-m tools.serve", "  --port "),
         ("-m tools.export", "  --push_to_hub "),
+        ("-m tools.compare", "  --runs "),
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
         ("-m tools.bench train", "  --nanogpt "),
