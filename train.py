@@ -119,13 +119,7 @@ from plaingpt.training.evaluation import bits_per_byte, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size
-from plaingpt.training.run_folder import (
-    RunLog,
-    begin_run,
-    check_out_dir,
-    claimed,
-    describe_start,
-)
+from plaingpt.training.run_folder import RunLog, begin_run, check_out_dir, claimed, describe_start
 from plaingpt.training.samples import print_samples
 from plaingpt.training.sentences import sentences, time_sentence, without_better
 from plaingpt.training.start import (
@@ -180,16 +174,15 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     check_out_dir(out_dir, start.step)
 
     # what it will do
-    data = None
-    if dataset:
-        data = open_data(dataset, asdict(cfg), start.model.config.block_size)
+    length = start.model.config.block_size
+    data = open_data(dataset, asdict(cfg), length) if dataset else None
     plan = make_plan(asdict(cfg), start, data, micro, rt, device)
     print("\n".join(sentences(plan)))
     if not dataset or not data or cfg.plan:
         here = None if cfg.plan_for else step_seconds(start, plan, rt, optimizer_step)
         print(time_sentence(plan, *(here or nominal_seconds(plan))))
         return {}
-    if start.step >= plan.max_steps or plan.waited >= plan.patience:
+    if plan.finished(start.step, plan.waited):
         done = f"has finished: step {start.step:,} of max_steps={plan.max_steps:,}"
         larger = "--max_steps" if not cfg.epochs else "--epochs (and --max_steps, if given)"
         if start.step < plan.max_steps:
@@ -219,7 +212,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
 def run(
     cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, log: RunLog | None, rt: Runtime
 ) -> Record:
-    """The training loop: from state.step to plan.max_steps, unless patience or a signal ends it."""
+    """The training loop: from state.step to the end of the plan, or until a signal."""
     record: Record = {}
     if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
         record = {"step": 0, **evaluate(cfg, state, plan, data, rt)}
@@ -227,8 +220,8 @@ def run(
             log.add(record)
     clock = Clock(plan.max_steps - state.step)
     coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
-    stopping, impatient = rt.stopping(), False
-    while state.step < plan.max_steps and not (stopping or impatient):
+    stopping, finished = rt.stopping(), False
+    while not (finished or stopping):
         # the step
         clock.start()
         rt.seed_step(cfg.seed, state.step)
@@ -249,7 +242,6 @@ def run(
             print(console_line(record, plan.max_steps))
             if evaluating:
                 record |= evaluate(cfg, state, plan, data, rt)
-                impatient = state.progress.waited >= plan.patience
             if log:
                 log.add(record)
 
@@ -261,10 +253,11 @@ def run(
             samples = print_samples(state.model, state.tokenizer, data.prompts, cfg.seed, step)
             if log:
                 log.add_samples(samples)
-        if stopping or impatient or plan.saving.due(step):
+        finished = plan.finished(step, state.progress.waited)
+        if finished or stopping or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
             save(cfg, state, losses, data, log, rt)
-    if impatient and state.step < plan.max_steps:
+    if finished and state.step < plan.max_steps:
         print(f"step {state.step}: ending early after {without_better(state.progress.waited)}")
     elif stopping:
         name = rt.stop[0] if rt.stop else "a signal"

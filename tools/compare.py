@@ -143,6 +143,7 @@ def draw(runs: list[Run], path: Path) -> None:
     """Draw the losses of the runs as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     hours = max(run.records[-1]["seconds"] for run in runs) > 2 * 3600
     scales = {
@@ -165,6 +166,7 @@ def draw(runs: list[Run], path: Path) -> None:
                 axes.plot(xs, ys, color=color, **style)
             axes.plot([], [], color=color, label=run.name)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(title="thin: training, points: validation")

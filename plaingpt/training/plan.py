@@ -80,6 +80,10 @@ class Plan:
         """Floating-point operations of all processes."""
         return self.tokens_per_step * self.config.flops_per_token(frozen=self.lora is not None)
 
+    def finished(self, step: int, waited: int) -> bool:
+        """Whether a run ends after `step` steps, the last `waited` evaluations not the best."""
+        return step >= self.max_steps or waited >= self.patience
+
 
 def sizes_of(model: GPT) -> Sizes:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
