@@ -90,7 +90,8 @@ def moments(saved: dict) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
-    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps."""
+    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps, and an
+    early end."""
     data_dir = masked_copy(cfg.data_dir, tmp_path / "masked")
     base = run_of("base", max_steps=1)
     train.train(base)
@@ -99,6 +100,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
         "ddp_adamw_masks": {"optimizer": "adamw", "data_dir": data_dir},
         "ddp_lora": {"init_from": base.out_dir, "lora_rank": 4, "micro_batch_size": 1},
         "ddp_nan": {},
+        "ddp_patience": {"learning_rate": 1e-30, "eval_interval": 1, "patience": 2},
         "fsdp": {"fsdp": True, "sample_interval": 4},
         "fsdp_adamw_masks": {
             "fsdp": True,
@@ -118,6 +120,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
             alone = replace(run, out_dir=f"{run.out_dir}_alone", fsdp=False, micro_batch_size=None)
             train.train(alone)
             assert_close(run, alone)
+            assert newest(run.out_dir) == (3 if "patience" in name else 8)
         else:
             assert [r["skipped"] for r in records(run.out_dir)] == [0, 0, 1, 2, 2, 2, 2, 2]
             first = {"init_from": "resume", "max_steps": 9}  # what they saved opens in one process
