@@ -85,7 +85,7 @@ class TrainConfig:
     eval_tokens: PositiveInt | None = None  # validation tokens per evaluation; None: all
     patience: PositiveInt | None = None  # evaluations without a better loss that end the run
     sample_interval: NonNegativeInt | None = None  # steps; None: at evaluations, 0: never
-    sample_prompts: PathName | None = None  # of samples: a file; None: held-out questions, if any
+    sample_prompts: PathName | None = None  # a file of prompts; None: held-out questions, if any
     log_interval: PositiveInt = 25  # steps between console lines
     save_interval: PositiveInt | None = None  # steps between checkpoints; None: at evaluations
     keep_checkpoints: PositiveInt = 3  # how many of the newest to keep, besides the best

@@ -20,8 +20,9 @@ import sample
 import train
 from plaingpt.checksums import SUMS
 from plaingpt.text import builder
+from plaingpt.training import run_folder
+from tools import compare, export
 from tools import eval as evaluation
-from tools import export
 
 CASES = 10  # for each file and command; a hunt for more takes thousands
 SECONDS = 10  # for one command
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "export": (export.main, ["--checkpoint=run", "--out_dir=exported"]),
     "export lora": (export.main, ["--checkpoint=lora", "--out_dir=exported"]),
     "eval": (evaluation.main, ["--checkpoint=run", "--data_dir=data", "--device=cpu"]),
+    "compare": (compare.main, ["--runs=run"]),
 }
 STEP, TUNED = "run/step_000002", "lora/step_000002"
 READERS = {
@@ -63,7 +65,8 @@ READERS = {
     f"{STEP}/state.json": ["resume", "export"],
     f"{STEP}/optimizer.pt": ["resume"],
     "run/run.json": ["resume", "export"],
-    "run/metrics.jsonl": ["resume", "export"],
+    "run/metrics.jsonl": ["resume", "export", "compare"],
+    "run/samples.jsonl": ["resume"],
     f"{TUNED}/adapter_config.json": ["sample lora", "export lora"],
     f"{TUNED}/adapter_model.safetensors": ["sample lora", "resume lora"],
 }
@@ -80,6 +83,8 @@ def world(tmp_path_factory) -> Path:
         new = [word.replace("WORLD", str(folder)) for word in NEW]
         assert prepare.main([*new, "--data_dir=data"]) == 0
         assert train.main(["--data_dir=data", "--out_dir=run", *SMALL]) == 0
+        sample = {"step": 2, "prompt": "say 1", "text": "yes {"}
+        run_folder.append_lines(Path("run/samples.jsonl"), [sample, sample])
         tuned = ["--lora_rank=2", "--init_from=run", "--data_dir=data", "--out_dir=lora"]
         assert train.main([*tuned, *SMALL[4:]]) == 0
 

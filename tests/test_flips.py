@@ -158,5 +158,12 @@ def test_folders_of_older_versions_open_without_checksums(folder, tmp_path):
     for name in ("run.json", "metrics.jsonl"):
         path = tmp_path / "run" / name
         path.write_text(re.sub(r', "crc32": "\w{8}"', "", path.read_text()))
+    for path in (tmp_path / "run").glob("step_*/state.json"):
+        state = json.loads(path.read_text())
+        assert state.pop("progress")["waited"] == 0
+        path.write_text(json.dumps(state))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run.pop("best")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     onwards = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run", "--max_steps=5"]
     assert train.main([*onwards, "--init_from=resume"]) == 0
