@@ -58,8 +58,8 @@ def claimed(out_dir: Path, rt: Runtime) -> Iterator[None]:
 
 
 class RunLog:
-    """Writes the records of a run to metrics.jsonl, loss.png and a tracker, and what it is to
-    run.json.
+    """Writes the records of a run to metrics.jsonl, loss.png and a tracker, its samples to
+    samples.jsonl, and its `starts` and its best checkpoint to run.json.
 
     metrics.jsonl has one record per line, in the order of the steps and without repetition: it
     starts with the `earlier` records, and a resumed run replaces those after its first step.
@@ -101,7 +101,7 @@ class RunLog:
                 folders.link_best(self.out_dir, self.best.checkpoint)
             except OSError as error:
                 self.links = False
-                print(f"{self.out_dir} gets no link to its best checkpoint ({error}): see {RUN}")
+                print(f"no link to the best checkpoint ({error}); {RUN} names it")
         if self.best and self.best != before:
             self.print_best("the best checkpoint so far")
 
@@ -127,8 +127,8 @@ def begin_run(
 ) -> RunLog:
     """Create or continue a run folder, and write down its `start` (see describe_start).
 
-    A resumed run takes its earlier starts and metrics from the run folder of its checkpoint,
-    `source`. `splits` are the statistics of the data, for the tracker.
+    A resumed run takes its earlier starts, metrics and samples from the run folder of its
+    checkpoint, `source`. `splits` are the statistics of the data, for the tracker.
     Raises UserError if the tracker cannot be started, ImportError without matplotlib.
     """
     os.environ.pop("MPLBACKEND", None)  # a notebook sets one that its programs may not have
