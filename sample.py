@@ -27,7 +27,7 @@ from plaingpt.sampling import Sampling
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
-    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (last step), RUN/best, a step, gpt2, hf:OWNER/NAME
     start: str = ""  # the prompt, or FILE:path to read it from; empty: a new document
     prompts: PathName | None = None  # a file of prompts, to complete them all
     num_samples: PositiveInt = 1  # how many texts to write for each prompt

@@ -20,7 +20,7 @@ from configurator import PathName, UserError
 
 @dataclass(frozen=True)
 class ExportConfig:
-    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (last step), RUN/best, a step, gpt2, hf:OWNER/NAME
     out_dir: PathName = "out/exported"  # the new folder
     push_to_hub: str | None = None  # upload the folder to OWNER/NAME on the hub
     private: bool = False  # make that repository private if it is new

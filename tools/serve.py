@@ -26,7 +26,7 @@ Port = Annotated[int, Range("from 0 to 65535", lambda value: 0 <= value < 2**16)
 
 @dataclass(frozen=True)
 class ServeConfig(Sampling):
-    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (last step), RUN/best, a step, gpt2, hf:OWNER/NAME
     host: NonEmpty = "127.0.0.1"  # this machine; 0.0.0.0: open to the network, without password
     port: Port = 8000  # 0: any free port
     max_requests: PositiveInt = 8  # answers written side by side; others get status 503
