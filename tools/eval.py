@@ -17,7 +17,7 @@ model's answer (>) and the reference answer (=).
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/eval.py
 
 import configurator
-from configurator import DType, Folder, PathName, PositiveInt, UserError
+from configurator import DType, Folder, NonEmpty, PathName, PositiveInt, UserError
 from plaingpt import environment
 
 
@@ -33,11 +33,12 @@ from plaingpt import environment
 class EvalConfig:
     checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     data_dir: Folder = "data/stdlib"  # what prepare.py wrote
-    tasks: tuple[Literal["perplexity", "answers"], ...] = ("perplexity",)  # what to measure
+    tasks: tuple[NonEmpty, ...] = ("perplexity",)  # what to measure: perplexity, answers
     limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: 16 bits where they are faster
     quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU, whatever dtype is
+    json: PathName | None = None  # a file for all figures, how they came about, and every item
 
 
 if __name__ == "__main__":
@@ -45,12 +46,13 @@ if __name__ == "__main__":
     environment.wait_briefly()
     environment.use_huge_pages()
 
-import math
+import difflib
 import re
 import string
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,24 +60,26 @@ import torch
 from model import GPT
 from plaingpt import generation, packing, runtime
 from plaingpt.checkpoint import store
+from plaingpt.evaluation import perplexity
+from plaingpt.evaluation.results import Result, mean, table, write_results
 from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import evaluation
 from plaingpt.wording import quantity
 
+TASKS = ("perplexity", "answers")
 EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
 EXAMPLES = 3  # answers to print
-BATCH_SIZE = 8  # windows per batch
 
 
-def score(cfg: EvalConfig) -> dict[str, float]:
-    """Print and return the figures of all tasks.
+def score(cfg: EvalConfig) -> list[Result]:
+    """Measure every task; print its figures, and in the end a table of them all.
 
-    Raises UserError for settings out of range, a checkpoint that cannot be opened, data with
-    another tokenizer, and data that lacks what a task needs.
+    A task that fails takes no figures away from those before it: they are printed and written
+    all the same. Raises UserError for settings out of range, a checkpoint that cannot be opened,
+    data with another tokenizer, and data that lacks what a task needs.
     """
-    configurator.validate(cfg, [] if cfg.tasks else ["tasks is empty"])
+    configurator.validate(cfg, problems_of(cfg))
     rt = runtime.start(cfg.device, cfg.dtype)
     data = dataset.open_dataset(cfg.data_dir)
     tokenizer = data.tokenizer
@@ -93,57 +97,69 @@ def score(cfg: EvalConfig) -> dict[str, float]:
         packing.place(model, rt, cfg.dtype, cfg.quantize)
     else:
         rt.place(model).eval()
-    scores: dict[str, float] = {}
-    if "perplexity" in cfg.tasks:
-        scores |= perplexity(cfg, model, data, split, rt)
-    if "answers" in cfg.tasks:
-        if not cfg.quantize:
-            packing.place(model, rt, cfg.dtype)
-        scores |= answers(cfg, model, split, tokenizer)
-    return scores
+    results: list[Result] = []
+    try:
+        for task in sorted(cfg.tasks, key=lambda task: task == "answers"):  # it packs the model
+            if task == "answers":
+                if not cfg.quantize:
+                    packing.place(model, rt, cfg.dtype)
+                results.append(answers(cfg, model, split, tokenizer))
+            else:
+                results.append(perplexity.of_split(model, data, cfg.limit, rt))
+                print(perplexity.summary(results[-1]))
+    finally:
+        if results and rt.is_main:
+            report(cfg, results)
+    return results
 
 
-def perplexity(
-    cfg: EvalConfig, model: GPT, data: dataset.Dataset, split: shards.Split, rt: runtime.Runtime
-) -> dict[str, float]:
-    max_tokens = cfg.limit and cfg.limit * model.config.block_size
-    loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
-    if not tokens:
-        raise UserError(f"no token of {cfg.data_dir}, up to limit, counts in the loss")
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of {cfg.checkpoint} is {loss}: its weights are too large")
-    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
-    text = f"perplexity {found['perplexity']:.4g}, {loss:.4f} nats per token"
-    if bytes_per_token := data.bytes_per_token(split):
-        found["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
-        text += f", {found['bits_per_byte']:.4f} bits per byte"
-    of_answers = " of answers" if split.has_mask else ""
-    print(f"{text} ({quantity(tokens, 'token')}{of_answers})")
-    return found
+def problems_of(cfg: EvalConfig) -> Iterator[str]:
+    if not cfg.tasks:
+        yield "tasks is empty"
+    for task in cfg.tasks:
+        if task not in TASKS:
+            close = difflib.get_close_matches(task, TASKS, n=1)
+            yield f"unknown task {task!r}; " + (
+                f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(TASKS)}"
+            )
+
+
+def report(cfg: EvalConfig, results: list[Result]) -> None:
+    """Print the table, and write the JSON file if asked for."""
+    print(table(results))
+    if cfg.json:
+        about: dict[str, Any] = {"checkpoint": cfg.checkpoint, "revision": runtime.revision()}
+        about |= {"settings": asdict(cfg), "versions": runtime.versions()}
+        write_results(Path(cfg.json), results, about)
 
 
 # --- answers
 
 
-def answers(
-    cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer
-) -> dict[str, float]:
-    exact, overlaps = [], []
+def answers(cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer) -> Result:
+    items: list[dict[str, Any]] = []
     pairs = islice(questions(split, tokenizer), cfg.limit)
     for number, (question, reference) in enumerate(pairs):
         sampling = Sampling(temperature=0, max_new_tokens=len(reference) + EXTRA_TOKENS)
         drawn = generation.continuation(model, tokenizer, question, sampling)
         given = "".join(each.piece for each in drawn)
         wanted = tokenizer.decode(reference).removesuffix(tokenizer.eot)
-        exact.append(words(given) == words(wanted))
-        overlaps.append(f1(words(given), words(wanted)))
+        items.append(
+            {
+                "question": tokenizer.decode(question),
+                "reference": wanted,
+                "answer": given,
+                "exact": words(given) == words(wanted),
+                "f1": f1(words(given), words(wanted)),
+            }
+        )
         if number < EXAMPLES:
             print(f"--- {tokenizer.decode(question).strip()}")
             print(f"> {given.strip()}\n= {wanted.strip()}")
-    found = {"exact": float(np.mean(exact)), "f1": float(np.mean(overlaps)), "answers": len(exact)}
-    asked = quantity(len(exact), "question")
-    print(f"answers: {found['exact']:.1%} equal, F1 {found['f1']:.3f} ({asked})")
-    return found
+    figures = {name: mean(item[name] for item in items) for name in ("exact", "f1")}
+    asked = quantity(len(items), "question")
+    print(f"answers: {figures['exact']:.1%} equal, F1 {figures['f1']:.3f} ({asked})")
+    return Result("answers", "the likeliest answer to each question alone", figures, items)
 
 
 def questions(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:

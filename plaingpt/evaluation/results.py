@@ -1,0 +1,68 @@
+"""What a task measured: its figures, the table on the console, and the JSON file."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plaingpt.files import write_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a task.
+
+    `items` has a dict for each item, in the order of the data. Where a figure is a mean over the
+    items, each of them has its own value under the name of the figure, from which the standard
+    error follows.
+    """
+
+    task: str
+    protocol: str  # how the figures come about, in a sentence
+    figures: dict[str, float]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)  # the SHA-256 of each file that was read
+
+    def standard_error(self, figure: str) -> float | None:
+        """Of a figure that is a mean over at least two items; None for others."""
+        values = [float(item[figure]) for item in self.items if figure in item]
+        if len(values) < 2:
+            return None
+        return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of at least one value."""
+    return statistics.fmean(values)
+
+
+def table(results: list[Result]) -> str:
+    """A row for each figure: task, figure, value ± standard error, number of items."""
+    rows = [("task", "figure", "value", "", "items")]
+    for result in results:
+        for name, value in result.figures.items():
+            error = result.standard_error(name)
+            spread = "" if error is None else f"± {error:.4f}"
+            count = f"{len(result.items):,}" if result.items else ""
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            rows.append((result.task, name, shown, spread, count))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    aligns = ("<", "<", ">", "<", ">")
+    lines = [
+        "  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, aligns, widths))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_results(path: Path, results: list[Result], about: dict[str, Any]) -> None:
+    """Write all results, with every item and what they are `about` (checkpoint, settings,
+    versions), as one JSON file. Raises OSError if the disk refuses it."""
+    tasks = []
+    for result in results:
+        errors = {name: result.standard_error(name) for name in result.figures}
+        known = {name: error for name, error in errors.items() if error is not None}
+        tasks.append(asdict(result) | {"standard_errors": known})
+    write_json(path, about | {"results": tasks})
