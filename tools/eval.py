@@ -1,19 +1,29 @@
 """
-Score a checkpoint on the validation split of prepared data.
+Measure what a model is worth: perplexity, multiple choice, cloze, answers to instructions.
 
     python -m tools.eval                                            # out/stdlib on data/stdlib
-    python -m tools.eval --checkpoint=gpt2 --data_dir=data/wikitext --limit=1000
+    python -m tools.eval --checkpoint=gpt2 --tasks=hellaswag,lambada_openai --json=gpt2.json
+    python -m tools.eval --checkpoint=gpt2 --text=wiki.test.raw --stride=512
     python -m tools.eval --checkpoint=out/instruct --data_dir=data/mine --tasks=perplexity,answers
+    torchrun --standalone --nproc_per_node=8 -m tools.eval --checkpoint=gpt2 --tasks=hellaswag
 
 perplexity: the loss that train.py reports, over windows that are as long as the model's context and
 do not overlap; its exponential; and bits per byte, which compares models with different tokenizers.
 If the data has a mask, only the answers count.
+
+hellaswag, lambada_openai, arc_easy, arc_challenge, piqa, winogrande: the figures of
+lm-evaluation-harness. Items come from the hub, or from files in task_dir.
+
+A .jsonl or .parquet file: your own items, {"context", "choices", "answer"} (the number of the right
+choice, from 0) or {"context", "continuation"}.
 
 answers: the likeliest answer to each question of the split (alone, without the turns before it),
 compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
 ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
 than the context loses its beginning. For the first three, this prints the question (---), the
 model's answer (>) and the reference answer (=).
+
+docs/evaluation.md has the protocols, the file formats and the figures of OpenAI's models.
 """
 
 import sys
@@ -25,7 +35,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/eval.py
 
 import configurator
-from configurator import DType, Folder, NonEmpty, PathName, PositiveInt, UserError
+from configurator import DType, Folder, NonNegativeInt, PathName, PositiveInt, UserError
 from plaingpt import environment
 
 
@@ -33,8 +43,12 @@ from plaingpt import environment
 class EvalConfig:
     checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
     data_dir: Folder = "data/stdlib"  # what prepare.py wrote
-    tasks: tuple[NonEmpty, ...] = ("perplexity",)  # what to measure: perplexity, answers
-    limit: PositiveInt | None = None  # at most this many windows or questions per task; None: all
+    tasks: tuple[PathName, ...] = ("perplexity",)  # also hellaswag, …: see above
+    text: PathName | None = None  # a file for perplexity to read, instead of data_dir
+    stride: PositiveInt | None = None  # between windows of perplexity; None: they do not overlap
+    task_dir: Folder | None = None  # with the items of hellaswag, …; None: the hub
+    shots: NonNegativeInt = 0  # solved examples before each item
+    limit: PositiveInt | None = None  # at most this many windows or items per task; None: all
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: 16 bits where they are faster
     quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU, whatever dtype is
@@ -60,20 +74,21 @@ import torch
 from model import GPT
 from plaingpt import generation, packing, runtime
 from plaingpt.checkpoint import store
-from plaingpt.evaluation import perplexity
+from plaingpt.evaluation import choices, items, perplexity
 from plaingpt.evaluation.results import Result, mean, table, write_results
+from plaingpt.evaluation.tasks import TASKS
 from plaingpt.sampling import Sampling
 from plaingpt.text import dataset, shards
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
-TASKS = ("perplexity", "answers")
+ON_DATA = ("perplexity", "answers")  # tasks on prepared data
 EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
 EXAMPLES = 3  # answers to print
 
 
 def score(cfg: EvalConfig) -> list[Result]:
-    """Measure every task; print its figures, and in the end a table of them all.
+    """Measure every task, and print a table of all figures.
 
     A task that fails takes no figures away from those before it: they are printed and written
     all the same. Raises UserError for settings out of range, a checkpoint that cannot be opened,
@@ -81,17 +96,12 @@ def score(cfg: EvalConfig) -> list[Result]:
     """
     configurator.validate(cfg, problems_of(cfg))
     rt = runtime.start(cfg.device, cfg.dtype)
-    data = dataset.open_dataset(cfg.data_dir)
-    tokenizer = data.tokenizer
-    split = data.split("val")
-    if "answers" in cfg.tasks and not split.has_mask:
-        raise UserError(
-            f"there are no questions in {cfg.data_dir}: prepare it with --template=alpaca, chat "
-            "or synth"
-        )
-    model, own_tokenizer = store.load(cfg.checkpoint)
-    if own_tokenizer.fingerprint != tokenizer.fingerprint:
+    data = open_data(cfg) if needs_data(cfg) else None
+    model, tokenizer = store.load(cfg.checkpoint)
+    if data and data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
+    if cfg.stride and cfg.stride > model.config.block_size:
+        raise UserError(f"stride={cfg.stride} exceeds the context, {model.config.block_size:,}")
     if cfg.quantize:
         rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
         packing.place(model, rt, cfg.dtype, cfg.quantize)
@@ -100,28 +110,73 @@ def score(cfg: EvalConfig) -> list[Result]:
     results: list[Result] = []
     try:
         for task in sorted(cfg.tasks, key=lambda task: task == "answers"):  # it packs the model
-            if task == "answers":
-                if not cfg.quantize:
-                    packing.place(model, rt, cfg.dtype)
-                results.append(answers(cfg, model, split, tokenizer))
-            else:
-                results.append(perplexity.of_split(model, data, cfg.limit, rt))
-                print(perplexity.summary(results[-1]))
+            results.append(measure(cfg, task, model, tokenizer, data, rt))
     finally:
         if results and rt.is_main:
             report(cfg, results)
+        runtime.leave()
     return results
 
 
 def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if not cfg.tasks:
         yield "tasks is empty"
+    names = [*ON_DATA, *TASKS]
     for task in cfg.tasks:
-        if task not in TASKS:
-            close = difflib.get_close_matches(task, TASKS, n=1)
-            yield f"unknown task {task!r}; " + (
-                f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(TASKS)}"
-            )
+        if Path(task).suffix in items.SUFFIXES:
+            if not Path(task).is_file():
+                yield f"{task} is not a file"
+        elif task not in names:
+            close = difflib.get_close_matches(task, names, n=1)
+            known = f"expected a .jsonl file or one of {', '.join(names)}"
+            yield f"unknown task {task!r}; " + (f"did you mean {close[0]!r}?" if close else known)
+    if (cfg.text or cfg.stride) and "perplexity" not in cfg.tasks:
+        yield "text and stride are for --tasks=perplexity"
+    if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
+        yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
+    if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
+        yield f"there is no folder for {cfg.json}"
+
+
+def needs_data(cfg: EvalConfig) -> bool:
+    return "answers" in cfg.tasks or ("perplexity" in cfg.tasks and not cfg.text)
+
+
+def open_data(cfg: EvalConfig) -> dataset.Dataset:
+    data = dataset.open_dataset(cfg.data_dir)
+    if "answers" in cfg.tasks and not data.split("val").has_mask:
+        raise UserError(
+            f"there are no questions in {cfg.data_dir}: prepare it with --template=alpaca, chat "
+            "or synth"
+        )
+    return data
+
+
+def measure(
+    cfg: EvalConfig,
+    task: str,
+    model: GPT,
+    tokenizer: Tokenizer,
+    data: dataset.Dataset | None,
+    rt: runtime.Runtime,
+) -> Result:
+    """Raises UserError for items or data that cannot be measured."""
+    if task == "answers":
+        assert data
+        if not cfg.quantize:
+            packing.place(model, rt, cfg.dtype)
+        return answers(cfg, model, data.split("val"), tokenizer)
+    if task != "perplexity":
+        asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
+        return choices.measure(asked, model, tokenizer, rt)
+    if cfg.text:
+        found = perplexity.of_text(model, tokenizer, cfg.text, cfg.stride, cfg.limit, rt)
+    else:
+        assert data
+        found = perplexity.of_split(model, data, cfg.stride, cfg.limit, rt)
+    if rt.is_main:
+        print(perplexity.summary(found))
+    return found
 
 
 def report(cfg: EvalConfig, results: list[Result]) -> None:
@@ -137,14 +192,14 @@ def report(cfg: EvalConfig, results: list[Result]) -> None:
 
 
 def answers(cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer) -> Result:
-    items: list[dict[str, Any]] = []
+    given_answers: list[dict[str, Any]] = []
     pairs = islice(questions(split, tokenizer), cfg.limit)
     for number, (question, reference) in enumerate(pairs):
         sampling = Sampling(temperature=0, max_new_tokens=len(reference) + EXTRA_TOKENS)
         drawn = generation.continuation(model, tokenizer, question, sampling)
         given = "".join(each.piece for each in drawn)
         wanted = tokenizer.decode(reference).removesuffix(tokenizer.eot)
-        items.append(
+        given_answers.append(
             {
                 "question": tokenizer.decode(question),
                 "reference": wanted,
@@ -156,10 +211,10 @@ def answers(cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokeniz
         if number < EXAMPLES:
             print(f"--- {tokenizer.decode(question).strip()}")
             print(f"> {given.strip()}\n= {wanted.strip()}")
-    figures = {name: mean(item[name] for item in items) for name in ("exact", "f1")}
-    asked = quantity(len(items), "question")
+    figures = {name: mean(item[name] for item in given_answers) for name in ("exact", "f1")}
+    asked = quantity(len(given_answers), "question")
     print(f"answers: {figures['exact']:.1%} equal, F1 {figures['f1']:.3f} ({asked})")
-    return Result("answers", "the likeliest answer to each question alone", figures, items)
+    return Result("answers", "the likeliest answer to each question alone", figures, given_answers)
 
 
 def questions(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:

@@ -1,36 +1,138 @@
-"""Perplexity and bits per byte: of the validation split, or of a text."""
+"""Perplexity and bits per byte, of the validation split or of a text."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from configurator import UserError
 from model import GPT
+from plaingpt.checksums import sha256_of
 from plaingpt.evaluation.results import Result
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset
+from plaingpt.text.shards import Split
+from plaingpt.text.text_files import read_text
+from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 from plaingpt.wording import quantity
 
 BATCH_SIZE = 8  # windows per batch
+Window = tuple[int, int, int]  # first token, end, first token that is scored
 
 
-def of_split(model: GPT, data: Dataset, max_windows: int | None, rt: Runtime) -> Result:
+def of_split(
+    model: GPT, data: Dataset, stride: int | None, max_windows: int | None, rt: Runtime
+) -> Result:
     """The perplexity of the validation split of prepared data, over at most `max_windows` windows.
 
-    Raises UserError if no token counts in the loss, and for a model whose loss is not finite.
+    Without a `stride`, this is the loss of training: windows do not overlap and, if there is a
+    limit, are evenly spaced. Raises UserError if no token counts in the loss, and for a model whose
+    loss is not finite.
     """
     split, block_size = data.split("val"), model.config.block_size
-    max_tokens = max_windows and max_windows * block_size
-    loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
+    protocol = protocol_of(block_size, stride) + (", answers only" if split.has_mask else "")
+    if stride is None:
+        max_tokens = max_windows and max_windows * block_size
+        loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
+    else:
+        windows = windows_of(len(split), block_size, stride)[:max_windows]
+        loss, tokens = loss_of(model, split, windows, rt)
     if not tokens:
         raise UserError(f"no token of {data.folder}, up to limit, counts in the loss")
-    protocol = f"windows of {block_size:,} tokens that do not overlap"
-    if split.has_mask:
-        protocol += ", answers only"
-    return as_result("perplexity", protocol, loss, tokens, data.bytes_per_token(split))
+    hashes = data.manifest.hashes() if data.manifest else {}
+    files = {name: digest for name, digest in hashes.items() if name.startswith("val_")}
+    return result_of(protocol, loss, tokens, data.bytes_per_token(split), files)
 
 
-def as_result(
-    task: str, protocol: str, loss: float, tokens: int, bytes_per_token: float | None
+def of_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    path: str,
+    stride: int | None,
+    max_windows: int | None,
+    rt: Runtime,
+) -> Result:
+    """The perplexity of a text file, over at most its first `max_windows` windows.
+
+    Raises UserError for a file that is not UTF-8, or shorter than two tokens.
+    """
+    text = "".join(read_text(path))
+    ids = np.array(tokenizer.encode(text), dtype=np.int64)
+    if len(ids) < 2:
+        raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
+    windows = windows_of(len(ids), model.config.block_size, stride)[:max_windows]
+    loss, tokens = loss_of(model, ids, windows, rt)
+    bytes_per_token = len(text.encode()) / len(ids)
+    protocol = protocol_of(model.config.block_size, stride)
+    return result_of(protocol, loss, tokens, bytes_per_token, {path: sha256_of(Path(path))})
+
+
+def windows_of(tokens: int, block_size: int, stride: int | None) -> list[Window]:
+    """Windows that score every token but the first exactly once.
+
+    With a `stride`, windows of block_size tokens begin every `stride` tokens and score those that
+    no window before them had: the recipe of transformers' documentation. Otherwise a window reads
+    block_size tokens and scores as many, from its second to the first of the next window.
+    """
+    span, step = (block_size + 1, block_size) if stride is None else (block_size, stride)
+    windows, scored = [], 1
+    for start in range(0, tokens, step):
+        end = min(start + span, tokens)
+        windows.append((start, end, scored))
+        scored = end
+        if end == tokens:
+            break
+    return windows
+
+
+def loss_of(
+    model: GPT, tokens: Split | np.ndarray, windows: list[Window], rt: Runtime
+) -> tuple[float, int]:
+    """The mean loss in nats per scored token, and their number. The processes share the work."""
+    total, counted = torch.zeros(2, dtype=torch.float64)
+    for batch in batches_of(tokens, windows, rt):
+        x, y, mask = (part.to(rt.device) for part in batch)
+        with torch.inference_mode(), rt.autocast():
+            loss = model(x, y, mask)
+        total += (loss * mask.sum()).cpu()
+        counted += mask.sum().cpu()
+    total, counted = rt.sum(total), rt.sum(counted)
+    return (total / counted).item(), int(counted)
+
+
+def batches_of(
+    tokens: Split | np.ndarray, windows: list[Window], rt: Runtime
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """This process's share of the windows as (inputs, targets, mask of the targets), each (B, T)
+    and padded at the end."""
+    mine = windows[rt.rank :: rt.world_size]
+    for first in range(0, len(mine), BATCH_SIZE):
+        batch = mine[first : first + BATCH_SIZE]
+        length = max(end - start for start, end, _ in batch)
+        ids = np.zeros((len(batch), length), dtype=np.int64)
+        mask = np.zeros((len(batch), length), dtype=np.float32)
+        for row, (start, end, scored) in enumerate(batch):
+            ids[row, : end - start] = tokens[start:end]
+            counts = tokens.mask(scored, end) if isinstance(tokens, Split) else None
+            mask[row, scored - start : end - start] = 1 if counts is None else counts
+        x, y, counts = ids[:, :-1].copy(), ids[:, 1:].copy(), mask[:, 1:].copy()
+        yield torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(counts)
+
+
+# --- figures
+
+
+def protocol_of(block_size: int, stride: int | None) -> str:
+    if stride is None:
+        return f"windows of {block_size:,} tokens that do not overlap"
+    return f"windows of {block_size:,} tokens every {stride:,}, only new tokens scored"
+
+
+def result_of(
+    protocol: str, loss: float, tokens: int, bytes_per_token: float | None, data: dict[str, str]
 ) -> Result:
     """The figures that follow from a loss in nats per token, the mean over `tokens`.
 
@@ -41,7 +143,7 @@ def as_result(
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
     if bytes_per_token:
         figures["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
-    return Result(task, protocol, figures)
+    return Result("perplexity", protocol, figures, data=data)
 
 
 def summary(result: Result) -> str:

@@ -1,0 +1,82 @@
+"""What a model makes of multiple-choice and cloze items: its choices, and the figures."""
+
+import math
+from typing import Any
+
+from configurator import UserError
+from model import GPT
+from plaingpt.evaluation import likelihood
+from plaingpt.evaluation.items import Questions
+from plaingpt.evaluation.likelihood import Score, Sequence
+from plaingpt.evaluation.results import Result, mean
+from plaingpt.evaluation.tasks import Item
+from plaingpt.runtime import Runtime
+from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.wording import quantity
+
+
+def measure(questions: Questions, model: GPT, tokenizer: Tokenizer, rt: Runtime) -> Result:
+    """Score every choice of every item. The processes share the work.
+
+    Raises UserError for a continuation that is longer than the model's context, and for a model
+    whose logits are not finite.
+    """
+    block_size = model.config.block_size
+    sequences = []
+    for item, place in zip(questions.items, questions.places):
+        encoded = [
+            likelihood.encode(tokenizer, *pair) for pair in zip(item.contexts, item.continuations)
+        ]
+        for each in encoded:
+            check(each, block_size, place)
+        sequences.append(encoded)
+    scores = likelihood.score(model, sequences, rt, questions.name)
+    items = [
+        {"item": place, **outcome(item, found, questions.task.figures)}
+        for place, item, found in zip(questions.places, questions.items, scores)
+    ]
+    figures = {
+        name: mean(item[name] for item in items)
+        for name in questions.task.figures
+        if name != "perplexity"
+    }
+    if "perplexity" in questions.task.figures:
+        loss = -mean(item["log_likelihoods"][0] for item in items)
+        figures["perplexity"] = math.exp(min(loss, 700))
+    return Result(questions.name, protocol(questions), figures, items, questions.data)
+
+
+def check(sequence: Sequence, block_size: int, place: str) -> None:
+    """Raises UserError for a continuation that cannot be scored."""
+    if not 1 <= sequence.scored <= block_size:
+        length = quantity(sequence.scored, "token")
+        raise UserError(f"{place}: a choice has {length}; the model's context is {block_size:,}")
+
+
+def outcome(item: Item, scores: list[Score], figures: tuple[str, ...]) -> dict[str, Any]:
+    """How the model answers an item: the choices by each figure, and whether they are right."""
+    values = [each.log_likelihood for each in scores]
+    found: dict[str, Any] = {"log_likelihoods": values}
+    if "perplexity" in figures:  # a cloze
+        return found | {"acc": int(scores[0].greedy)}
+    found |= {"answer": item.answer, "choice": values.index(max(values))}
+    found["acc"] = int(found["choice"] == item.answer)
+    if "acc_norm" in figures:
+        lengths = [len(text) - 1 for text in item.continuations]  # without the space
+        pairs = zip(values, lengths)
+        normalized = [value / length if length else -math.inf for value, length in pairs]
+        found["choice_norm"] = normalized.index(max(normalized))
+        found["acc_norm"] = int(found["choice_norm"] == item.answer)
+    return found
+
+
+def protocol(questions: Questions) -> str:
+    figures, shots = questions.task.figures, quantity(questions.shots, "shot")
+    if "perplexity" in figures:
+        meaning = "acc: every token of the continuation is the likeliest; perplexity: per item"
+    elif "acc_norm" in figures:
+        meaning = "acc: the likeliest choice; acc_norm: the likeliest per character"
+    else:
+        meaning = "acc: the option that makes the rest of the sentence likelier"
+    origin = "as in lm-evaluation-harness 0.4" if questions.task.hub else "your own items"
+    return f"{origin}, {shots}; {meaning}"

@@ -1,0 +1,167 @@
+"""The items of a task, read from files or from the hub, with few-shot examples before them."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import msgspec
+
+from configurator import UserError
+from plaingpt.checksums import sha256_of
+from plaingpt.evaluation.tasks import OWN, TASKS, Item, Task
+from plaingpt.files import as_record
+from plaingpt.text.hub import HubDataset, hub_rows, impatient
+from plaingpt.text.records import Row, rows
+from plaingpt.wording import quantity
+
+SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of items
+SHOTS_SEED = 1234  # lm-evaluation-harness's
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task and its items, each with the place it was read from."""
+
+    name: str
+    task: Task
+    items: list[Item]
+    places: list[str]
+    shots: int
+    data: dict[str, str]  # what was read → its SHA-256
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of a split as they are, as items, and their places."""
+
+    records: list[msgspec.Struct]
+    items: list[Item]
+    places: list[str]
+    digest: str
+
+
+def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Questions:
+    """The first `limit` items of a task that is in TASKS, or of a file of your own.
+
+    Raises UserError for files that are missing, empty or malformed, and OSError if the hub cannot
+    be read.
+    """
+    source = find(name, task_dir)
+    task = TASKS.get(name) or own_task(source)
+    held_out = read_split(source, task, limit)
+    data, items = {address(source): held_out.digest}, held_out.items
+    if shots:
+        pool_source = training(source)
+        pool = read_split(pool_source, task, None)
+        data[address(pool_source)] = pool.digest
+        items = with_shots(held_out, pool, shots, spare=not task.hub or task.hub.split != "test")
+    return Questions(name, task, items, held_out.places, shots, data)
+
+
+def find(name: str, task_dir: str | None) -> Path | HubDataset:
+    """Where the items of a task are. Raises UserError if task_dir lacks them."""
+    hub = TASKS[name].hub if name in TASKS else None
+    if hub is None:
+        return Path(name)
+    if task_dir is None:
+        return hub
+    folder, files = Path(task_dir), [f"{name}{suffix}" for suffix in SUFFIXES]
+    clone = folder / Path(hub.path).name
+    for file in files:
+        if (folder / file).exists():
+            return folder / file
+    if clone.is_dir():
+        return replace(hub, path=str(clone))
+    raise UserError(f"{task_dir} has no {', '.join(files)}, and no copy of {hub.path} in {clone}")
+
+
+def training(source: Path | HubDataset) -> Path | HubDataset:
+    """Where few-shot examples come from. Raises UserError if there is no such file."""
+    if isinstance(source, HubDataset):
+        return replace(source, split="train")
+    path = source.with_name(f"{source.stem}_train{source.suffix}")
+    if not path.exists():
+        raise UserError(f"examples for --shots come from {path}, which does not exist")
+    return path
+
+
+def own_task(source: Path | HubDataset) -> Task:
+    """The task of a file of your own, by the fields of its first record."""
+    for row in rows_of(source, ()):
+        if isinstance(row.value, dict):
+            for field, task in OWN.items():
+                if field in row.value:
+                    return task
+        break
+    else:
+        raise UserError(f"{source} has no items")
+    wanted = " or ".join(f"{{{', '.join(task.record.__struct_fields__)}}}" for task in OWN.values())
+    raise UserError(f"{row.where}: {row.problem or f'expected {wanted}'}")
+
+
+def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Split:
+    """Raises UserError for a record that does not fit the task, or whose right answer is not among
+    its choices."""
+    digest = hashlib.sha256()
+    records, items, places = [], [], []
+    for row in islice(rows_of(source, task.record.__struct_fields__), limit):
+        if row.problem:
+            raise UserError(f"{row.where}: {row.problem}")
+        record = as_record(row.value, task.record, row.where)
+        item = task.item(record)
+        if not 0 <= item.answer < len(item.continuations):
+            choices = quantity(len(item.continuations), "choice")
+            raise UserError(f"{row.where}: the right answer is not among its {choices}")
+        records.append(record)
+        items.append(item)
+        places.append(row.where)
+        digest.update(json.dumps(row.value, sort_keys=True).encode())
+    if not items:
+        raise UserError(f"{address(source)} has no items")
+    whole = sha256_of(source) if isinstance(source, Path) else digest.hexdigest()
+    return Split(records, items, places, whole)
+
+
+def rows_of(source: Path | HubDataset, fields: tuple[str, ...]) -> Iterator[Row]:
+    """Raises UserError for a file that cannot be read, OSError for a hub that does not answer."""
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise UserError(f"{source} is not a file")
+        yield from rows(str(source), fields)
+        return
+    with impatient([source]):
+        for row, _ in hub_rows(address(source), source, fields, 0, None):
+            yield row
+
+
+def address(source: Path | HubDataset) -> str:
+    if isinstance(source, Path):
+        return str(source)
+    config = f":{source.config}" if source.config else ""
+    return f"hf:{source.path}{config}#{source.split}"
+
+
+def with_shots(held_out: Split, pool: Split, shots: int, spare: bool) -> list[Item]:
+    """Each item behind `shots` solved examples from `pool`, drawn as lm-evaluation-harness does:
+    one generator for all items in turn, and with `spare` one more example is drawn, in case that
+    the item itself is among them."""
+    if len(pool.items) < shots + spare:
+        there = quantity(len(pool.items), "training item")
+        raise UserError(f"shots={shots} needs at least {shots + spare}, but there are {there}")
+    random, found = Random(SHOTS_SEED), []
+    numbers = range(len(pool.items))
+    for item, record in zip(held_out.items, held_out.records):
+        drawn = random.sample(numbers, shots + spare)
+        if spare:
+            drawn = [number for number in drawn if pool.records[number] != record][:shots]
+        prefix = "".join(solved(pool.items[number]) for number in drawn)
+        found.append(replace(item, contexts=tuple(prefix + each for each in item.contexts)))
+    return found
+
+
+def solved(item: Item) -> str:
+    return f"{item.contexts[item.answer]}{item.continuations[item.answer]}\n\n"
