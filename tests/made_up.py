@@ -10,25 +10,8 @@ from model import GPT, GPTConfig
 from plaingpt.text.tokenizer import Tokenizer
 from tools import eval
 
-WORDS = [
-    "the",
-    "cat",
-    "ran",
-    "far",
-    "away,",
-    "but",
-    "nobody",
-    "saw",
-    "it;",
-    "[step]",
-    "a",
-    "naïve",
-    "dog's",
-    "3",
-    "green",
-    "eyes.",
-    "[title]",
-]
+TEXT = "the cat ran far away, but nobody saw it; [step] a naïve dog's 3 green eyes. [title]"
+WORDS = TEXT.split()
 
 
 def checkpoint(folder: Path, text: str, block_size: int) -> Path:
@@ -81,7 +64,8 @@ def write(path: Path, records: list) -> Path:
 def write_tasks(folder: Path, count: int = 12) -> None:
     for seed, name in enumerate(eval.TASKS):
         write(folder / f"{name}.jsonl", items_of(name, count, seed))
-        write(folder / f"{name}_train.jsonl", items_of(name, count, seed + 100))
+        if name != "lambada_openai":  # which has no training split
+            write(folder / f"{name}_train.jsonl", items_of(name, count, seed + 100))
 
 
 def score(checkpoint: Path, task: str, folder: Path | None = None, **settings) -> eval.Result:

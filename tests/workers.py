@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,11 +27,14 @@ def start(arguments: list[str], output: str | Path = os.devnull) -> BaseProcess:
     return process
 
 
-def start_all(world_size: int, folder: Path, runs: list[list[str]]) -> list[BaseProcess]:
+def start_all(
+    world_size: int, folder: Path, runs: list[list[str]], target: Callable | None = None
+) -> list[BaseProcess]:
     """Trainings one after the other, all in the same `world_size` processes, as torchrun would
     start them; each writes what it prints to folder/RANK.
 
-    In a run whose out_dir ends with "_nan" the 3rd and 4th loss of one process is NaN.
+    In a run whose out_dir ends with "_nan" the 3rd and 4th loss of one process is NaN. `target`
+    replaces `work`.
     """
     port, processes = free_port(), []
     for rank in range(world_size):
@@ -38,7 +42,7 @@ def start_all(world_size: int, folder: Path, runs: list[list[str]]) -> list[Base
         place |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         text = {name: str(value) for name, value in place.items()}
         arguments = (text, runs, str(folder / str(rank)))
-        processes.append(context.Process(target=work, args=arguments, daemon=True))
+        processes.append(context.Process(target=target or work, args=arguments, daemon=True))
         processes[-1].start()
     return processes
 
@@ -52,8 +56,10 @@ def finish(processes: list[BaseProcess], folder: Path, status: int = 0) -> str:
     return told
 
 
-def run_all(world_size: int, folder: Path, runs: list[list[str]]) -> str:
-    return finish(start_all(world_size, folder, runs), folder)
+def run_all(
+    world_size: int, folder: Path, runs: list[list[str]], target: Callable | None = None
+) -> str:
+    return finish(start_all(world_size, folder, runs, target), folder)
 
 
 def work(environment: dict[str, str], runs: list[list[str]], output: str) -> None:

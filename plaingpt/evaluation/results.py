@@ -46,7 +46,8 @@ def table(results: list[Result]) -> str:
             error = result.standard_error(name)
             spread = "" if error is None else f"± {error:.4f}"
             count = f"{len(result.items):,}" if result.items else ""
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            exact = isinstance(value, int)
+            shown = f"{value:,}" if exact else f"{value:.4f}" if value < 1e6 else f"{value:.3e}"
             rows.append((result.task, name, shown, spread, count))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     aligns = ("<", "<", ">", "<", ">")
