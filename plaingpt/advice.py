@@ -68,6 +68,7 @@ max_new_tokens: max_tokens max_length num_tokens (a number of tokens, not counti
 temperature: temp
 temperature: do_sample (--temperature=0 always takes the likeliest token)
 seed: random_seed
+shots: num_fewshot n_shot few_shot fewshot
 """
 DASHES = "-–—"  # text processors turn -- into the last two
 

@@ -12,6 +12,7 @@ from tools import eval
 
 TEXT = "the cat ran far away, but nobody saw it; [step] a naïve dog's 3 green eyes. [title]"
 WORDS = TEXT.split()
+FILES = [task.file or name for name, task in eval.TASKS.items()]
 
 
 def checkpoint(folder: Path, text: str, block_size: int) -> Path:
@@ -30,8 +31,9 @@ def items_of(name: str, count: int, seed: int) -> list[dict]:
         return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
 
     def record() -> dict:
-        if name == "hellaswag":
+        if name.startswith("hellaswag"):
             about = {"activity_label": words(1, 2), "ctx_a": words(1, 30), "ctx_b": words(0, 4)}
+            about["ctx"] = f"{about['ctx_a']} {about['ctx_b']}".strip()
             return about | {
                 "endings": [words(1, 12) for _ in range(4)],
                 "label": str(rng.randrange(4)),
@@ -62,7 +64,7 @@ def write(path: Path, records: list) -> Path:
 
 
 def write_tasks(folder: Path, count: int = 12) -> None:
-    for seed, name in enumerate(eval.TASKS):
+    for seed, name in enumerate(FILES):
         write(folder / f"{name}.jsonl", items_of(name, count, seed))
         if name != "lambada_openai":  # which has no training split
             write(folder / f"{name}_train.jsonl", items_of(name, count, seed + 100))

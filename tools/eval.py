@@ -12,7 +12,8 @@ do not overlap; its exponential; and bits per byte, which compares models with d
 If the data has a mask, only the answers count.
 
 hellaswag, lambada_openai, arc_easy, arc_challenge, piqa, winogrande: the figures of
-lm-evaluation-harness. Items come from the hub, or from files in task_dir.
+lm-evaluation-harness; hellaswag_completion: those of llm.c. Items come from the hub, or from files
+in task_dir.
 
 A .jsonl or .parquet file: your own items, {"context", "choices", "answer"} (the number of the right
 choice, from 0) or {"context", "continuation"}.
@@ -130,6 +131,8 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
             close = difflib.get_close_matches(task, names, n=1)
             known = f"expected a .jsonl file or one of {', '.join(names)}"
             yield f"unknown task {task!r}; " + (f"did you mean {close[0]!r}?" if close else known)
+    if cfg.text and not Path(cfg.text).is_file():
+        yield f"{cfg.text} is not a file"
     if (cfg.text or cfg.stride) and "perplexity" not in cfg.tasks:
         yield "text and stride are for --tasks=perplexity"
     if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:

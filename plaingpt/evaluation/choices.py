@@ -31,10 +31,13 @@ def measure(questions: Questions, model: GPT, tokenizer: Tokenizer, rt: Runtime)
             check(each, block_size, place)
         sequences.append(encoded)
     scores = likelihood.score(model, sequences, rt, questions.name)
-    items = [
-        {"item": place, **outcome(item, found, questions.task.figures)}
-        for place, item, found in zip(questions.places, questions.items, scores)
-    ]
+    items = []
+    for number, (item, place) in enumerate(zip(questions.items, questions.places)):
+        lengths = [len(text) - 1 for text in item.continuations]  # without the space
+        if questions.task.per_token:
+            lengths = [each.scored for each in sequences[number]]
+        found = outcome(item, scores[number], questions.task.figures, lengths)
+        items.append({"item": place, **found})
     figures = {
         name: mean(item[name] for item in items)
         for name in questions.task.figures
@@ -53,8 +56,11 @@ def check(sequence: Sequence, block_size: int, place: str) -> None:
         raise UserError(f"{place}: a choice has {length}; the model's context is {block_size:,}")
 
 
-def outcome(item: Item, scores: list[Score], figures: tuple[str, ...]) -> dict[str, Any]:
-    """How the model answers an item: the choices by each figure, and whether they are right."""
+def outcome(
+    item: Item, scores: list[Score], figures: tuple[str, ...], lengths: list[int]
+) -> dict[str, Any]:
+    """How the model answers an item: its choice by each figure, and whether that is right.
+    `lengths` of the choices are those that acc_norm divides by."""
     values = [each.log_likelihood for each in scores]
     found: dict[str, Any] = {"log_likelihoods": values}
     if "perplexity" in figures:  # a cloze
@@ -62,7 +68,6 @@ def outcome(item: Item, scores: list[Score], figures: tuple[str, ...]) -> dict[s
     found |= {"answer": item.answer, "choice": values.index(max(values))}
     found["acc"] = int(found["choice"] == item.answer)
     if "acc_norm" in figures:
-        lengths = [len(text) - 1 for text in item.continuations]  # without the space
         pairs = zip(values, lengths)
         normalized = [value / length if length else -math.inf for value, length in pairs]
         found["choice_norm"] = normalized.index(max(normalized))
@@ -75,8 +80,10 @@ def protocol(questions: Questions) -> str:
     if "perplexity" in figures:
         meaning = "acc: every token of the continuation is the likeliest; perplexity: per item"
     elif "acc_norm" in figures:
-        meaning = "acc: the likeliest choice; acc_norm: the likeliest per character"
+        unit = "token" if questions.task.per_token else "character"
+        meaning = f"acc: the likeliest choice; acc_norm: the likeliest per {unit}"
     else:
         meaning = "acc: the option that makes the rest of the sentence likelier"
-    origin = "as in lm-evaluation-harness 0.4" if questions.task.hub else "your own items"
+    known = "as in llm.c" if questions.task.per_token else "as in lm-evaluation-harness 0.4"
+    origin = known if questions.task.hub else "your own items"
     return f"{origin}, {shots}; {meaning}"

@@ -64,19 +64,20 @@ def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Ques
 
 def find(name: str, task_dir: str | None) -> Path | HubDataset:
     """Where the items of a task are. Raises UserError if task_dir lacks them."""
-    hub = TASKS[name].hub if name in TASKS else None
-    if hub is None:
+    task = TASKS.get(name)
+    if task is None or task.hub is None:
         return Path(name)
     if task_dir is None:
-        return hub
-    folder, files = Path(task_dir), [f"{name}{suffix}" for suffix in SUFFIXES]
-    clone = folder / Path(hub.path).name
+        return task.hub
+    folder, files = Path(task_dir), [f"{task.file or name}{suffix}" for suffix in SUFFIXES]
+    clone = folder / Path(task.hub.path).name
     for file in files:
         if (folder / file).exists():
             return folder / file
     if clone.is_dir():
-        return replace(hub, path=str(clone))
-    raise UserError(f"{task_dir} has no {', '.join(files)}, and no copy of {hub.path} in {clone}")
+        return replace(task.hub, path=str(clone))
+    names = ", ".join(files)
+    raise UserError(f"{task_dir} has no {names}, and {clone} is not a copy of {task.hub.path}")
 
 
 def training(source: Path | HubDataset) -> Path | HubDataset:

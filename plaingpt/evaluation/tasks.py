@@ -1,7 +1,8 @@
 """
-Multiple-choice and cloze tasks, each as lm-evaluation-harness (version 0.4) defines it.
+Multiple-choice and cloze tasks, as lm-evaluation-harness (version 0.4) defines them.
 
 A task is where its items are, what a record looks like, and how a record becomes an `Item`.
+hellaswag_completion is llm.c's.
 """
 
 import re
@@ -26,12 +27,14 @@ class Item:
 @dataclass(frozen=True)
 class Task:
     """`figures` are among acc (the right choice is the likeliest; of a cloze: each token is),
-    acc_norm (it is the likeliest per character) and perplexity (of a cloze, per item)."""
+    acc_norm (it is the likeliest per character, or per token) and perplexity (of a cloze)."""
 
     record: type[msgspec.Struct]
     item: Callable[[Any], Item]
     figures: tuple[str, ...]
     hub: HubDataset | None = None  # None: only files
+    file: str = ""  # the name of its files, if it is not that of the task
+    per_token: bool = False
 
 
 def multiple_choice(context: str, choices: list[str], answer: int) -> Item:
@@ -57,6 +60,17 @@ def hellaswag(record: HellaSwag) -> Item:
     context = f"{record.activity_label}: {record.ctx_a} {record.ctx_b.capitalize()}"
     endings = [without_markup(ending) for ending in record.endings]
     return multiple_choice(without_markup(context), endings, int(record.label))
+
+
+class HellaSwagCompletion(msgspec.Struct, frozen=True):
+    ctx: str
+    endings: Choices
+    label: int | Number
+
+
+def hellaswag_completion(record: HellaSwagCompletion) -> Item:
+    """As llm.c asks: without the activity, and with brackets."""
+    return multiple_choice(record.ctx, record.endings, int(record.label))
 
 
 def without_markup(text: str) -> str:
@@ -145,8 +159,12 @@ def on_hub(path: str, config: str | None, split: str) -> HubDataset:
 
 CHOICE, CLOZE = ("acc", "acc_norm"), ("acc", "perplexity")
 ARC, LAMBADA = "allenai/ai2_arc", "EleutherAI/lambada_openai"
+HELLASWAG = on_hub("Rowan/hellaswag", None, "validation")
 TASKS = {
-    "hellaswag": Task(HellaSwag, hellaswag, CHOICE, on_hub("Rowan/hellaswag", None, "validation")),
+    "hellaswag": Task(HellaSwag, hellaswag, CHOICE, HELLASWAG),
+    "hellaswag_completion": Task(
+        HellaSwagCompletion, hellaswag_completion, CHOICE, HELLASWAG, "hellaswag", per_token=True
+    ),
     "lambada_openai": Task(Lambada, lambada, CLOZE, on_hub(LAMBADA, "default", "test")),
     "arc_easy": Task(Arc, arc, CHOICE, on_hub(ARC, "ARC-Easy", "test")),
     "arc_challenge": Task(Arc, arc, CHOICE, on_hub(ARC, "ARC-Challenge", "test")),

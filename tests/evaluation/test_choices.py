@@ -57,8 +57,11 @@ def test_batches_and_shared_prefixes_change_nothing(checkpoint, folder, name, mo
         plain = [plainly(model, likelihood.encode(tokenizer, *pair)) for pair in pairs]
         values = [value for value, _ in plain]
         assert given["log_likelihoods"] == pytest.approx(values, rel=1e-6, abs=1e-5)
-        longest = [value / (len(text) - 1) for value, text in zip(values, item.continuations)]
-        best, best_norm = values.index(max(values)), longest.index(max(longest))
+        lengths = [len(text) - 1 for text in item.continuations]
+        if name == "hellaswag_completion":
+            lengths = [len(tokenizer.encode(text)) for text in item.continuations]
+        means = [value / length for value, length in zip(values, lengths)]
+        best, best_norm = values.index(max(values)), means.index(max(means))
         hits["acc"].append(plain[0][1] if name == "lambada_openai" else best == item.answer)
         hits["acc_norm"].append(best_norm == item.answer)
     for figure in {"acc", "acc_norm"} & result.figures.keys():
