@@ -46,7 +46,7 @@ def plainly(model: GPT, sequence: Sequence) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_and_shared_prefixes_change_nothing(checkpoint, folder, name, monkeypatch):
-    monkeypatch.setattr(likelihood, "CPU_TOKENS", 150)  # many batches
+    monkeypatch.setattr(likelihood, "CPU_TOKENS", 1000)  # several batches
     monkeypatch.setattr(likelihood, "HEAD_TOKENS", 7)
     model, tokenizer = store.load(checkpoint)
     asked = items.read(name, str(folder), 0, None)
@@ -80,6 +80,7 @@ def test_sequences_that_share_all_or_nothing(checkpoint):
         [Sequence([5, 6, 7, 8], 3), Sequence([5, 6, 7, 9, 9], 3), Sequence([5, 6, 7], 2)],
         [Sequence([*range(120)], 4), Sequence([*range(121)], 96)],  # lose their beginning
         [Sequence([9, 9], 1)] * 2,
+        [Sequence([9, 8, 7, 6], 3), Sequence([9, 7, 5], 2)],
     ]
     found = likelihood.score(model.eval(), rows, runtime.start("cpu", "float32"), "")
     for item, scores in zip(rows, found):
@@ -133,7 +134,16 @@ def test_other_precisions_come_close(checkpoint, folder, settings):
     assert exact.items != rough.items
 
 
-# --- borders of tokens
+# --- texts and borders of tokens
+
+
+def test_hellaswag_loses_its_brackets():
+    kind = TASKS["hellaswag"].record
+    endings = [" [step] an  ending", "two [title] Parts"]
+    record = kind("Making tea", "A cup [header] stands.", "THE pot", endings, "1")
+    item = TASKS["hellaswag"].item(record)
+    assert item.contexts[0] == "Making tea: A cup stands. The pot"
+    assert item.continuations == ("  an ending", " two. Parts")
 
 
 @pytest.mark.parametrize(
