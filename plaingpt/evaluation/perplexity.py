@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from configurator import UserError
 from model import GPT
@@ -17,10 +19,12 @@ from plaingpt.text.shards import Split
 from plaingpt.text.text_files import read_text
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
+from plaingpt.training.batches import validation_batches
 from plaingpt.wording import quantity
 
 BATCH_SIZE = 8  # windows per batch
 Window = tuple[int, int, int]  # first token, end, first token that is scored
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets and mask of the targets, each (B, T)
 
 
 def of_split(
@@ -34,12 +38,14 @@ def of_split(
     """
     split, block_size = data.split("val"), model.config.block_size
     protocol = protocol_of(block_size, stride) + (", answers only" if split.has_mask else "")
+    windows = windows_of(len(split), block_size, stride)[:max_windows]
+    batches = batches_of(split, windows, rt)
     if stride is None:
         max_tokens = max_windows and max_windows * block_size
-        loss, tokens = evaluation.validation_loss(model, split, max_tokens, BATCH_SIZE, rt)
-    else:
-        windows = windows_of(len(split), block_size, stride)[:max_windows]
-        loss, tokens = loss_of(model, split, windows, rt)
+        batches = validation_batches(
+            split, BATCH_SIZE, block_size, max_tokens, rt.rank, rt.world_size
+        )
+    loss, tokens = loss_of(model, batches, len(windows), rt)
     if not tokens:
         raise UserError(f"no token of {data.folder}, up to limit, counts in the loss")
     hashes = data.manifest.hashes() if data.manifest else {}
@@ -64,7 +70,7 @@ def of_text(
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
     windows = windows_of(len(ids), model.config.block_size, stride)[:max_windows]
-    loss, tokens = loss_of(model, ids, windows, rt)
+    loss, tokens = loss_of(model, batches_of(ids, windows, rt), len(windows), rt)
     bytes_per_token = len(text.encode()) / len(ids)
     protocol = protocol_of(model.config.block_size, stride)
     return result_of(protocol, loss, tokens, bytes_per_token, {path: sha256_of(Path(path))})
@@ -88,26 +94,16 @@ def windows_of(tokens: int, block_size: int, stride: int | None) -> list[Window]
     return windows
 
 
-def loss_of(
-    model: GPT, tokens: Split | np.ndarray, windows: list[Window], rt: Runtime
-) -> tuple[float, int]:
-    """The mean loss in nats per scored token, and their number. The processes share the work."""
-    total, counted = torch.zeros(2, dtype=torch.float64)
-    for batch in batches_of(tokens, windows, rt):
-        x, y, mask = (part.to(rt.device) for part in batch)
-        with torch.inference_mode(), rt.autocast():
-            loss = model(x, y, mask)
-        total += (loss * mask.sum()).cpu()
-        counted += mask.sum().cpu()
-    total, counted = rt.sum(total), rt.sum(counted)
-    return (total / counted).item(), int(counted)
+def loss_of(model: GPT, batches: Iterator[Batch], windows: int, rt: Runtime) -> tuple[float, int]:
+    """The mean loss in nats per scored token, and their number, with a progress bar."""
+    total = math.ceil(windows / (BATCH_SIZE * rt.world_size))
+    silent = None if rt.is_main else True  # None: unless stderr is a terminal
+    bar = tqdm(batches, "perplexity", total, unit=" batches", disable=silent)
+    return evaluation.mean_loss(model, bar, rt, stoppable=False)
 
 
-def batches_of(
-    tokens: Split | np.ndarray, windows: list[Window], rt: Runtime
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """This process's share of the windows as (inputs, targets, mask of the targets), each (B, T)
-    and padded at the end."""
+def batches_of(tokens: Split | np.ndarray, windows: list[Window], rt: Runtime) -> Iterator[Batch]:
+    """This process's share of the windows, padded at the end."""
     mine = windows[rt.rank :: rt.world_size]
     for first in range(0, len(mine), BATCH_SIZE):
         batch = mine[first : first + BATCH_SIZE]

@@ -1,8 +1,10 @@
 """How a model is doing: the loss on held-out text."""
 
 import math
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from model import GPT
 from plaingpt.runtime import Runtime
@@ -10,7 +12,6 @@ from plaingpt.text.shards import Split
 from plaingpt.training.batches import validation_batches
 
 
-@torch.no_grad()
 def validation_loss(
     model: GPT,
     split: Split,
@@ -21,13 +22,22 @@ def validation_loss(
 ) -> tuple[float, int]:
     """The mean loss in nats per token over the fixed windows of a split, and the number of tokens
     that counted. The processes share the work. If it is `stoppable`, a signal ends it: (nan, 0)."""
-    was_training = model.training
-    model.eval()
-    total, counted = torch.zeros(2, dtype=torch.float64)
     windows = validation_batches(
         split, batch_size, model.config.block_size, max_tokens, rt.rank, rt.world_size
     )
-    for batch in windows:
+    return mean_loss(model, windows, rt, stoppable)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor, Tensor]], rt: Runtime, stoppable: bool
+) -> tuple[float, int]:
+    """`validation_loss` over this process's own batches of (inputs, targets, mask). If it is
+    `stoppable`, all processes must have the same number of batches."""
+    was_training = model.training
+    model.eval()
+    total, counted = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
         if stoppable and rt.stopping():
             model.train(was_training)
             return math.nan, 0
