@@ -134,16 +134,20 @@ def rows_of(source: Path | HubDataset, fields: tuple[str, ...]) -> Iterator[Row]
             raise UserError(f"{source} is not a file")
         yield from rows(str(source), fields)
         return
-    with impatient([source]):
-        for row, _ in hub_rows(address(source), source, fields, 0, None):
-            yield row
+    try:
+        with impatient([source]):
+            for row, _ in hub_rows(address(source), source, fields, 0, None):
+                yield row
+    except ConnectionError as error:
+        raise ConnectionError(f"{error} (without one, --task_dir reads items from files)") from None
 
 
 def address(source: Path | HubDataset) -> str:
     if isinstance(source, Path):
         return str(source)
+    where = source.path if Path(source.path).is_dir() else f"hf:{source.path}"
     config = f":{source.config}" if source.config else ""
-    return f"hf:{source.path}{config}#{source.split}"
+    return f"{where}{config}#{source.split}"
 
 
 def with_shots(held_out: Split, pool: Split, shots: int, spare: bool) -> list[Item]:

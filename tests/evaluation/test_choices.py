@@ -197,6 +197,15 @@ def test_parquet_and_the_layout_of_the_hub(checkpoint, folder, tmp_path):
         assert here.data.values() != there.data.values()
 
 
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no answer from the hub: is there a network?")
+
+    monkeypatch.setattr(items, "hub_rows", refuse)
+    with pytest.raises(ConnectionError, match="is there a network.*--task_dir reads items from"):
+        items.read("piqa", None, 0, None)
+
+
 def test_shots_come_from_the_training_split(folder):
     asked = items.read("piqa", str(folder), 3, None)
     plain = items.read("piqa", str(folder), 0, None)
