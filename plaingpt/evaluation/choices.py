@@ -6,7 +6,7 @@ from typing import Any
 from configurator import UserError
 from model import GPT
 from plaingpt.evaluation import likelihood
-from plaingpt.evaluation.items import Questions
+from plaingpt.evaluation.items import TaskItems
 from plaingpt.evaluation.likelihood import Score, Sequence
 from plaingpt.evaluation.results import Result, mean
 from plaingpt.evaluation.tasks import Item
@@ -15,7 +15,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
 
-def measure(questions: Questions, model: GPT, tokenizer: Tokenizer, rt: Runtime) -> Result:
+def measure(asked: TaskItems, model: GPT, tokenizer: Tokenizer, rt: Runtime) -> Result:
     """Score every choice of every item. The processes share the work.
 
     Raises UserError for a continuation that is longer than the model's context, and for a model
@@ -23,30 +23,30 @@ def measure(questions: Questions, model: GPT, tokenizer: Tokenizer, rt: Runtime)
     """
     block_size = model.config.block_size
     sequences = []
-    for item, place in zip(questions.items, questions.places):
+    for item, place in zip(asked.items, asked.places):
         encoded = [
             likelihood.encode(tokenizer, *pair) for pair in zip(item.contexts, item.continuations)
         ]
         for each in encoded:
             check(each, block_size, place)
         sequences.append(encoded)
-    scores = likelihood.score(model, sequences, rt, questions.name)
+    scores = likelihood.score(model, sequences, rt, asked.name)
     items = []
-    for number, (item, place) in enumerate(zip(questions.items, questions.places)):
+    for number, (item, place) in enumerate(zip(asked.items, asked.places)):
         lengths = [len(text) - 1 for text in item.continuations]  # without the space
-        if questions.task.per_token:
+        if asked.task.per_token:
             lengths = [each.scored for each in sequences[number]]
-        found = outcome(item, scores[number], questions.task.figures, lengths)
+        found = outcome(item, scores[number], asked.task.figures, lengths)
         items.append({"item": place, **found})
     figures = {
         name: mean(item[name] for item in items)
-        for name in questions.task.figures
+        for name in asked.task.figures
         if name != "perplexity"
     }
-    if "perplexity" in questions.task.figures:
+    if "perplexity" in asked.task.figures:
         loss = -mean(item["log_likelihoods"][0] for item in items)
         figures["perplexity"] = math.exp(min(loss, 700))
-    return Result(questions.name, protocol(questions), figures, items, questions.data)
+    return Result(asked.name, protocol(asked), figures, items, asked.data)
 
 
 def check(sequence: Sequence, block_size: int, place: str) -> None:
@@ -75,15 +75,15 @@ def outcome(
     return found
 
 
-def protocol(questions: Questions) -> str:
-    figures, shots = questions.task.figures, quantity(questions.shots, "shot")
+def protocol(asked: TaskItems) -> str:
+    figures, shots = asked.task.figures, quantity(asked.shots, "shot")
     if "perplexity" in figures:
         meaning = "acc: every token of the continuation is the likeliest; perplexity: per item"
     elif "acc_norm" in figures:
-        unit = "token" if questions.task.per_token else "character"
+        unit = "token" if asked.task.per_token else "character"
         meaning = f"acc: the likeliest choice; acc_norm: the likeliest per {unit}"
     else:
         meaning = "acc: the option that makes the rest of the sentence likelier"
-    known = "as in llm.c" if questions.task.per_token else "as in lm-evaluation-harness 0.4"
-    origin = known if questions.task.hub else "your own items"
+    known = "as in llm.c" if asked.task.per_token else "as in lm-evaluation-harness 0.4"
+    origin = known if asked.task.hub else "your own items"
     return f"{origin}, {shots}; {meaning}"

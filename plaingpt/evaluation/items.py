@@ -23,7 +23,7 @@ SHOTS_SEED = 1234  # lm-evaluation-harness's
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskItems:
     """A task and its items, each with the place it was read from."""
 
     name: str
@@ -44,7 +44,7 @@ class Split:
     digest: str
 
 
-def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Questions:
+def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> TaskItems:
     """The first `limit` items of a task that is in TASKS, or of a file of your own.
 
     Raises UserError for files that are missing, empty or malformed, and OSError if the hub cannot
@@ -59,7 +59,7 @@ def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Ques
         pool = read_split(pool_source, task, None)
         data[address(pool_source)] = pool.digest
         items = with_shots(held_out, pool, shots, spare=not task.hub or task.hub.split != "test")
-    return Questions(name, task, items, held_out.places, shots, data)
+    return TaskItems(name, task, items, held_out.places, shots, data)
 
 
 def find(name: str, task_dir: str | None) -> Path | HubDataset:
@@ -92,16 +92,15 @@ def training(source: Path | HubDataset) -> Path | HubDataset:
 
 def own_task(source: Path | HubDataset) -> Task:
     """The task of a file of your own, by the fields of its first record."""
-    for row in rows_of(source, ()):
-        if isinstance(row.value, dict):
-            for field, task in OWN.items():
-                if field in row.value:
-                    return task
-        break
-    else:
+    first = next(rows_of(source, ()), None)
+    if first is None:
         raise UserError(f"{source} has no items")
+    fields = first.value if isinstance(first.value, dict) else {}
+    for field, task in OWN.items():
+        if field in fields:
+            return task
     wanted = " or ".join(f"{{{', '.join(task.record.__struct_fields__)}}}" for task in OWN.values())
-    raise UserError(f"{row.where}: {row.problem or f'expected {wanted}'}")
+    raise UserError(f"{first.where}: {first.problem or f'expected {wanted}'}")
 
 
 def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Split:
@@ -120,7 +119,7 @@ def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Spli
         records.append(record)
         items.append(item)
         places.append(row.where)
-        digest.update(json.dumps(row.value, sort_keys=True).encode())
+        digest.update(json.dumps(msgspec.to_builtins(record)).encode())
     if not items:
         raise UserError(f"{address(source)} has no items")
     whole = sha256_of(source) if isinstance(source, Path) else digest.hexdigest()
@@ -152,20 +151,30 @@ def address(source: Path | HubDataset) -> str:
 
 def with_shots(held_out: Split, pool: Split, shots: int, spare: bool) -> list[Item]:
     """Each item behind `shots` solved examples from `pool`, drawn as lm-evaluation-harness does:
-    one generator for all items in turn, and with `spare` one more example is drawn, in case that
-    the item itself is among them."""
-    if len(pool.items) < shots + spare:
-        there = quantity(len(pool.items), "training item")
-        raise UserError(f"shots={shots} needs at least {shots + spare}, but there are {there}")
+    one generator for all items in turn, and with `spare` one more example is drawn, in case the
+    item itself is among them.
+
+    Raises UserError if the pool is too small.
+    """
     random, found = Random(SHOTS_SEED), []
-    numbers = range(len(pool.items))
+    numbers = list(range(len(pool.items)))
     for item, record in zip(held_out.items, held_out.records):
-        drawn = random.sample(numbers, shots + spare)
+        drawn = sampled(random, numbers, shots + spare)
         if spare:
             drawn = [number for number in drawn if pool.records[number] != record][:shots]
+        if len(drawn) < shots:  # the pool has several copies of the item
+            others = [number for number in numbers if pool.records[number] != record]
+            drawn = sampled(random, others, shots)
         prefix = "".join(solved(pool.items[number]) for number in drawn)
         found.append(replace(item, contexts=tuple(prefix + each for each in item.contexts)))
     return found
+
+
+def sampled(random: Random, numbers: list[int], count: int) -> list[int]:
+    if len(numbers) < count:
+        found = f"{len(numbers):,}, expected at least {count:,}"
+        raise UserError(f"too few training items for --shots: {found}")
+    return random.sample(numbers, count)
 
 
 def solved(item: Item) -> str:

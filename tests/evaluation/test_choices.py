@@ -234,6 +234,21 @@ def test_an_item_is_not_its_own_example(folder, tmp_path):
         ]
 
 
+def test_copies_of_an_item_are_not_its_examples(tmp_path):
+    first, second, third = made_up.items_of("piqa", 3, 0)
+    made_up.write(tmp_path / "piqa.jsonl", [first] * 20)
+    made_up.write(tmp_path / "piqa_train.jsonl", [first, first, first, second, third])
+    copy = items.read("piqa", str(tmp_path), 0, 1).items[0]
+    for item in items.read("piqa", str(tmp_path), 2, None).items:
+        assert item.contexts[0].count("Answer:") == 3
+        assert items.solved(copy) not in item.contexts[0]
+    made_up.write(tmp_path / "piqa_train.jsonl", [first, first, first, second])
+    with pytest.raises(
+        eval.UserError, match="too few training items for --shots: 1, expected at least 2"
+    ):
+        items.read("piqa", str(tmp_path), 2, None)
+
+
 # --- several processes
 
 
@@ -330,8 +345,14 @@ def test_a_record_of_another_layout_names_its_line(folder, tmp_path, name, chang
         (["--tasks=piqa", "--json=no/where/a.json"], "there is no folder for no/where/a.json"),
         (["--tasks=piqa", "--task_dir=nowhere"], "nowhere has no piqa.jsonl, piqa.json, piqa.par"),
         (["--tasks=lambada_openai", "--shots=2"], "lambada_openai_train.jsonl, which does not"),
-        (["--tasks=piqa", "--shots=12"], "shots=12 needs at least 13, but there are 12 training"),
-        (["--tasks=arc_easy", "--shots=13"], "shots=13 needs at least 13, but there are 12 trai"),
+        (
+            ["--tasks=piqa", "--shots=12"],
+            "too few training items for --shots: 12, expected at least 13",
+        ),
+        (
+            ["--tasks=arc_easy", "--shots=13"],
+            "too few training items for --shots: 12, expected at least 13",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(checkpoint, folder, capsys, arguments, message):

@@ -66,4 +66,7 @@ def test_every_task_equals_the_harness(checkpoint, tmp_path, shots):
         for sample, item in zip(samples, ours.items):
             values = [value for ((value, _),) in sample["resps"]]
             assert item["log_likelihoods"] == pytest.approx(values, abs=1e-4)
-            assert item["acc"] == sample["acc"]
+            for figure in {"acc", "acc_norm"} & ours.figures.keys():
+                assert item[figure] == sample[figure]
+            if len(values) > 1:
+                assert item["choice"] == values.index(max(values))

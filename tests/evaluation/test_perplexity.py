@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory, tiny_text):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, tiny_text):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_text[:2001], encoding="utf-8")
+    path.write_text(tiny_text[:601], encoding="utf-8")
     return path
 
 
