@@ -152,28 +152,23 @@ def cloze(record: Cloze) -> Item:
 
 # --- the tasks
 
-
-def on_hub(path: str, config: str | None, split: str) -> HubDataset:
-    return HubDataset(path, config, None, split)
-
-
 CHOICE, CLOZE = ("acc", "acc_norm"), ("acc", "perplexity")
 ARC, LAMBADA = "allenai/ai2_arc", "EleutherAI/lambada_openai"
-HELLASWAG = on_hub("Rowan/hellaswag", None, "validation")
+HELLASWAG = HubDataset("Rowan/hellaswag", None, None, "validation")
 TASKS = {
     "hellaswag": Task(HellaSwag, hellaswag, CHOICE, HELLASWAG),
     "hellaswag_completion": Task(
         HellaSwagCompletion, hellaswag_completion, CHOICE, HELLASWAG, "hellaswag", per_token=True
     ),
-    "lambada_openai": Task(Lambada, lambada, CLOZE, on_hub(LAMBADA, "default", "test")),
-    "arc_easy": Task(Arc, arc, CHOICE, on_hub(ARC, "ARC-Easy", "test")),
-    "arc_challenge": Task(Arc, arc, CHOICE, on_hub(ARC, "ARC-Challenge", "test")),
-    "piqa": Task(Piqa, piqa, CHOICE, on_hub("baber/piqa", None, "validation")),
+    "lambada_openai": Task(Lambada, lambada, CLOZE, HubDataset(LAMBADA, "default", None, "test")),
+    "arc_easy": Task(Arc, arc, CHOICE, HubDataset(ARC, "ARC-Easy", None, "test")),
+    "arc_challenge": Task(Arc, arc, CHOICE, HubDataset(ARC, "ARC-Challenge", None, "test")),
+    "piqa": Task(Piqa, piqa, CHOICE, HubDataset("baber/piqa", None, None, "validation")),
     "winogrande": Task(
         Winogrande,
         winogrande,
         ("acc",),
-        on_hub("allenai/winogrande", "winogrande_xl", "validation"),
+        HubDataset("allenai/winogrande", "winogrande_xl", None, "validation"),
     ),
 }
 OWN = {"choices": Task(Choosing, choosing, CHOICE), "continuation": Task(Cloze, cloze, CLOZE)}
