@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from model import GPT
 from plaingpt import cpu
 from plaingpt.wording import quantity
 
+Gathered = TypeVar("Gathered")
 ECHO_S = 2.0  # seconds in which a repeated signal counts as the same request
 
 
@@ -55,6 +56,13 @@ class Runtime:
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(values.device)
+
+    def gather(self, value: Gathered) -> list[Gathered]:
+        """The values of all processes, by rank."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true in any process; all get the same answer."""

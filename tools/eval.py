@@ -20,9 +20,9 @@ choice, from 0) or {"context", "continuation"}.
 
 answers: the likeliest answer to each question of the split (alone, without the turns before it),
 compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
-ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250). A question that is longer
-than the context loses its beginning. For the first three, this prints the question (---), the
-model's answer (>) and the reference answer (=).
+ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250); BLEU and chrF. A question
+that is longer than the context loses its beginning. For the first three, this prints the question
+(---), the model's answer (>) and the reference answer (=). A file keeps them all.
 
 docs/evaluation.md has the protocols, the file formats and the figures of OpenAI's models.
 """
@@ -36,7 +36,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/eval.py
 
 import configurator
-from configurator import DType, Folder, NonNegativeInt, PathName, PositiveInt, UserError
+from configurator import (
+    DType,
+    Folder,
+    NonNegativeInt,
+    PathName,
+    PositiveInt,
+    UserError,
+)
 from plaingpt import environment
 
 
@@ -53,6 +60,7 @@ class EvalConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: DType = "auto"  # of matrix products; auto: 16 bits where they are faster
     quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU, whatever dtype is
+    answers: PathName | None = None  # a .jsonl file for all questions and answers
     json: PathName | None = None  # a file for all figures, how they came about, and every item
 
 
@@ -62,30 +70,21 @@ if __name__ == "__main__":
     environment.use_huge_pages()
 
 import difflib
-import re
-import string
-from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from model import GPT
-from plaingpt import generation, packing, runtime
+from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
-from plaingpt.evaluation import choices, items, perplexity
-from plaingpt.evaluation.results import Result, mean, table, write_results
+from plaingpt.evaluation import choices, items, perplexity, questions
+from plaingpt.evaluation.results import Result, table, write_results
 from plaingpt.evaluation.tasks import TASKS
-from plaingpt.sampling import Sampling
-from plaingpt.text import dataset, shards
+from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.wording import quantity
 
 ON_DATA = ("perplexity", "answers")  # tasks on prepared data
-EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
-EXAMPLES = 3  # answers to print
 
 
 def score(cfg: EvalConfig) -> list[Result]:
@@ -137,8 +136,13 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
         yield "text and stride are for --tasks=perplexity"
     if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
-    if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
-        yield f"there is no folder for {cfg.json}"
+    if cfg.answers and "answers" not in cfg.tasks:
+        yield "answers=FILE is for --tasks=answers"
+    if cfg.answers and not cfg.answers.endswith(".jsonl"):
+        yield f"answers must end with .jsonl, not {cfg.answers!r}"
+    for path in (cfg.json, cfg.answers):
+        if path and not Path(path).absolute().parent.is_dir():
+            yield f"there is no folder for {path}"
 
 
 def needs_data(cfg: EvalConfig) -> bool:
@@ -168,7 +172,10 @@ def measure(
         assert data
         if not cfg.quantize:
             packing.place(model, rt, cfg.dtype)
-        return answers(cfg, model, data.split("val"), tokenizer)
+        found = questions.measure(model, data, cfg.limit, cfg.answers, rt)
+        if rt.is_main:
+            print(questions.summary(found))
+        return found
     if task != "perplexity":
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
         return choices.measure(asked, model, tokenizer, rt)
@@ -189,69 +196,6 @@ def report(cfg: EvalConfig, results: list[Result]) -> None:
         about: dict[str, Any] = {"checkpoint": cfg.checkpoint, "revision": runtime.revision()}
         about |= {"settings": asdict(cfg), "versions": runtime.versions()}
         write_results(Path(cfg.json), results, about)
-
-
-# --- answers
-
-
-def answers(cfg: EvalConfig, model: GPT, split: shards.Split, tokenizer: Tokenizer) -> Result:
-    given_answers: list[dict[str, Any]] = []
-    pairs = islice(questions(split, tokenizer), cfg.limit)
-    for number, (question, reference) in enumerate(pairs):
-        sampling = Sampling(temperature=0, max_new_tokens=len(reference) + EXTRA_TOKENS)
-        drawn = generation.continuation(model, tokenizer, question, sampling)
-        given = "".join(each.piece for each in drawn)
-        wanted = tokenizer.decode(reference).removesuffix(tokenizer.eot)
-        given_answers.append(
-            {
-                "question": tokenizer.decode(question),
-                "reference": wanted,
-                "answer": given,
-                "exact": words(given) == words(wanted),
-                "f1": f1(words(given), words(wanted)),
-            }
-        )
-        if number < EXAMPLES:
-            print(f"--- {tokenizer.decode(question).strip()}")
-            print(f"> {given.strip()}\n= {wanted.strip()}")
-    figures = {name: mean(item[name] for item in given_answers) for name in ("exact", "f1")}
-    asked = quantity(len(given_answers), "question")
-    print(f"answers: {figures['exact']:.1%} equal, F1 {figures['f1']:.3f} ({asked})")
-    return Result("answers", "the likeliest answer to each question alone", figures, given_answers)
-
-
-def questions(split: shards.Split, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """The ids of each question of a split, and of its reference answer.
-
-    A question is a run of tokens that do not count in the loss; its answer is the run that follows
-    and does count, up to the end of the text. Raises UserError if the split has none.
-    """
-    counts = np.asarray(split.mask(0, len(split)), dtype=bool)
-    edges = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1).tolist(), len(split)]
-    found = False
-    for start, middle, end in zip(edges, edges[1:], edges[2:]):
-        if not counts[start]:
-            answer = split[middle:end].tolist()
-            if tokenizer.eot_id in answer:  # what follows may be a text that counts from its start
-                answer = answer[: answer.index(tokenizer.eot_id)]
-            found = True
-            yield split[start:middle].tolist(), answer
-    if not found:
-        raise UserError("this data has no answer that counts in the loss")
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without case, punctuation and articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def f1(given: list[str], wanted: list[str]) -> float:
-    """The harmonic mean of precision and recall of the words `given`."""
-    if not given or not wanted:
-        return float(given == wanted)
-    common = (Counter(given) & Counter(wanted)).total()
-    return 2 * common / (len(given) + len(wanted))
 
 
 def main(argv: list[str] | None = None) -> int:

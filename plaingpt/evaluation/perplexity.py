@@ -48,9 +48,7 @@ def of_split(
     loss, tokens = loss_of(model, batches, len(windows), rt)
     if not tokens:
         raise UserError(f"no token of {data.folder}, up to limit, counts in the loss")
-    hashes = data.manifest.hashes() if data.manifest else {}
-    files = {name: digest for name, digest in hashes.items() if name.startswith("val_")}
-    return result_of(protocol, loss, tokens, data.bytes_per_token(split), files)
+    return result_of(protocol, loss, tokens, data.bytes_per_token(split), data.hashes("val"))
 
 
 def of_text(

@@ -151,6 +151,11 @@ class Dataset:
             known = [f"{path.name} {path.stat().st_size}" for path in paths]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
+    def hashes(self, split: SplitName) -> dict[str, str]:
+        """The SHA-256 of each file of a split, as the manifest has them."""
+        known = self.manifest.hashes() if self.manifest else {}
+        return {file: digest for file, digest in known.items() if file.startswith(f"{split}_")}
+
     @property
     def statistics(self) -> dict[str, dict[str, int]]:
         """Documents, bytes and tokens of each split, as the manifest counts them."""

@@ -1,4 +1,4 @@
-"""Scores equal those of training; answers are compared as for SQuAD."""
+"""Scores equal those of training; answers are compared and kept."""
 
 import json
 import shutil
@@ -102,22 +102,15 @@ def test_learned_answers_match(taught, capsys):
     assert "(1 question)" in capsys.readouterr().out
 
 
-def test_words_are_compared_as_for_squad():
-    assert eval.words("The  Cat, a dog; an-d\nthem!") == ["cat", "dog", "and", "them"]
-    assert eval.f1(["x", "y"], ["y", "z", "y"]) == pytest.approx(2 * 1 / 5)
-    assert eval.f1(["y", "y"], ["y"]) == pytest.approx(2 / 3)
-    assert eval.f1([], []) == 1.0 and eval.f1([], ["x"]) == 0.0
-
-
-def test_each_question_has_its_own_answer(shard_folder):
-    eot = 256
-    ids = [1, 2, 3, eot, 4, 5, eot, 9, 6, 7, eot, 8, eot]
-    mask = [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]
-    folder = shard_folder(train=[[1]], val=[ids], manifest=False)
-    (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
-    split = eval.dataset.open_dataset(folder).split("val")
-    pairs = list(eval.questions(split, Tokenizer.bytes()))
-    assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
+def test_answers_are_kept(taught, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    command = [f"--checkpoint={taught['out_dir']}", f"--data_dir={taught['data_dir']}"]
+    command += ["--tasks=answers", "--limit=3", "--device=cpu", f"--answers={path}"]
+    assert eval.main([*command, f"--json={tmp_path}/all.json"]) == 0
+    [answers] = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert answers["items"] == [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"question", "reference", "answer", "exact", "f1"} == answers["items"][0].keys()
+    assert answers["figures"].keys() == {"exact", "f1", "bleu", "chrf"}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +119,9 @@ def test_each_question_has_its_own_answer(shard_folder):
         (["--tasks=answers"], "there are no questions in "),
         (["--tasks=perplexty"], "unknown task 'perplexty'; did you mean 'perplexity'?"),
         (["--tasks="], "tasks is empty"),
+        (["--answers=a.jsonl"], "answers=FILE is for --tasks=answers"),
+        (["--tasks=answers", "--answers=a.txt"], "answers must end with .jsonl, not 'a.txt'"),
+        (["--tasks=answers", "--answers=no/a.jsonl"], "there is no folder for no/a.jsonl"),
         (["--limit=0"], "limit must be at least 1"),
         (["--data_dir=nowhere"], "there is no data in nowhere"),
         (["--checkpoint=nowhere"], "nowhere does not exist"),

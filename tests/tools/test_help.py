@@ -51,7 +51,7 @@ def test_help_is_printed_without_torch(command, line):
         ("prepare.py", "msgspec"),
         ("train.py", "torch"),
         ("sample.py", "torch"),
-        ("-m tools.eval", "numpy"),
+        ("-m tools.eval", "torch"),
         ("-m tools.bench", "numpy"),
         ("tools/export.py", "torch"),
     ],
