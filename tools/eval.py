@@ -22,15 +22,18 @@ answers: the likeliest answer to each question of the split (alone, without the 
 compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
 ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250); BLEU and chrF. A question
 that is longer than the context loses its beginning. For the first three, this prints the question
-(---), the model's answer (>) and the reference answer (=). A file keeps them all.
+(---), the model's answer (>) and the reference answer (=). A file keeps them all, and another model
+can judge them.
 
 docs/evaluation.md has the protocols, the file formats and the figures of OpenAI's models.
 """
 
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/eval.py
@@ -39,12 +42,26 @@ import configurator
 from configurator import (
     DType,
     Folder,
+    NonEmpty,
     NonNegativeInt,
     PathName,
     PositiveInt,
+    Range,
     UserError,
 )
 from plaingpt import environment
+
+
+def is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # from an impossible port
+        return False
+    return bool(known) and not parts.username and re.fullmatch("[!-~]+", text) is not None
+
+
+Address = Annotated[str, Range("an address like http://127.0.0.1:8000/v1", is_address)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,8 @@ class EvalConfig:
     dtype: DType = "auto"  # of matrix products; auto: 16 bits where they are faster
     quantize: Literal["int8"] | None = None  # weights in 8 bits, on a CPU, whatever dtype is
     answers: PathName | None = None  # a .jsonl file for all questions and answers
+    judge: Address | None = None  # of a server that grades these answers; key: OPENAI_API_KEY
+    judge_model: NonEmpty | None = None  # the name of the model there
     json: PathName | None = None  # a file for all figures, how they came about, and every item
 
 
@@ -79,6 +98,7 @@ from model import GPT
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
 from plaingpt.evaluation import choices, items, perplexity, questions
+from plaingpt.evaluation.judge import Judge, judged
 from plaingpt.evaluation.results import Result, table, write_results
 from plaingpt.evaluation.tasks import TASKS
 from plaingpt.text import dataset
@@ -111,6 +131,8 @@ def score(cfg: EvalConfig) -> list[Result]:
     try:
         for task in sorted(cfg.tasks, key=lambda task: task == "answers"):  # it packs the model
             results.append(measure(cfg, task, model, tokenizer, data, rt))
+        if cfg.judge and cfg.judge_model and cfg.answers and rt.is_main:
+            results.append(judged(Judge(cfg.judge, cfg.judge_model), cfg.answers))
     finally:
         if results and rt.is_main:
             report(cfg, results)
@@ -137,9 +159,12 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
     if cfg.answers and "answers" not in cfg.tasks:
-        yield "answers=FILE is for --tasks=answers"
+        yield "answers and judge are for --tasks=answers"
     if cfg.answers and not cfg.answers.endswith(".jsonl"):
         yield f"answers must end with .jsonl, not {cfg.answers!r}"
+    judging = (cfg.judge, cfg.judge_model)
+    if any(judging) and not all((*judging, cfg.answers)):
+        yield "a judge needs judge, judge_model and answers=FILE"
     for path in (cfg.json, cfg.answers):
         if path and not Path(path).absolute().parent.is_dir():
             yield f"there is no folder for {path}"

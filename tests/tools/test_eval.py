@@ -1,6 +1,7 @@
-"""Scores equal those of training; answers are compared and kept."""
+"""Scores equal those of training; answers are compared, kept and judged."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from test_train import cfg  # noqa: F401
 
 import prepare
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
+from plaingpt.evaluation import judge
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 from tools import eval
@@ -102,15 +105,29 @@ def test_learned_answers_match(taught, capsys):
     assert "(1 question)" in capsys.readouterr().out
 
 
-def test_answers_are_kept(taught, tmp_path):
-    path = tmp_path / "answers.jsonl"
+def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
+    path, scores = tmp_path / "answers.jsonl", iter(["90", "80"])
     command = [f"--checkpoint={taught['out_dir']}", f"--data_dir={taught['data_dir']}"]
     command += ["--tasks=answers", "--limit=3", "--device=cpu", f"--answers={path}"]
-    assert eval.main([*command, f"--json={tmp_path}/all.json"]) == 0
-    [answers] = json.loads((tmp_path / "all.json").read_text())["results"]
+    command += ["--judge=http://127.0.0.1:9/v1", "--judge_model=m", f"--json={tmp_path}/all.json"]
+
+    def ask(judge, prompt, where):
+        if score := next(scores, None):
+            return score
+        raise UserError(f"{where}: no reply")
+
+    monkeypatch.setattr(judge, "ask", ask)
+    assert eval.main(command) == 2
+    out, err = capsys.readouterr()
+    assert "answers  bleu " in out and "judge" not in out and "line 3: no reply" in err
+    scores = iter(["70"])
+    assert eval.main(command) == 0
+    assert re.search(r"^judge    score +80.0000  ± 5.7735 +3$", capsys.readouterr().out, re.M)
+    answers, judgements = json.loads((tmp_path / "all.json").read_text())["results"]
     assert answers["items"] == [json.loads(line) for line in path.read_text().splitlines()]
     assert {"question", "reference", "answer", "exact", "f1"} == answers["items"][0].keys()
     assert answers["figures"].keys() == {"exact", "f1", "bleu", "chrf"}
+    assert [item["score"] for item in judgements["items"]] == [90, 80, 70]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +136,15 @@ def test_answers_are_kept(taught, tmp_path):
         (["--tasks=answers"], "there are no questions in "),
         (["--tasks=perplexty"], "unknown task 'perplexty'; did you mean 'perplexity'?"),
         (["--tasks="], "tasks is empty"),
-        (["--answers=a.jsonl"], "answers=FILE is for --tasks=answers"),
+        (["--answers=a.jsonl"], "answers and judge are for --tasks=answers"),
         (["--tasks=answers", "--answers=a.txt"], "answers must end with .jsonl, not 'a.txt'"),
         (["--tasks=answers", "--answers=no/a.jsonl"], "there is no folder for no/a.jsonl"),
+        (["--judge_model=m"], "a judge needs judge, judge_model and answers=FILE"),
+        (["--judge=127.0.0.1:80"], "judge must be an address like http://"),
+        (["--judge=file:///etc/passwd"], "judge must be an address like http://"),
+        (["--judge=http://a:b/v1"], "judge must be an address like http://"),
+        (["--judge=http://me:secret@a/v1"], "judge must be an address like http://"),
+        (["--judge=http://a b/v1"], "judge must be an address like http://"),
         (["--limit=0"], "limit must be at least 1"),
         (["--data_dir=nowhere"], "there is no data in nowhere"),
         (["--checkpoint=nowhere"], "nowhere does not exist"),
