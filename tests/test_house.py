@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).parents[1]
 DOOR = {"model", "train", "prepare", "sample", "configurator"}
 COMMANDS = {"train", "prepare", "sample"} | {
-    f"tools.{name}" for name in ("eval", "export", "serve", "bench", "compare")
+    f"tools.{name}" for name in ("eval", "export", "serve", "bench", "compare", "pairs")
 }
 MAX_PARAMETERS = 6
 LEAVES = {  # what the files at the root of all imports may import of ours

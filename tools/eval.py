@@ -23,7 +23,7 @@ compared with the reference answer: the share of exact matches, and the mean F1 
 ignoring case, punctuation and articles, as for SQuAD (arXiv 1606.05250); BLEU and chrF. A question
 that is longer than the context loses its beginning. For the first three, this prints the question
 (---), the model's answer (>) and the reference answer (=). A file keeps them all, and another model
-can judge them.
+can judge them; tools.pairs lets people compare those of two models.
 
 docs/evaluation.md has the protocols, the file formats and the figures of OpenAI's models.
 """

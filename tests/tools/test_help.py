@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compare")]
+TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compare", "pairs")]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compa
         ("-m tools.serve", "  --port "),
         ("-m tools.export", "  --push_to_hub "),
         ("-m tools.compare", "  --runs "),
+        ("-m tools.pairs", "  --read "),
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
         ("-m tools.bench train", "  --nanogpt "),
@@ -31,6 +32,7 @@ TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compa
         ("tools/eval.py", "  --limit "),
         ("tools/serve.py", "  --port "),
         ("tools/export.py", "  --push_to_hub "),
+        ("tools/pairs.py", "  --read "),
         ("tools/bench.py train", "  --nanogpt "),
         ("examples/hf_trainer.py", "    python examples/hf_trainer.py "),
         ("examples/to_gguf.py", "    python examples/to_gguf.py "),
@@ -52,6 +54,7 @@ def test_help_is_printed_without_torch(command, line):
         ("train.py", "torch"),
         ("sample.py", "torch"),
         ("-m tools.eval", "torch"),
+        ("-m tools.pairs", "msgspec"),
         ("-m tools.bench", "numpy"),
         ("tools/export.py", "torch"),
     ],
