@@ -92,7 +92,7 @@ class KVCache:
         self.positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
         self.rows = torch.arange(B, device=self.lengths.device)[:, None]
         self.seen = None
-        if start and (B * T > 1 or self.size > end):  # else plainly causal, or one that sees all
+        if start and (B * T > 1 or self.stride > 1):  # else plainly causal, or one that sees all
             seen = torch.arange(self.size, device=self.lengths.device) <= self.positions[..., None]
             self.seen = seen[:, None]  # (B, 1, T, S)
         self.lengths[:B] += T

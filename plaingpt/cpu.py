@@ -52,8 +52,8 @@ class BlockedAttention(Attention):
 
 
 class GELU(nn.GELU):
-    """GPT-2's GELU; in bf16 by vectorized operations, twice as fast as PyTorch's kernel. A compiler
-    makes its own, and would leave the graph for ours."""
+    """GPT-2's GELU; in bf16 by vectorized operations, twice as fast as PyTorch's kernel.
+    torch.compile generates its own; ours would break its graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         ours = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()

@@ -95,7 +95,7 @@ class Batch:
         check_memory(model, size, self.capacity)
         self.ahead, stride = (AHEAD, STRIDE) if device.type == "cuda" else (1, 1)
         self.cache = KVCache(model, size, self.capacity, stride)
-        self.decode = graphs.Recorded(self.forward, self.cache) if self.ahead > 1 else self.forward
+        self.recorded = graphs.Recorded(self.cache) if self.ahead > 1 else None
         self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
         self.device = device
         self.drawing_device = torch.device("cpu") if device.type == "mps" else device  # for float64
@@ -197,7 +197,7 @@ class Batch:
     def next_logits(self, idx: Tensor) -> Tensor:
         """Read the next ids (B, 1) of the first texts; return the logits (B, V) after them."""
         self.cache.end = max(self.lengths[: len(idx)])
-        logits = self.decode(idx)
+        logits = self.recorded(self.forward, idx) if self.recorded else self.forward(idx)
         for row in range(len(idx)):
             self.lengths[row] += 1
         return logits

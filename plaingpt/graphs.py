@@ -1,5 +1,5 @@
-"""A GPU's part of a token as a CUDA graph, which is launched as a whole: one by one, the kernels of
-a small model take less time than Python needs to launch them."""
+"""The GPU's work for one token, recorded as a CUDA graph and launched at once: Python takes longer
+to launch a small model's kernels one by one than the GPU takes to run them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,28 +16,28 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Recorded:
-    """A function of the next ids (B, 1) of B texts that reads and extends their cache, and gives
-    their logits (B, V). They are overwritten when it is called again.
+    """Calls a function of the next ids (B, 1) of B texts that reads and extends their cache, and
+    gives their logits (B, V). They are overwritten by the next call.
 
     There is a graph for each number of texts and for each span of the cache that attention sees."""
 
-    def __init__(self, function: Forward, cache: KVCache) -> None:
-        self.function, self.cache = function, cache
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
         self.uses: Counter[tuple[int, int]] = Counter()
         self.graphs: dict[tuple[int, int], Forward] = {}
 
-    def __call__(self, idx: Tensor) -> Tensor:
+    def __call__(self, function: Forward, idx: Tensor) -> Tensor:
         cache = self.cache
         key = (len(idx), cache.span(cache.end + 1))
         self.uses[key] += 1
-        if self.uses[key] < WORTH:
-            return self.function(idx)
+        if self.uses[key] < WORTH or not cache.end:  # a first token sees only itself
+            return function(idx)
         if key not in self.graphs:
             lengths, end = cache.lengths.clone(), cache.end
 
             def forward(ids: Tensor) -> Tensor:
                 cache.end = end
-                return self.function(ids)
+                return function(ids)
 
             self.graphs[key] = recorded(forward, idx)
             cache.lengths.copy_(lengths)

@@ -1,6 +1,7 @@
 """Which ids sampling may draw, with what probability, and texts that are written side by side."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -261,16 +262,33 @@ def test_drawing_ahead_changes_no_text(monkeypatch, ahead, stride, recording):
         batch = Batch(model, BYTES, size=3, alternatives=2)
         if drawn_ahead > 1:
             batch.ahead, batch.cache.stride = ahead, stride
-            batch.decode = (
-                graphs.Recorded(batch.forward, batch.cache) if recording else batch.forward
-            )
+            batch.recorded = graphs.Recorded(batch.cache) if recording else None
         found[drawn_ahead] = varied_texts()
         list(write(batch, found[drawn_ahead]))
     for one, other in zip(found[1], found[ahead]):
         assert one.ids == other.ids and one.written == other.written and other.ended
         logs, theirs = ([token.log_probability for token in each.tokens] for each in (one, other))
         assert logs == pytest.approx(theirs, abs=1e-5)
-    assert not recording or batch.decode.graphs
+    assert not recording or batch.recorded.graphs
+
+
+def test_a_graph_recorded_at_the_end_of_a_span_serves_its_beginning(monkeypatch):
+    monkeypatch.setattr(graphs, "recorded", lambda function, example: function)
+    model, found = tiny(vocab_size=257), []
+    for recorded in (False, True):
+        batch = Batch(model, BYTES)
+        if recorded:  # the 8th use of the span of 16 is its last
+            batch.cache.stride, batch.recorded = 16, graphs.Recorded(batch.cache)
+        texts = [Text(tokens(length).tolist(), GREEDY, BYTES) for length in (8, 3)]
+        found.append([text.ids for text in write_in_order(batch, texts)])
+    assert found[0] == found[1] and batch.recorded.graphs
+
+
+def test_a_batch_is_freed_at_once():
+    batch = Batch(tiny(vocab_size=257), BYTES)
+    gone = weakref.ref(batch)
+    del batch
+    assert gone() is None
 
 
 def test_the_first_token_of_a_text_does_not_wait_for_others():
@@ -311,7 +329,7 @@ def test_recorded_graphs_write_what_the_cpu_writes(monkeypatch):
         batch = Batch(model.to(device), BYTES, size=3, alternatives=2)
         texts[device] = varied_texts()
         list(write(batch, texts[device]))
-    assert batch.decode.graphs
+    assert batch.recorded.graphs
     assert [text.ids for text in texts["cpu"]] == [text.ids for text in texts["cuda"]]
 
 

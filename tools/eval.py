@@ -66,7 +66,7 @@ Address = Annotated[str, Range("an address like http://127.0.0.1:8000/v1", is_ad
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: PathName = "out/stdlib"  # a run (its newest step), a step, gpt2, hf:OWNER/NAME
+    checkpoint: PathName = "out/stdlib"  # a run (last step), RUN/best, a step, gpt2, hf:OWNER/NAME
     data_dir: Folder = "data/stdlib"  # what prepare.py wrote
     tasks: tuple[PathName, ...] = ("perplexity",)  # also hellaswag, …: see above
     text: PathName | None = None  # a file for perplexity to read, instead of data_dir
@@ -80,7 +80,7 @@ class EvalConfig:
     answers: PathName | None = None  # a .jsonl file for all questions and answers
     judge: Address | None = None  # of a server that grades these answers; key: OPENAI_API_KEY
     judge_model: NonEmpty | None = None  # the name of the model there
-    json: PathName | None = None  # a file for all figures, how they came about, and every item
+    json: PathName | None = None  # a file for all figures, how each was measured, and every item
 
 
 if __name__ == "__main__":
@@ -159,12 +159,12 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
     if cfg.answers and "answers" not in cfg.tasks:
-        yield "answers and judge are for --tasks=answers"
+        yield "--answers needs --tasks=answers"
     if cfg.answers and not cfg.answers.endswith(".jsonl"):
         yield f"answers must end with .jsonl, not {cfg.answers!r}"
     judging = (cfg.judge, cfg.judge_model)
     if any(judging) and not all((*judging, cfg.answers)):
-        yield "a judge needs judge, judge_model and answers=FILE"
+        yield "judging needs --judge, --judge_model and --answers=FILE"
     for path in (cfg.json, cfg.answers):
         if path and not Path(path).absolute().parent.is_dir():
             yield f"there is no folder for {path}"

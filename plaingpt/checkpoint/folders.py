@@ -192,7 +192,7 @@ def best_of(out_dir: Path) -> Best | None:
 
 
 def link_best(out_dir: Path, name: str) -> None:
-    """Lead the link `best` of a run folder to one of its checkpoints, for programs that open
+    """Point the link `best` of a run folder at one of its checkpoints, for programs that open
     folders by name. Raises OSError on systems without links, and for another file of that name."""
     link, partial = out_dir / BEST, out_dir / f"{PARTIAL}{BEST}"
     try:

@@ -50,7 +50,7 @@ SCORE = re.compile(r"(?:score:?\s*)?(\d+(?:\.\d+)?)(?:\s*/\s*100)?\.?", re.IGNOR
 TIMEOUT_S = 300  # for a reply: a judge may think
 WAITS_S = (1, 5, 25)  # before each further attempt
 TEMPORARY = {408, 425, 429}  # statuses, as are all from 500
-MAX_UNUSABLE = 10  # replies without a score, after which no more are asked for
+MAX_UNUSABLE = 10  # replies in a row without a score, after which no more are asked for
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,26 @@ def judged(judge: Judge, path: str) -> Result:
     NAME.judged.jsonl.
 
     Replies that are not scores are left out and counted, and a line says so. Raises UserError for
-    a judge that does not reply, and if MAX_UNUSABLE of its replies, or all, are not scores.
+    a judge that does not reply, and if MAX_UNUSABLE replies in a row, or all, are not scores.
     """
     answers = read_answers(path)
     kept = Path(path).with_suffix(".judged.jsonl")
     items: list[dict[str, Any]] = []
     unusable: list[str] = []
+    in_a_row = 0
     found = judgements(judge, answers, kept)
     for where, judgement in tqdm(found, "judge", len(answers), unit=" answers", disable=None):
         fields = msgspec.structs.asdict(judgement)
         items.append({name: value for name, value in fields.items() if value is not None})
+        in_a_row = in_a_row + 1 if judgement.score is None else 0
         if judgement.score is None:
             unusable.append(f"{where}: {judge} replied {shown(judgement.reply)}")
-            if len(unusable) == MAX_UNUSABLE:
-                break
+        if in_a_row == MAX_UNUSABLE:
+            break
     if unusable:
         count = f"{len(unusable):,} of {quantity(len(items), 'reply', 'replies')}"
         problem = f"{unusable[0]}, not with a number from 0 to 100 ({count})"
-        if len(unusable) in (MAX_UNUSABLE, len(items)):
+        if in_a_row == MAX_UNUSABLE or len(unusable) == len(items):
             raise UserError(problem)
         print(f"{problem}: left out", file=sys.stderr)
     figures = {"score": mean(item["score"] for item in items if "score" in item)}
@@ -132,16 +134,22 @@ def judgements(
                 judgement = Judgement(*parts, judge.model, prompt, reply, score_of(reply))
                 file.write(json.dumps(msgspec.structs.asdict(judgement)) + "\n")
                 file.flush()
+                known[judge.model, prompt] = judgement
             yield where, judgement
 
 
 def read_judgements(path: Path) -> dict[tuple[str, str], Judgement]:
-    """The judgements of a file that have a score, by judge and prompt. Cuts off a last line that
-    has no end, as a kill leaves it."""
+    """The judgements of a file that have a score, by judge and prompt. Cuts off a last line that a
+    kill left torn."""
     if not path.exists():
         return {}
     with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if last.endswith(b"}"):
+            file.write(b"\n")
+        else:
+            file.truncate(len(content) - len(last))
     found = (judgement for _, judgement in read_lines(str(path), Judgement))
     return {(each.judge, each.prompt): each for each in found if each.score is not None}
 
@@ -166,9 +174,9 @@ def ask(judge: Judge, prompt: str, where: str) -> str:
     body = {"model": judge.model, "messages": [{"role": "user", "content": prompt}]}
     content = json.dumps(body | {"temperature": 0}).encode()
     headers = {"Content-Type": "application/json"}
-    if key := api_key():
-        headers["Authorization"] = f"Bearer {key}"
     request = Request(f"{judge.address.rstrip('/')}/chat/completions", content, headers)
+    if key := api_key():
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     waits = iter(WAITS_S)
     while True:
         try:
@@ -179,7 +187,9 @@ def ask(judge: Judge, prompt: str, where: str) -> str:
             wait = next(waits, None) if is_temporary(error) else None
             if wait is None:
                 problem = f"{where}: no reply from {judge} ({in_words(error)})"
-                raise UserError(f"{problem}; another call goes on from there") from None
+                raise UserError(
+                    f"{problem}; run the command again to continue from there"
+                ) from None
             time.sleep(wait)
     completion = parse_json(reply, Completion, f"{where}: the reply of {judge}")
     return completion.choices[0].message.content or ""

@@ -66,7 +66,7 @@ class Tally:
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% interval of the win rate (Wilson 1927). It is for wins and losses; ties
-        vary less than these, so that it is rather too wide with many of them."""
+        vary less than these, so it is too wide when there are many."""
         n, rate = self.rated, self.win_rate
         centre = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
         spread = Z / (1 + Z**2 / n) * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
@@ -112,7 +112,9 @@ def by_question(path: str) -> dict[tuple[str, str], tuple[str, Answer]]:
         asked = answer.question, answer.reference
         if asked in found:
             earlier = f"the same question and reference as in {found[asked][0]}"
-            raise UserError(f"{where}: {earlier}: remove one, and its like from the other file")
+            raise UserError(
+                f"{where}: {earlier}: remove one of the two, and its counterpart in the other file"
+            )
         found[asked] = where, answer
     return found
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def of_split(
     """
     split, block_size = data.split("val"), model.config.block_size
     protocol = protocol_of(block_size, stride) + (", answers only" if split.has_mask else "")
-    windows = windows_of(len(split), block_size, stride)[:max_windows]
+    windows = list(islice(windows_of(len(split), block_size, stride), max_windows))
     batches = batches_of(split, windows, rt)
     if stride is None:
         max_tokens = max_windows and max_windows * block_size
@@ -67,29 +68,29 @@ def of_text(
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    windows = windows_of(len(ids), model.config.block_size, stride)[:max_windows]
+    windows = list(islice(windows_of(len(ids), model.config.block_size, stride), max_windows))
     loss, tokens = loss_of(model, batches_of(ids, windows, rt), len(windows), rt)
     bytes_per_token = len(text.encode()) / len(ids)
     protocol = protocol_of(model.config.block_size, stride)
     return result_of(protocol, loss, tokens, bytes_per_token, {path: sha256_of(Path(path))})
 
 
-def windows_of(tokens: int, block_size: int, stride: int | None) -> list[Window]:
-    """Windows that score every token but the first exactly once.
+def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Window]:
+    """Windows that score every token but the first exactly once (with a stride of block_size, not
+    the first of each window).
 
     With a `stride`, windows of block_size tokens begin every `stride` tokens and score those that
     no window before them had: the recipe of transformers' documentation. Otherwise a window reads
     block_size tokens and scores as many, from its second to the first of the next window.
     """
     span, step = (block_size + 1, block_size) if stride is None else (block_size, stride)
-    windows, scored = [], 1
+    scored = 1
     for start in range(0, tokens, step):
         end = min(start + span, tokens)
-        windows.append((start, end, scored))
+        yield start, end, scored
         scored = end
         if end == tokens:
             break
-    return windows
 
 
 def loss_of(model: GPT, batches: Iterator[Batch], windows: int, rt: Runtime) -> tuple[float, int]:

@@ -96,8 +96,8 @@ def divided(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
 
 
 def at_owners(function: Callable[[Tensor], Tensor], shards: Tensor, rows: int) -> Tensor:
-    """The same for matrices of so many rows, of which each process holds some: `shards`
-    (n, rows here, columns), as is the result. Each matrix is put together in one process only."""
+    """Like `divided`, for n matrices of `rows` rows that are sharded along them: `shards` and the
+    result are (n, rows here, columns). Each matrix is put together in one process only."""
     processes, rank = dist.get_world_size(), dist.get_rank()
     heights = [len(part) for part in torch.arange(rows).chunk(processes)]
     heights += [0] * (processes - len(heights))
@@ -109,7 +109,9 @@ def at_owners(function: Callable[[Tensor], Tensor], shards: Tensor, rows: int) -
     received = shards.new_empty(sum(whole))
     dist.all_to_all_single(received, shards.flatten(), whole, parts)
     pieces = zip(received.split(whole), heights)
-    stack = torch.cat([piece.view(counts[rank], rows, columns) for piece, rows in pieces], dim=1)
+    stack = torch.cat(
+        [piece.view(counts[rank], height, columns) for piece, height in pieces], dim=1
+    )
     results = function(stack) if len(stack) else stack
     sent = torch.cat([part.flatten() for part in results.split(heights, dim=1)])
     returned = torch.empty_like(shards)

@@ -91,8 +91,8 @@ class RunLog:
         append_lines(self.out_dir / SAMPLES, [msgspec.to_builtins(each) for each in samples])
 
     def name_best(self) -> None:
-        """Write run.json, which names the best checkpoint, and lead the link `best` to it; print
-        it if it is new."""
+        """Write run.json, which names the best checkpoint, and point the link `best` at it;
+        print it if it is new."""
         before, self.best = self.best, folders.best_of(self.out_dir)
         about = {"starts": self.starts} | ({"best": self.best} if self.best else {})
         write_json(self.out_dir / RUN, about, seal=True)

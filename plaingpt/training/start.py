@@ -195,12 +195,15 @@ def resumed(settings: Settings, defaults: Settings, dataset: Dataset | None) -> 
         raise UserError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
     if dataset and state.data != dataset.fingerprint:
         raise UserError(f"cannot resume {folder} on other data than it was trained on")
+    progress = state.progress
+    if before.get("eval_tokens") != settings["eval_tokens"]:  # losses over other windows
+        progress = Progress(progress.loss_sum, progress.loss_steps)
     start = Start(
         outline(shape),
         folder,
         step=state.step,
         skipped=state.skipped,
-        progress=state.progress,
+        progress=progress,
     )
     if adapter is None:
         return start
