@@ -89,6 +89,7 @@ if __name__ == "__main__":
     environment.use_huge_pages()
 
 import difflib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,7 @@ from model import GPT
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
 from plaingpt.evaluation import choices, items, perplexity, questions
+from plaingpt.evaluation.answers import read_answers
 from plaingpt.evaluation.judge import Judge, judged
 from plaingpt.evaluation.results import Result, table, write_results
 from plaingpt.evaluation.tasks import TASKS
@@ -165,9 +167,21 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
     judging = (cfg.judge, cfg.judge_model)
     if any(judging) and not all((*judging, cfg.answers)):
         yield "judging needs --judge, --judge_model and --answers=FILE"
-    for path in (cfg.json, cfg.answers):
-        if path and not Path(path).absolute().parent.is_dir():
+    inputs = [Path(name) for name in (cfg.text, *cfg.tasks) if name and Path(name).exists()]
+    for path in (Path(name) for name in (cfg.json, cfg.answers) if name):
+        if not path.absolute().parent.is_dir():
             yield f"there is no folder for {path}"
+        elif path.is_dir():
+            yield f"{path} is a folder, where a file is to be written"
+        elif not os.access(path.absolute().parent, os.W_OK):
+            yield f"{path} cannot be written: its folder is read-only"
+        elif path.exists() and any(path.samefile(other) for other in inputs):
+            yield f"{path} is read as well: choose another file to write"
+    if cfg.answers and Path(cfg.answers).is_file():
+        try:
+            read_answers(cfg.answers)
+        except UserError as problem:
+            yield f"answers={cfg.answers} exists and holds something else ({problem})"
 
 
 def needs_data(cfg: EvalConfig) -> bool:

@@ -190,6 +190,7 @@ def ask(judge: Judge, prompt: str, where: str) -> str:
                 raise UserError(
                     f"{problem}; run the command again to continue from there"
                 ) from None
+            print(f"{judge}: {in_words(error)}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
     completion = parse_json(reply, Completion, f"{where}: the reply of {judge}")
     return completion.choices[0].message.content or ""

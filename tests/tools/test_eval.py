@@ -139,6 +139,12 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         (["--answers=a.jsonl"], "--answers needs --tasks=answers"),
         (["--tasks=answers", "--answers=a.txt"], "answers must end with .jsonl, not 'a.txt'"),
         (["--tasks=answers", "--answers=no/a.jsonl"], "there is no folder for no/a.jsonl"),
+        (
+            ["--tasks=answers", "--answers=x.jsonl"],
+            "answers=x.jsonl exists and holds something else",
+        ),
+        (["--tasks=x.jsonl", "--json=x.jsonl"], "x.jsonl is read as well: choose another file"),
+        (["--json=."], ". is a folder, where a file is to be written"),
         (["--judge_model=m"], "judging needs --judge, --judge_model and --answers=FILE"),
         (["--judge=127.0.0.1:80"], "judge must be an address like http://"),
         (["--judge=file:///etc/passwd"], "judge must be an address like http://"),
@@ -150,8 +156,10 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         (["--checkpoint=nowhere"], "nowhere does not exist"),
     ],
 )
-def test_bad_input_is_one_line(run, capsys, arguments, message):
+def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, message):
     _, out_dir, data_dir = run
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
     command = [f"--checkpoint={out_dir}", f"--data_dir={data_dir}", "--device=cpu"]
     assert eval.main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
