@@ -121,9 +121,10 @@ def batches_of(tokens: Split | np.ndarray, windows: list[Window], rt: Runtime) -
 
 
 def protocol_of(block_size: int, stride: int | None) -> str:
+    windows = f"windows of {quantity(block_size, 'token')}"
     if stride is None:
-        return f"windows of {block_size:,} tokens that do not overlap"
-    return f"windows of {block_size:,} tokens every {stride:,}, only new tokens scored"
+        return f"{windows} that do not overlap"
+    return f"{windows} every {stride:,}, only new tokens scored"
 
 
 def result_of(
