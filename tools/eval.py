@@ -170,7 +170,7 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
     inputs = [Path(name) for name in (cfg.text, *cfg.tasks) if name and Path(name).exists()]
     for path in (Path(name) for name in (cfg.json, cfg.answers) if name):
         if not path.absolute().parent.is_dir():
-            yield f"there is no folder for {path}"
+            yield f"the folder of {path} does not exist"
         elif path.is_dir():
             yield f"{path} is a folder, where a file is to be written"
         elif not os.access(path.absolute().parent, os.W_OK):

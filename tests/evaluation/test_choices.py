@@ -342,7 +342,7 @@ def test_a_record_of_another_layout_names_its_line(folder, tmp_path, name, chang
         (["--tasks=piqa", "--stride=3"], "text and stride are for --tasks=perplexity"),
         (["--tasks=perplexity", "--shots=3"], "shots and task_dir are for tasks that have items"),
         (["--tasks=piqa", "--shots=-1"], "shots must be at least 0, not -1"),
-        (["--tasks=piqa", "--json=no/where/a.json"], "there is no folder for no/where/a.json"),
+        (["--tasks=piqa", "--json=no/where/a.json"], "the folder of no/where/a.json does not"),
         (["--tasks=piqa", "--task_dir=nowhere"], "nowhere has no piqa.jsonl, piqa.json, piqa.par"),
         (["--tasks=lambada_openai", "--shots=2"], "lambada_openai_train.jsonl, which does not"),
         (

@@ -138,7 +138,7 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         (["--tasks="], "tasks is empty"),
         (["--answers=a.jsonl"], "--answers needs --tasks=answers"),
         (["--tasks=answers", "--answers=a.txt"], "answers must end with .jsonl, not 'a.txt'"),
-        (["--tasks=answers", "--answers=no/a.jsonl"], "there is no folder for no/a.jsonl"),
+        (["--tasks=answers", "--answers=no/a.jsonl"], "the folder of no/a.jsonl does not exist"),
         (
             ["--tasks=answers", "--answers=x.jsonl"],
             "answers=x.jsonl exists and holds something else",
