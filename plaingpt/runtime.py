@@ -49,6 +49,11 @@ class Runtime:
         """Whether this is the one process that writes files."""
         return self.rank == 0
 
+    @property
+    def hides_progress(self) -> bool | None:
+        """For tqdm's `disable`: None shows the bar where stderr is a terminal."""
+        return None if self.is_main else True
+
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all processes, on the device of `values`."""
         if self.world_size == 1:

@@ -1,6 +1,7 @@
 """What a model makes of multiple-choice and cloze items: its choices, and the figures."""
 
 import math
+from statistics import fmean
 from typing import Any
 
 from configurator import UserError
@@ -8,7 +9,7 @@ from model import GPT
 from plaingpt.evaluation import likelihood
 from plaingpt.evaluation.items import TaskItems
 from plaingpt.evaluation.likelihood import Score, Sequence
-from plaingpt.evaluation.results import Result, mean
+from plaingpt.evaluation.results import Result
 from plaingpt.evaluation.tasks import Item
 from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
@@ -39,12 +40,12 @@ def measure(asked: TaskItems, model: GPT, tokenizer: Tokenizer, rt: Runtime) -> 
         found = outcome(item, scores[number], asked.task.figures, lengths)
         items.append({"item": place, **found})
     figures = {
-        name: mean(item[name] for item in items)
+        name: fmean(item[name] for item in items)
         for name in asked.task.figures
         if name != "perplexity"
     }
     if "perplexity" in asked.task.figures:
-        loss = -mean(item["log_likelihoods"][0] for item in items)
+        loss = -fmean(item["log_likelihoods"][0] for item in items)
         figures["perplexity"] = math.exp(min(loss, 700))
     return Result(asked.name, protocol(asked), figures, items, asked.data)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from configurator import UserError
 from plaingpt.checksums import sha256_of
 from plaingpt.evaluation.answers import Answer, read_answers, read_lines
-from plaingpt.evaluation.results import Result, mean
+from plaingpt.evaluation.results import Result
 from plaingpt.files import parse_json
 from plaingpt.wording import quantity, shown
 
@@ -112,7 +113,7 @@ def judged(judge: Judge, path: str) -> Result:
         if in_a_row == MAX_UNUSABLE or len(unusable) == len(items):
             raise UserError(problem)
         print(f"{problem}: left out", file=sys.stderr)
-    figures = {"score": mean(item["score"] for item in items if "score" in item)}
+    figures = {"score": fmean(item["score"] for item in items if "score" in item)}
     figures["unusable"] = len(unusable)
     protocol = f"graded from 0 to 100 by {judge}, at temperature 0, against the reference answer"
     return Result("judge", protocol, figures, items, {path: sha256_of(Path(path))})

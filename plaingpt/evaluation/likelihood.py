@@ -78,9 +78,8 @@ def score(model: GPT, items: list[list[Sequence]], rt: Runtime, name: str) -> li
     batches = list(in_batches(grouped(items, model.config.block_size), model, rt))
     mine = batches[rt.rank :: rt.world_size]
     found = torch.zeros(sum(map(len, items)), 2, dtype=torch.float64)
-    silent = None if rt.is_main else True  # None: unless stderr is a terminal
     rows = sum(len(group.rows) for batch in mine for group in batch)
-    with tqdm(total=rows, desc=name, unit=" choices", disable=silent) as bar:
+    with tqdm(total=rows, desc=name, unit=" choices", disable=rt.hides_progress) as bar:
         for batch in mine:
             numbers = [row for group in batch for row in group.rows]
             found[numbers] = score_batch(model, batch, rt)

@@ -96,8 +96,7 @@ def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Win
 def loss_of(model: GPT, batches: Iterator[Batch], windows: int, rt: Runtime) -> tuple[float, int]:
     """The mean loss in nats per scored token, and their number, with a progress bar."""
     total = math.ceil(windows / (BATCH_SIZE * rt.world_size))
-    silent = None if rt.is_main else True  # None: unless stderr is a terminal
-    bar = tqdm(batches, "perplexity", total, unit=" batches", disable=silent)
+    bar = tqdm(batches, "perplexity", total, unit=" batches", disable=rt.hides_progress)
     return evaluation.mean_loss(model, bar, rt, stoppable=False)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from configurator import UserError
 from model import GPT
 from plaingpt.evaluation.answers import Answer, corpus_figures
-from plaingpt.evaluation.results import Result, mean
+from plaingpt.evaluation.results import Result
 from plaingpt.files import atomic_file
 from plaingpt.generation import Batch, Text, write_in_order
 from plaingpt.runtime import Runtime
@@ -36,9 +37,12 @@ def measure(model: GPT, data: Dataset, limit: int | None, path: str | None, rt: 
     tokenizer = data.tokenizer
     asked = list(islice(questions(data.split("val"), tokenizer), limit))
     mine = asked[rt.rank :: rt.world_size]
-    silent = None if rt.is_main else True  # None: unless stderr is a terminal
     bar = tqdm(
-        answer(model, tokenizer, mine), "answers", len(mine), unit=" answers", disable=silent
+        answer(model, tokenizer, mine),
+        "answers",
+        len(mine),
+        unit=" answers",
+        disable=rt.hides_progress,
     )
     shares = rt.gather(list(bar))
     answers = [
@@ -49,7 +53,7 @@ def measure(model: GPT, data: Dataset, limit: int | None, path: str | None, rt: 
         with atomic_file(Path(path)) as partial:
             partial.write_text("".join(f"{json.dumps(item)}\n" for item in items), encoding="utf-8")
     figures, signatures = corpus_figures(answers)
-    figures = {name: mean(item[name] for item in items) for name in ("exact", "f1")} | figures
+    figures = {name: fmean(item[name] for item in items) for name in ("exact", "f1")} | figures
     protocol = (
         f"the likeliest answer to each question alone; exact and f1 as for SQuAD, {signatures}"
     )

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,6 @@ class Result:
         if len(values) < 2:
             return None
         return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of at least one value."""
-    return statistics.fmean(values)
 
 
 def table(results: list[Result]) -> str:
