@@ -267,7 +267,7 @@ def cache_gib(model: GPT, size: int, capacity: int) -> float:
 
 
 def cache_sentence(model: GPT, size: int, capacity: int) -> str:
-    """What the keys and values of `size` texts take."""
+    """What the keys and values of `size` texts take, with those of a prompt that is being read."""
     needed = f"{1024 * cache_gib(model, size, capacity):,.1f} MiB"
     tokens = quantity(capacity, "token")
     return f"{quantity(size, 'text')} with keys and values of {tokens} each take {needed}"

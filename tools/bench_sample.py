@@ -85,6 +85,8 @@ def measure(cfg: SampleBench) -> dict[str, list[float]]:
     shape = shape_of(cfg.size)
     configurator.validate(cfg, problems_of(cfg, shape))
     table: dict[str, list[float]] = defaultdict(list)
+    if cfg.folder:
+        Path(cfg.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = str(Path(name).resolve() / "model")
         task = Task("weights", folder, shape, cfg.prompt_tokens, cfg.new_tokens, cfg.batch_size)

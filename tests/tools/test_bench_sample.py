@@ -62,6 +62,7 @@ def test_writing_is_measured_beside_llama_cpp(tmp_path, tiny_size, llama_cpp, ca
     output = tmp_path / "bench.json"
     arguments = ["--prompt_tokens=4", "--new_tokens=6", "--repeats=1", f"--output={output}"]
     arguments += ["--against=llama.cpp", f"--llama_cpp={llama_cpp}", "--precisions=float32"]
+    arguments.append(f"--folder={tmp_path / 'new' / 'weights'}")
     assert bench.main(["sample", *arguments]) == 0
     result = json.loads(output.read_text())
     assert result["command"] == "sample" and result["settings"]["size"] == "124m"
