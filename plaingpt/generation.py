@@ -95,7 +95,9 @@ class Batch:
         check_memory(model, size, self.capacity)
         self.ahead, stride = (AHEAD, STRIDE) if device.type == "cuda" else (1, 1)
         self.cache = KVCache(model, size, self.capacity, stride)
-        self.recorded = graphs.Recorded(self.cache) if self.ahead > 1 else None
+        self.recorded = None
+        if self.ahead > 1:
+            self.recorded = graphs.Recorded(self.cache, tokenizer.vocab_size)
         self.prompt_cache = KVCache(model, 1, self.capacity) if size > 1 else self.cache
         self.device = device
         self.drawing_device = torch.device("cpu") if device.type == "mps" else device  # for float64

@@ -19,10 +19,13 @@ class Recorded:
     """Calls a function of the next ids (B, 1) of B texts that reads and extends their cache, and
     gives their logits (B, V). They are overwritten by the next call.
 
-    There is a graph for each number of texts and for each span of the cache that attention sees."""
+    There is a graph for each number of texts and for each span of the cache that attention sees.
+    All put their logits in the same place, so that many graphs take little more memory than one."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, vocab_size: int) -> None:
         self.cache = cache
+        device, size = cache.entries.device, cache.entries.size(1)
+        self.logits = torch.empty(size, vocab_size, device=device)
         self.uses: Counter[tuple[int, int]] = Counter()
         self.graphs: dict[tuple[int, int], Forward] = {}
 
@@ -37,7 +40,7 @@ class Recorded:
 
             def forward(ids: Tensor) -> Tensor:
                 cache.end = end
-                return function(ids)
+                return self.logits[: len(ids)].copy_(function(ids))
 
             self.graphs[key] = recorded(forward, idx)
             cache.lengths.copy_(lengths)
@@ -68,5 +71,5 @@ def recorded(function: Forward, example: Tensor) -> Forward:
 
 @once
 def memory() -> Any:
-    """Memory that all graphs share; the results of each stay where they are."""
+    """Memory that all graphs share, since only one of them runs at a time."""
     return torch.cuda.graph_pool_handle()

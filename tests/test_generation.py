@@ -262,7 +262,7 @@ def test_drawing_ahead_changes_no_text(monkeypatch, ahead, stride, recording):
         batch = Batch(model, BYTES, size=3, alternatives=2)
         if drawn_ahead > 1:
             batch.ahead, batch.cache.stride = ahead, stride
-            batch.recorded = graphs.Recorded(batch.cache) if recording else None
+            batch.recorded = graphs.Recorded(batch.cache, BYTES.vocab_size) if recording else None
         found[drawn_ahead] = varied_texts()
         list(write(batch, found[drawn_ahead]))
     for one, other in zip(found[1], found[ahead]):
@@ -278,7 +278,8 @@ def test_a_graph_recorded_at_the_end_of_a_span_serves_its_beginning(monkeypatch)
     for recorded in (False, True):
         batch = Batch(model, BYTES)
         if recorded:  # the 8th use of the span of 16 is its last
-            batch.cache.stride, batch.recorded = 16, graphs.Recorded(batch.cache)
+            batch.cache.stride = 16
+            batch.recorded = graphs.Recorded(batch.cache, BYTES.vocab_size)
         texts = [Text(tokens(length).tolist(), GREEDY, BYTES) for length in (8, 3)]
         found.append([text.ids for text in write_in_order(batch, texts)])
     assert found[0] == found[1] and batch.recorded.graphs
