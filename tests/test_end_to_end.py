@@ -26,7 +26,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plaingpt.text.tokenizer import Tokenizer
-from tools import bench, compare, eval, export, pairs, serve
+from tools import bench, compare, eval, experiment, export, pairs, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -37,6 +37,7 @@ CLASSES = {
     "tools.serve": serve.ServeConfig,
     "tools.eval": eval.EvalConfig,
     "tools.compare": compare.CompareConfig,
+    "tools.experiment": experiment.ExperimentConfig,
     "tools.pairs": pairs.PairsConfig,
 }
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
@@ -190,7 +191,7 @@ def test_bad_input_is_one_line_and_status_2_in_every_command(tmp_path, monkeypat
         assert main(["--no_such_setting=1"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: command line: unknown setting 'no_such_setting'")
-        if script not in ("prepare.py", "tools.pairs"):
+        if script not in ("prepare.py", "tools.experiment", "tools.pairs"):
             assert main([]) == 2
             err = capsys.readouterr().err
             assert err.startswith("error: ") and "stdlib" in err and len(err.splitlines()) == 1

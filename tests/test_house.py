@@ -9,9 +9,8 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 DOOR = {"model", "train", "prepare", "sample", "configurator"}
-COMMANDS = {"train", "prepare", "sample"} | {
-    f"tools.{name}" for name in ("eval", "export", "serve", "bench", "compare", "pairs")
-}
+TOOLS = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs")
+COMMANDS = {"train", "prepare", "sample"} | {f"tools.{name}" for name in TOOLS}
 MAX_PARAMETERS = 6
 LEAVES = {  # what the files at the root of all imports may import of ours
     "model": set(),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compare", "pairs")]
+NAMES = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs")
+TOOLS = [f"tools/{name}" for name in NAMES]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ TOOLS = [f"tools/{name}" for name in ("eval", "export", "serve", "bench", "compa
         ("-m tools.serve", "  --port "),
         ("-m tools.export", "  --push_to_hub "),
         ("-m tools.compare", "  --runs "),
+        ("-m tools.experiment", "  --variants "),
         ("-m tools.pairs", "  --read "),
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
