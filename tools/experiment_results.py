@@ -208,12 +208,12 @@ def draw(results: list[Result], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, unit = figure.subplots(), unit_of(results)
     for number, (variant, mine) in enumerate(grouped(results).items()):
-        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        style = f"C{number % 10}.{('-', '--', ':')[number // 10 % 3]}"
         for result in mine:
             scale = measure(result, unit) / result.loss
             points = [(tokens, scale * loss) for _, tokens, loss in result.curve]
             label = variant if result is mine[0] else None
-            axes.plot(*zip(*points), label=label, marker=".", linewidth=1, **style)
+            axes.plot(*zip(*points), style, label=label, linewidth=1)
     axes.set(xlabel="tokens", ylabel=f"validation loss ({unit})")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
