@@ -1,6 +1,6 @@
 """
 LoRA's rank: the quick start's model, which has read Python, learns the English of Python's
-reference (650 kB, from the interpreter) with all of its weights, or with adapters.
+reference (half a megabyte, part of the interpreter) with all of its weights, or with adapters.
 
     python -m tools.experiment experiments/lora_rank.py
 """
@@ -21,8 +21,8 @@ setup = (
 base = {
     "init_from": "out/experiments/stdlib",
     "data_dir": "data/topics",
-    "max_steps": 300,
-    "eval_interval": 75,
+    "max_steps": 200,
+    "eval_interval": 50,
 }
 variants = {"all_weights": {"learning_rate": 0.003}} | {
     f"rank_{rank}": {"lora_rank": rank, "lora_alpha": rank, "learning_rate": 0.03}
