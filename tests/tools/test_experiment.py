@@ -100,7 +100,8 @@ def test_an_experiment_is_interrupted_resumed_and_extended(
 
     def interrupt(seconds):
         time.sleep(seconds / 10)
-        if (folder / "long_1" / "metrics.jsonl").exists():
+        metrics = folder / "long_1" / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:  # after its first step
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
