@@ -13,6 +13,7 @@ import tiktoken
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only lose time to more threads
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as commands do: environment.wait_briefly
 
 from plaingpt.text import shards
 from plaingpt.text.tokenizer import Tokenizer
