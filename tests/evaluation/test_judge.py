@@ -1,6 +1,8 @@
 """A judge's replies, good and bad, from a stand-in server."""
 
 import json
+import re
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ ANSWERS = [Answer(f"{n}?", "blue {}", f"answer {n}") for n in range(4)]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(judge, "WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(judge, "AT_ONCE", 1)  # the replies are those to one request after another
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -34,7 +37,8 @@ def path(tmp_path):
 @contextmanager
 def server(*replies):
     """The address of a server, and the requests it got. It gives each of `replies` once, then the
-    last for ever: the judge's words, a status, a body, or seconds of silence before it hangs up."""
+    last for ever: the judge's words (or what returns them for a prompt), a status, a body, or
+    seconds of silence before it hangs up."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -42,6 +46,8 @@ def server(*replies):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             reply = replies[min(len(requests), len(replies) - 1)]
             requests.append((self.path, dict(self.headers), body))
+            if callable(reply):
+                reply = reply(body["messages"][0]["content"])
             if isinstance(reply, float):
                 time.sleep(reply)
                 return
@@ -125,9 +131,10 @@ def test_a_judge_that_recovers_costs_nothing(path, monkeypatch, first):
         (401, 1, "status 401: "),
         (429, 3, "status 429: "),
         (0.3, 3, "timed out"),
-        (b"<html>", 1, "is damaged: "),
+        (b"<html>", 1, "but got '<html>' (its JSON is damaged: "),
+        (b" \n", 1, "but got nothing (its JSON is damaged: "),
         (b'{"choices": []}', 1, "choices: expected "),
-        (b'{"error": "no such model"}', 1, "missing field choices"),
+        (b'{"error": "no such model"}', 1, "no such model\"}' (its JSON: missing field choices"),
         ("I like it", 4, "replied 'I like it', not with a number from 0 to 100 (4 of 4 replies)"),
         ("140", 4, "replied '140', not with a number"),
         (None, 4, "replied '', not with a number"),
@@ -147,6 +154,73 @@ def test_a_judge_that_is_down_is_one_line(path):
     address = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(configurator.UserError, match=r"line 1: no reply from m at .*refused"):
         judged(Judge(address, "m"), str(path))
+
+
+@pytest.fixture
+def slow():
+    """A judge that takes 0.4 s for the first answer and 0.1 s for the others, and how many it was
+    asked at once; its score is 10 times the number of the answer."""
+    running, most = [], []
+
+    def reply(prompt: str) -> str:
+        running.append(prompt)
+        most.append(len(running))
+        number = int(re.search(r"answer (\d+)", prompt)[1])
+        time.sleep(0.1 if number else 0.4)
+        running.remove(prompt)
+        return str(10 * number)
+
+    with server(reply) as (address, _):
+        yield Judge(address, "m"), most
+
+
+def test_several_answers_are_judged_at_once_and_stay_in_order(path, slow, monkeypatch):
+    monkeypatch.setattr(judge, "AT_ONCE", 3)
+    asked, most = slow
+    result = judged(asked, str(path))
+    assert [item["score"] for item in result.items] == [0, 10, 20, 30]
+    assert max(most) == 3 and len(most) == 4
+    assert kept(path)[-1]["score"] == 0  # the slow one does not hold up the others
+
+
+def test_equal_answers_are_judged_once(path, slow):
+    path.write_text(path.read_text() * 2)
+    asked, most = slow
+    result = judged(asked, str(path))
+    assert [item["score"] for item in result.items] == [0, 10, 20, 30] * 2 and len(most) == 4
+
+
+def test_what_is_under_way_when_a_request_fails_is_kept(path, monkeypatch):
+    monkeypatch.setattr(judge, "AT_ONCE", 3)
+
+    def ask(judge, prompt, where):
+        if "answer 0" in prompt:
+            raise configurator.UserError(f"{where}: no reply")
+        time.sleep(0.1)
+        return "50"
+
+    monkeypatch.setattr(judge, "ask", ask)
+    with pytest.raises(configurator.UserError, match="line 1: no reply"):
+        judged(Judge("", "m"), str(path))
+    assert len(kept(path)) == 2
+
+
+def test_an_interrupt_says_what_is_kept(path, capsys, monkeypatch):
+    """Without waiting for the reply."""
+
+    def ask(judge, prompt, where):
+        if "answer 2" in prompt:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(60)
+        return "50"
+
+    monkeypatch.setattr(judge, "ask", ask)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judged(Judge("", "m"), str(path))
+    assert time.monotonic() - began < 30
+    said = f"2 of 4 answers judged, and kept in {kept_at(path)}; run the command again to continue"
+    assert said in capsys.readouterr().err
 
 
 def test_a_few_replies_without_a_score_are_left_out(path, capsys, monkeypatch):
