@@ -10,14 +10,16 @@ A config file is plain Python whose public names are settings. It sees the value
 `max_steps = 2 * max_steps` works; modules, functions and names that start with _ are ignored.
 """
 
+import contextlib
 import inspect
 import io
 import math
 import os
 import signal
 import sys
+import time
 import tokenize
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -29,6 +31,7 @@ from plaingpt.wording import shorten, shown
 Config = TypeVar("Config")
 Saved = Callable[[Any], dict[str, Any]]  # a config → values that replace its defaults
 MAX_LINE, MAX_PROBLEMS = 2000, 20  # characters of a line, and lines, of an error message
+PATIENCE_S = 3.0  # far longer than a process takes to exit and torchrun to notice
 
 
 class UserError(ValueError):
@@ -87,9 +90,10 @@ def command(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `begin`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
-        if sys.stdout:  # None if it was closed
-            sys.stdout.flush()
+        with errors_once():
+            run(configure(cls, sys.argv[1:] if argv is None else argv, saved))
+            if sys.stdout:  # None if it was closed
+                sys.stdout.flush()
     except BrokenPipeError:
         return drop_output()
     except (UserError, OSError) as problem:
@@ -105,6 +109,19 @@ def command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def errors_once() -> Iterator[None]:
+    """Let the first process of a machine report an error that all of them have: torchrun ends the
+    others once it has exited. An error that only another process has is reported after PATIENCE_S.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE_S)
+        raise
 
 
 def drop_output() -> int:

@@ -505,6 +505,17 @@ def test_a_wrong_setting_is_one_line_and_the_command_does_not_run(capsys):
     )
 
 
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [configurator.PATIENCE_S])])
+def test_an_error_is_left_to_the_first_process(monkeypatch, capsys, local_rank, waits):
+    """The others wait for torchrun to end them; if it does not, they alone have the error."""
+    slept = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(configurator.time, "sleep", slept.append)
+    assert configurator.command(Settings, lambda _: None, []) == 0 and slept == []
+    assert configurator.command(Settings, pytest.fail, ["--stepz=3"]) == 2 and slept == waits
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
 def test_our_own_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         configurator.command(Settings, lambda _: 1 / 0, [])
