@@ -83,7 +83,7 @@ def unknown(name: str, known: Collection[str]) -> str:
         theirs, _, note = rest.partition(" (")
         if ours in known and name in theirs.split():
             return f"{said}; use {ours!r}" + (f" ({note}" if note else "")
-    close = difflib.get_close_matches(name[:50].lower(), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:50].lower(), list(known), n=1, cutoff=0.6)
     return f"{said}; did you mean {close[0]!r}?" if close else said
 
 

@@ -84,6 +84,10 @@ def test_a_name_of_another_program_leads_to_ours(command, argument, ours):
     assert f"unknown setting {name!r}; " in said and repr(ours) in said
 
 
+def test_no_guess_is_better_than_a_poor_one():
+    assert message("eval", "--batch_size=8") == "unknown setting 'batch_size'"
+
+
 def test_where_the_meaning_differs_it_is_said(tmp_path):
     assert message("train", "--max_iters=5") == (
         "unknown setting 'max_iters'; use 'max_steps' "

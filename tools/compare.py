@@ -68,6 +68,8 @@ def compare(cfg: CompareConfig) -> list[dict[str, str]]:
 def read_run(folder: Path) -> Run:
     """Raises UserError as `compare`."""
     path = folder / METRICS
+    if not path.exists() and (folder.parent / METRICS).exists():
+        raise UserError(f"{folder} is within a run: name its folder, {folder.parent}")
     if not folder.exists():
         raise UserError(f"{folder} {folders.missing(folder)}")
     if not path.exists():

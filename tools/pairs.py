@@ -76,6 +76,8 @@ def problems_of(cfg: PairsConfig) -> Iterator[str]:
         yield f"out must end with .jsonl, not {cfg.out!r}"
     if cfg.read and (cfg.a or cfg.b):
         yield "read cannot be combined with a or b"
+    if cfg.a and cfg.b and Path(cfg.a).resolve() == Path(cfg.b).resolve():
+        yield f"a and b are the same file, {cfg.a}: name the answers of two models"
     if not cfg.read and not (cfg.a and cfg.b):
         yield "expected the answers of two models, --a and --b, or a rater's choices, --read"
 

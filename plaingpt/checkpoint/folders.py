@@ -133,9 +133,7 @@ def missing(folder: Path) -> str:
     if close := difflib.get_close_matches(str(folder), names, n=1):
         return f"{problem}; did you mean {close[0]}?"
     there = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{problem}; " + (
-        f"existing checkpoints: {there}" if names else "run train.py to make one"
-    )
+    return f"{problem}; " + (f"trained models: {there}" if names else "run train.py to make one")
 
 
 def runs_near(folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def test_a_folder_that_is_no_checkpoint_leads_to_one(tmp_path, monkeypatch):
         files.write_json(tmp_path / "out" / name / "run.json", folders.Run((start,)))
     assert advice("data/tales").endswith("not a checkpoint; models trained on it: out/tales")
     assert advice("out/tale") == "out/tale does not exist; did you mean out/tales?"
-    assert advice("nope") == "nope does not exist; existing checkpoints: out/more, out/tales"
+    assert advice("nope") == "nope does not exist; trained models: out/more, out/tales"
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

@@ -85,7 +85,9 @@ def test_what_is_not_a_run_is_refused(tmp_path, capsys):
     (step,) = write_run(tmp_path / "one").glob("step_*")
     for name, said in [
         (tmp_path / "on", "does not exist; did you mean"),
-        (step, "has no metrics.jsonl: name the folders of runs, such as out/stdlib"),
+        (step, f"is within a run: name its folder, {tmp_path}/one"),
+        (tmp_path / "one" / "best", f"is within a run: name its folder, {tmp_path}/one"),
+        (tmp_path, "has no metrics.jsonl: name the folders of runs, such as out/stdlib"),
     ]:
         assert compare.main(settings(tmp_path, name)) == 2
         assert f"error: {name} {said}" in capsys.readouterr().err

@@ -164,6 +164,7 @@ def test_choices_that_do_not_fit_are_one_line(folder, capsys, line, message):
         (["--a=one.jsonl", "--b=two.jsonl", "--out=x.html"], "out must end with .jsonl"),
         (["--a=one.jsonl", "--b=two.jsonl", "--out=one.jsonl"], "one.jsonl already exists"),
         (["--a=one.jsonl", "--b=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--a=one.jsonl", "--b=./one.jsonl"], "a and b are the same file, one.jsonl"),
         (["--read=empty.jsonl"], "has no pairs.key.json"),
     ],
 )
