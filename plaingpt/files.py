@@ -194,6 +194,7 @@ def reworded(problem: str) -> str:
     got a string"."""
     what, _, place = problem.partition(" - at ")
     what = what.replace("Object missing required field", "missing field")
+    what = what.replace(r"matching regex '\\S'", "that is not blank")
     what = re.sub(r"`([\w |]+)`", lambda found: in_words(found[1]), what)
     field = place.rpartition("`$")[2].strip("`.").replace("[...]", "[…]")
     return f"{field}: {what[0].lower()}{what[1:]}" if field else what[0].lower() + what[1:]

@@ -90,7 +90,8 @@ if __name__ == "__main__":
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,47 +99,55 @@ import torch
 from model import GPT
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
-from plaingpt.evaluation import choices, items, perplexity, questions
+from plaingpt.evaluation import choices, items, judge, perplexity, questions
 from plaingpt.evaluation.answers import read_answers
-from plaingpt.evaluation.judge import Judge, judged
+from plaingpt.evaluation.judge import Judge
 from plaingpt.evaluation.results import Result, table, write_results
 from plaingpt.evaluation.tasks import TASKS
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 
-ON_DATA = ("perplexity", "answers")  # tasks on prepared data
+SUMMARIES = {"perplexity": perplexity.summary, "answers": questions.summary}
+ON_DATA = tuple(SUMMARIES)  # tasks on prepared data
 
 
 def score(cfg: EvalConfig) -> list[Result]:
     """Measure every task, and print a table of all figures.
 
-    A task that fails takes no figures away from those before it: they are printed and written
-    all the same. Raises UserError for settings out of range, a checkpoint that cannot be opened,
-    data with another tokenizer, and data that lacks what a task needs.
+    All tasks read and check what they need before the first is measured. One that fails all the
+    same takes no figures away from those before it: they are printed and written. Raises UserError
+    for settings out of range, a checkpoint that cannot be opened, data with another tokenizer,
+    malformed items, and data that lacks what a task needs.
     """
     configurator.validate(cfg, problems_of(cfg))
     rt = runtime.start(cfg.device, cfg.dtype)
+    if cfg.quantize:
+        rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
     data = open_data(cfg) if needs_data(cfg) else None
     model, tokenizer = store.load(cfg.checkpoint)
     if data and data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
     if cfg.stride and cfg.stride > model.config.block_size:
         raise UserError(f"stride={cfg.stride} exceeds the context, {model.config.block_size:,}")
+    names = sorted(cfg.tasks, key=lambda name: name == "answers")  # which packs the model
+    tasks = [prepared(cfg, name, model, tokenizer, data, rt) for name in names]
+    if cfg.judge and cfg.answers:
+        judge.check(cfg.answers)
     if cfg.quantize:
-        rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
         packing.place(model, rt, cfg.dtype, cfg.quantize)
     else:
         rt.place(model).eval()
     results: list[Result] = []
     try:
-        for task in sorted(cfg.tasks, key=lambda task: task == "answers"):  # it packs the model
-            results.append(measure(cfg, task, model, tokenizer, data, rt))
+        for measure in tasks:
+            results.append(measure())
+            if rt.is_main and (summary := SUMMARIES.get(results[-1].task)):
+                print(summary(results[-1]))
         if cfg.judge and cfg.judge_model and cfg.answers and rt.is_main:
-            results.append(judged(Judge(cfg.judge, cfg.judge_model), cfg.answers))
+            results.append(judge.judged(Judge(cfg.judge, cfg.judge_model), cfg.answers))
     finally:
         if results and rt.is_main:
             report(cfg, results)
-        runtime.leave()
     return results
 
 
@@ -168,13 +177,16 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if any(judging) and not all((*judging, cfg.answers)):
         yield "judging needs --judge, --judge_model and --answers=FILE"
     inputs = [Path(name) for name in (cfg.text, *cfg.tasks) if name and Path(name).exists()]
-    for path in (Path(name) for name in (cfg.json, cfg.answers) if name):
+    kept = cfg.answers and cfg.judge and judge.kept_beside(cfg.answers)
+    for path in (Path(name) for name in (cfg.json, cfg.answers, kept) if name):
         if not path.absolute().parent.is_dir():
             yield f"the folder of {path} does not exist"
         elif path.is_dir():
             yield f"{path} is a folder, where a file is to be written"
         elif not os.access(path.absolute().parent, os.W_OK):
             yield f"{path} cannot be written: its folder is read-only"
+        elif path.exists() and not os.access(path, os.W_OK):
+            yield f"{path} cannot be written: it is read-only"
         elif path.exists() and any(path.samefile(other) for other in inputs):
             yield f"{path} is read as well: choose another file to write"
     if cfg.answers and Path(cfg.answers).is_file():
@@ -198,34 +210,37 @@ def open_data(cfg: EvalConfig) -> dataset.Dataset:
     return data
 
 
-def measure(
+def prepared(
     cfg: EvalConfig,
     task: str,
     model: GPT,
     tokenizer: Tokenizer,
     data: dataset.Dataset | None,
     rt: runtime.Runtime,
-) -> Result:
-    """Raises UserError for items or data that cannot be measured."""
+) -> Callable[[], Result]:
+    """Read and check what a task needs; return what measures it. Raises UserError for items or data
+    that cannot be measured."""
     if task == "answers":
         assert data
-        if not cfg.quantize:
-            packing.place(model, rt, cfg.dtype)
-        found = questions.measure(model, data, cfg.limit, cfg.answers, rt)
-        if rt.is_main:
-            print(questions.summary(found))
-        return found
+        next(questions.questions(data.split("val"), tokenizer))  # raises if there are none
+        return partial(answered, cfg, model, data, rt)
     if task != "perplexity":
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
-        return choices.measure(asked, model, tokenizer, rt)
+        if asked.warning and rt.is_main:
+            print(asked.warning, file=sys.stderr)
+        encoded = choices.encoded(asked, tokenizer, model.config.block_size)
+        return partial(choices.measure, encoded, model, rt)
     if cfg.text:
-        found = perplexity.of_text(model, tokenizer, cfg.text, cfg.stride, cfg.limit, rt)
-    else:
-        assert data
-        found = perplexity.of_split(model, data, cfg.stride, cfg.limit, rt)
-    if rt.is_main:
-        print(perplexity.summary(found))
-    return found
+        text = perplexity.encoded(cfg.text, tokenizer)
+        return partial(perplexity.of_text, model, text, cfg.stride, cfg.limit, rt)
+    assert data
+    return partial(perplexity.of_split, model, data, cfg.stride, cfg.limit, rt)
+
+
+def answered(cfg: EvalConfig, model: GPT, data: dataset.Dataset, rt: runtime.Runtime) -> Result:
+    if not cfg.quantize:
+        packing.place(model, rt, cfg.dtype)
+    return questions.measure(model, data, cfg.limit, cfg.answers, rt)
 
 
 def report(cfg: EvalConfig, results: list[Result]) -> None:
@@ -238,7 +253,10 @@ def report(cfg: EvalConfig, results: list[Result]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return configurator.command(EvalConfig, score, argv)
+    status = configurator.command(EvalConfig, score, argv)
+    if status == 0:  # after an error the other processes may be gone already
+        runtime.leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 
@@ -14,7 +15,7 @@ from configurator import UserError
 from plaingpt.checksums import sha256_of
 from plaingpt.evaluation.tasks import OWN, TASKS, Item, Task
 from plaingpt.files import as_record
-from plaingpt.text.hub import HubDataset, hub_rows, impatient
+from plaingpt.text.hub import BrokenStream, HubDataset, hub_rows, impatient
 from plaingpt.text.records import Row, rows
 from plaingpt.wording import quantity
 
@@ -32,6 +33,7 @@ class TaskItems:
     places: list[str]
     shots: int
     data: dict[str, str]  # what was read → its SHA-256
+    warning: str | None = None  # about examples that are under test
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Task
     source = find(name, task_dir)
     task = TASKS.get(name) or own_task(source)
     held_out = read_split(source, task, limit)
-    data, items = {address(source): held_out.digest}, held_out.items
+    data, items, warning = {address(source): held_out.digest}, held_out.items, None
     if shots:
         pool_source = training(source)
         pool = read_split(pool_source, task, None)
         data[address(pool_source)] = pool.digest
         items = with_shots(held_out, pool, shots, spare=not task.hub or task.hub.split != "test")
-    return TaskItems(name, task, items, held_out.places, shots, data)
+        solved = {*pool.items}
+        if known := sum(item in solved for item in held_out.items):
+            which = f"{known:,} of the {quantity(len(items), 'item')} under test"
+            warning = f"{name}: the examples in {address(pool_source)} include {which}"
+    return TaskItems(name, task, items, held_out.places, shots, data, warning)
 
 
 def find(name: str, task_dir: str | None) -> Path | HubDataset:
@@ -95,12 +101,15 @@ def own_task(source: Path | HubDataset) -> Task:
     first = next(rows_of(source, ()), None)
     if first is None:
         raise UserError(f"{source} has no items")
-    fields = first.value if isinstance(first.value, dict) else {}
-    for field, task in OWN.items():
-        if field in fields:
-            return task
+    if kinds := kinds_of(first.value):
+        return OWN[kinds[0]]
     wanted = " or ".join(f"{{{', '.join(task.record.__struct_fields__)}}}" for task in OWN.values())
     raise UserError(f"{first.where}: {first.problem or f'expected {wanted}'}")
+
+
+def kinds_of(value: Any) -> list[str]:
+    """The fields of a record that tell the kinds of your own items apart."""
+    return [field for field in OWN if isinstance(value, dict) and value.get(field) is not None]
 
 
 def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Split:
@@ -108,9 +117,14 @@ def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Spli
     its choices."""
     digest = hashlib.sha256()
     records, items, places = [], [], []
-    for row in islice(rows_of(source, task.record.__struct_fields__), limit):
+    fields = task.record.__struct_fields__ if task.hub else ()  # (): all
+    for row in islice(rows_of(source, fields), limit):
         if row.problem:
             raise UserError(f"{row.where}: {row.problem}")
+        if not task.hub and (others := [k for k in kinds_of(row.value) if OWN[k] is not task]):
+            kinds = " or ".join(OWN)
+            problem = f"{others[0]} belongs to another kind of item"
+            raise UserError(f"{row.where}: {problem}: all items of a file have either {kinds}")
         record = as_record(row.value, task.record, row.where)
         item = task.item(record)
         if not 0 <= item.answer < len(item.continuations):
@@ -139,6 +153,8 @@ def rows_of(source: Path | HubDataset, fields: tuple[str, ...]) -> Iterator[Row]
                 yield row
     except ConnectionError as error:
         raise ConnectionError(f"{error} (without one, --task_dir reads items from files)") from None
+    except BrokenStream as error:
+        raise OSError(f"{error}; the same command reads the items from the beginning") from error
 
 
 def address(source: Path | HubDataset) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -52,27 +53,35 @@ def of_split(
     return result_of(protocol, loss, tokens, data.bytes_per_token(split), data.hashes("val"))
 
 
-def of_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    path: str,
-    stride: int | None,
-    max_windows: int | None,
-    rt: Runtime,
-) -> Result:
-    """The perplexity of a text file, over at most its first `max_windows` windows.
+@dataclass(frozen=True)
+class EncodedText:
+    path: str
+    ids: np.ndarray
+    bytes_per_token: float
+    digest: str
 
-    Raises UserError for a file that is not UTF-8, or shorter than two tokens.
-    """
+
+def encoded(path: str, tokenizer: Tokenizer) -> EncodedText:
+    """Raises UserError for a file that is not UTF-8, or shorter than two tokens."""
     text = "".join(read_text(path))
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    windows = list(islice(windows_of(len(ids), model.config.block_size, stride), max_windows))
-    loss, tokens = loss_of(model, batches_of(ids, windows, rt), len(windows), rt)
-    bytes_per_token = len(text.encode()) / len(ids)
-    protocol = protocol_of(model.config.block_size, stride)
-    return result_of(protocol, loss, tokens, bytes_per_token, {path: sha256_of(Path(path))})
+    return EncodedText(path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
+
+
+def of_text(
+    model: GPT, text: EncodedText, stride: int | None, max_windows: int | None, rt: Runtime
+) -> Result:
+    """The perplexity of a text, over at most its first `max_windows` windows.
+
+    Raises UserError for a model whose loss is not finite.
+    """
+    block_size = model.config.block_size
+    windows = list(islice(windows_of(len(text.ids), block_size, stride), max_windows))
+    loss, tokens = loss_of(model, batches_of(text.ids, windows, rt), len(windows), rt)
+    protocol = protocol_of(block_size, stride)
+    return result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
 
 
 def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Window]:
@@ -123,7 +132,8 @@ def protocol_of(block_size: int, stride: int | None) -> str:
     windows = f"windows of {quantity(block_size, 'token')}"
     if stride is None:
         return f"{windows} that do not overlap"
-    return f"{windows} every {stride:,}, only new tokens scored"
+    first = ", but never the first of a window" if stride == block_size else ""
+    return f"{windows} every {stride:,}, only new tokens scored{first}"
 
 
 def result_of(

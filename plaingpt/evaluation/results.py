@@ -38,7 +38,7 @@ def table(results: list[Result]) -> str:
     for result in results:
         for name, value in result.figures.items():
             error = result.standard_error(name)
-            spread = "" if error is None else f"± {error:.4f}"
+            spread = f"± {error:.4f}" if error else ""  # 0: the items are all alike
             count = f"{len(result.items):,}" if result.items else ""
             exact = isinstance(value, int)
             shown = f"{value:,}" if exact else f"{value:.4f}" if value < 1e6 else f"{value:.3e}"

@@ -45,6 +45,7 @@ def multiple_choice(context: str, choices: list[str], answer: int) -> Item:
 # --- what records look like, and how they are asked
 
 Choices = Annotated[list[str], msgspec.Meta(min_length=1)]
+NonBlank = Annotated[str, msgspec.Meta(pattern=r"\S")]
 Number = Annotated[str, msgspec.Meta(pattern=r"^\d{1,9}$")]
 
 
@@ -133,8 +134,15 @@ def winogrande(record: Winogrande) -> Item:
 
 class Choosing(msgspec.Struct, frozen=True):
     context: str
-    choices: Choices
+    choices: Annotated[list[NonBlank], msgspec.Meta(min_length=2)]
     answer: int  # from 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for equal choices. (The published tasks are scored as they are.)"""
+        for number, choice in enumerate(self.choices):
+            if choice in self.choices[:number]:
+                same = self.choices.index(choice)
+                raise ValueError(f"choices[{number}] is the same as choices[{same}]")
 
 
 def choosing(record: Choosing) -> Item:
@@ -143,7 +151,7 @@ def choosing(record: Choosing) -> Item:
 
 class Cloze(msgspec.Struct, frozen=True):
     context: str
-    continuation: Annotated[str, msgspec.Meta(min_length=1)]
+    continuation: NonBlank
 
 
 def cloze(record: Cloze) -> Item:

@@ -18,6 +18,10 @@ ADDRESS = re.compile(
 Mark = tuple[int, Any]  # records read so far, and the state of the stream behind them
 
 
+class BrokenStream(OSError):
+    """A dataset that could not be read to its end."""
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """The parts of `hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]`."""
@@ -41,7 +45,8 @@ def hub_rows(
     earlier run avoids reading everything before it again.
 
     `datasets` itself retries for minutes when a connection breaks. Raises UserError for a dataset,
-    config or split that does not exist, and OSError if the network stays down.
+    config or split that does not exist, ConnectionError if the hub does not answer, and
+    BrokenStream if the network goes down and stays down.
     """
     stream = hub_stream(name, hub, fields)
     number, state = mark or (0, None)
@@ -56,10 +61,8 @@ def hub_rows(
             mark = (number, copy.deepcopy(stream.state_dict()))
     except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
         said = " ".join(str(error).split())
-        raise OSError(
-            f"source {name!r}: reading ended after record {number:,} ({type(error).__name__}: "
-            f"{said}); the same command resumes from the last saved progress"
-        ) from error
+        where = f"source {name!r}: reading ended after record {number:,}"
+        raise BrokenStream(f"{where} ({type(error).__name__}: {said})") from error
 
 
 def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:

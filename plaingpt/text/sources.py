@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from plaingpt.files import Count
-from plaingpt.text.hub import HubDataset, Mark, hub_rows, parse_address
+from plaingpt.text.hub import BrokenStream, HubDataset, Mark, hub_rows, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
 from plaingpt.text.text_files import TextFile, codec_of, is_text, suffix
 
@@ -69,8 +69,12 @@ class Source:
         be left out."""
         if self.hub:
             hub_items = hub_rows(self.name, self.hub, fields, start.items, start.mark)
-            for number, (row, mark) in enumerate(hub_items, start.items + 1):
-                yield row, Position(number, mark=mark)
+            try:
+                for number, (row, mark) in enumerate(hub_items, start.items + 1):
+                    yield row, Position(number, mark=mark)
+            except BrokenStream as error:
+                advice = "the same command resumes from the last saved progress"
+                raise OSError(f"{error}; {advice}") from error
             return
         number = before = 0
         for file in self.files:

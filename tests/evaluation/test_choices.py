@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 
 import made_up
 import pyarrow as pa
@@ -18,6 +19,8 @@ from plaingpt.checkpoint import store
 from plaingpt.evaluation import items, likelihood
 from plaingpt.evaluation.likelihood import Sequence
 from plaingpt.evaluation.tasks import TASKS
+from plaingpt.text import hub
+from plaingpt.text.sources import Position, find_source
 from plaingpt.text.tokenizer import Tokenizer
 from tools import eval
 
@@ -206,6 +209,20 @@ def test_a_hub_that_does_not_answer(monkeypatch):
         items.read("piqa", None, 0, None)
 
 
+def test_a_download_that_breaks_says_what_the_same_command_does(monkeypatch):
+    class Stream:
+        def iter(self, size):
+            raise TimeoutError("no more bytes")
+            yield
+
+    monkeypatch.setattr(hub, "hub_stream", lambda *_: Stream())
+    monkeypatch.setattr(items, "impatient", lambda _: nullcontext())
+    with pytest.raises(OSError, match="after record 0 .*no more bytes.* from the beginning$"):
+        items.read("piqa", None, 0, None)
+    with pytest.raises(OSError, match="after record 0 .* resumes from the last saved progress$"):
+        next(find_source("hf:own/er").items(Position()))
+
+
 def test_shots_come_from_the_training_split(folder):
     asked = items.read("piqa", str(folder), 3, None)
     plain = items.read("piqa", str(folder), 0, None)
@@ -232,6 +249,18 @@ def test_an_item_is_not_its_own_example(folder, tmp_path):
         assert {f"{shot}\n\n" for shot in shots} == others and last == plain.items[number].contexts[
             0
         ]
+
+
+def test_examples_that_are_under_test_are_counted(checkpoint, tmp_path, capsys):
+    records = made_up.items_of("winogrande", 12, 0)
+    made_up.write(tmp_path / "winogrande.jsonl", records[:8])
+    pool = made_up.write(tmp_path / "winogrande_train.jsonl", records[3:])
+    made_up.score(checkpoint, "winogrande", tmp_path, shots=1)
+    told = f"winogrande: the examples in {pool} include 5 of the 8 items under test\n"
+    assert told in capsys.readouterr().err
+    made_up.write(pool, records[8:])
+    made_up.score(checkpoint, "winogrande", tmp_path, shots=1)
+    assert "under test" not in capsys.readouterr().err
 
 
 def test_copies_of_an_item_are_not_its_examples(tmp_path):
@@ -293,6 +322,14 @@ BROKEN = [
     (json.dumps(GOOD | {"answer": "b"}), "line 1: answer: expected a whole number, got a string"),
     (json.dumps(GOOD | {"choices": []}), "line 1: choices: expected"),
     (json.dumps(GOOD | {"choices": ["b", 1]}), "line 1: choices[1]: expected a string, got a"),
+    (json.dumps(GOOD | {"choices": ["b"]}), "line 1: choices: expected a list of length >= 2"),
+    (json.dumps(GOOD | {"choices": ["b", " "]}), "line 1: choices[1]: expected a string that is"),
+    (json.dumps(GOOD | {"choices": ["b", "c", "b"]}), "1: choices[2] is the same as choices[0]"),
+    (json.dumps(GOOD | {"continuation": "d"}), "line 1: continuation belongs to another kind of"),
+    (
+        json.dumps(GOOD) + '\n{"context": "a", "continuation": "d"}',
+        "mine.jsonl, line 2: continuation belongs to another kind of item: all items of a file",
+    ),
     (json.dumps(GOOD | {"context": 7}), "line 1: context: expected a string, got a whole number"),
     (json.dumps(GOOD | {"choices": ["b", "c " * 99]}), "line 1: a choice has "),
     ('{"context": "a", "continuation": ""}', "line 1: continuation: expected"),
@@ -363,26 +400,57 @@ def test_settings_that_do_not_fit_are_one_line(checkpoint, folder, capsys, argum
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("broken.jsonl", "broken.jsonl, line 2: missing field"),
+        ("arc_easy", "broken has no arc_easy.jsonl"),
+        ("perplexity", "text.txt has 1 token: expected at least 2"),
+    ],
+)
+def test_all_is_read_before_the_first_model_runs(
+    checkpoint, folder, tmp_path, capsys, monkeypatch, last, message
+):
+    (tmp_path / "broken").mkdir()
+    for path in (tmp_path / "broken.jsonl", tmp_path / "broken" / "piqa.jsonl"):
+        made_up.write(path, made_up.items_of("piqa", 3, 0) if path.stem == "piqa" else [GOOD, {}])
+    (tmp_path / "text.txt").write_text("a")
+    monkeypatch.setattr(Transformer, "forward", pytest.fail)
+    tasks = f"piqa,{tmp_path / last if '.' in last else last}"
+    command = [f"--checkpoint={checkpoint}", f"--task_dir={tmp_path}/broken", f"--tasks={tasks}"]
+    command += [f"--text={tmp_path}/text.txt"] if last == "perplexity" else []
+    assert eval.main([*command, "--device=cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_refused(checkpoint, folder):
     model, tokenizer = store.load(checkpoint)
     model.transformer.ln_f.weight.data.fill_(float("inf"))
     asked = items.read("piqa", str(folder), 0, None)
+    encoded = eval.choices.encoded(asked, tokenizer, model.config.block_size)
     with pytest.raises(eval.UserError, match="logits are not finite"):
-        eval.choices.measure(asked, model, tokenizer, runtime.start("cpu", "float32"))
+        eval.choices.measure(encoded, model, runtime.start("cpu", "float32"))
 
 
 # --- results
 
 
-def test_figures_survive_a_later_task(checkpoint, folder, tmp_path, capsys):
+def test_figures_survive_a_later_task(checkpoint, folder, tmp_path, capsys, monkeypatch):
     """They are printed and written; the error is the last line, and the exit status is 2."""
-    made_up.write(tmp_path / "broken.jsonl", [GOOD, {}])
+    really, names = likelihood.score, iter(["piqa"])
+
+    def score(*arguments):
+        if next(names, None):
+            return really(*arguments)
+        raise eval.UserError("out of order")
+
+    monkeypatch.setattr(likelihood, "score", score)
     command = [f"--checkpoint={checkpoint}", f"--task_dir={folder}", "--device=cpu"]
-    command += [f"--tasks=piqa,{tmp_path}/broken.jsonl,arc_easy", f"--json={tmp_path}/a.json"]
+    command += ["--tasks=piqa,arc_easy,hellaswag", f"--json={tmp_path}/a.json"]
     assert eval.main(command) == 2
     out, err = capsys.readouterr()
     assert "piqa  acc_norm  " in out and "arc_easy" not in out
-    assert "broken.jsonl, line 2: missing field" in err
+    assert err.endswith("error: out of order\n")
     saved = json.loads((tmp_path / "a.json").read_text())
     assert [result["task"] for result in saved["results"]] == ["piqa"]
 

@@ -124,6 +124,12 @@ def test_a_stride_over_a_split_counts_its_mask_only(shard_folder):
     assert result.protocol == "windows of 16 tokens every 5, only new tokens scored, answers only"
 
 
+def test_the_protocol_says_if_the_first_token_of_a_window_is_never_scored():
+    first = ", but never the first of a window"
+    assert perplexity.protocol_of(16, 16).endswith(f"every 16, only new tokens scored{first}")
+    assert first not in perplexity.protocol_of(16, 15) + perplexity.protocol_of(16, None)
+
+
 @pytest.mark.parametrize(
     "content, settings, message",
     [

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import evaluation
 from tools import eval
 
+REPO = Path(__file__).parents[2]
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
 
 
@@ -117,6 +120,7 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         raise UserError(f"{where}: no reply")
 
     monkeypatch.setattr(judge, "ask", ask)
+    monkeypatch.setattr(judge, "AT_ONCE", 1)
     assert eval.main(command) == 2
     out, err = capsys.readouterr()
     assert "answers  bleu " in out and "judge" not in out and "line 3: no reply" in err
@@ -145,6 +149,10 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         ),
         (["--tasks=x.jsonl", "--json=x.jsonl"], "x.jsonl is read as well: choose another file"),
         (["--json=."], ". is a folder, where a file is to be written"),
+        (
+            ["--tasks=answers", "--answers=b.jsonl", "--judge=http://a/v1", "--judge_model=m"],
+            "b.judged.jsonl is a folder, where a file is to be written",
+        ),
         (["--judge_model=m"], "judging needs --judge, --judge_model and --answers=FILE"),
         (["--judge=127.0.0.1:80"], "judge must be an address like http://"),
         (["--judge=file:///etc/passwd"], "judge must be an address like http://"),
@@ -159,10 +167,45 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, message):
     _, out_dir, data_dir = run
     monkeypatch.chdir(tmp_path)
+    Path("b.judged.jsonl").mkdir()
     Path("x.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
     command = [f"--checkpoint={out_dir}", f"--data_dir={data_dir}", "--device=cpu"]
     assert eval.main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "judgements", "message"),
+    [
+        ("schlüssel", "", "OPENAI_API_KEY has characters that no key has"),
+        ("", "{}\n", "a.judged.jsonl, line 1: missing field question"),
+    ],
+)
+def test_what_a_judge_needs_is_checked_first(
+    taught, tmp_path, monkeypatch, capsys, key, judgements, message
+):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setattr(eval.questions, "measure", pytest.fail)
+    (tmp_path / "a.judged.jsonl").write_text(judgements)
+    command = [f"--checkpoint={taught['out_dir']}", f"--data_dir={taught['data_dir']}"]
+    command += ["--tasks=answers", "--device=cpu", f"--answers={tmp_path}/a.jsonl"]
+    assert eval.main([*command, "--judge=http://127.0.0.1:9/v1", "--judge_model=m"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_figures_that_do_not_vary_have_no_standard_error():
+    varied, alike = (
+        eval.table([eval.Result("t", "", {"acc": 0.5}, [{"acc": each} for each in values])])
+        for values in ([1, 0], [1, 1])
+    )
+    assert "± 0.5000" in varied and "±" not in alike
+
+
+def test_torchrun_prints_an_error_once():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [*torchrun, "--standalone", str(REPO / "tools" / "eval.py"), "--limit=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode and done.stderr.count("error: limit must be at least 1") == 1
 
 
 def test_data_of_another_tokenizer_is_refused(run, tmp_path, tiny_text, capsys):
