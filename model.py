@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         """
         B, T = idx.shape
         block_size = self.config.block_size
-        if block_size < T:
+        if cache is None and block_size < T:
             raise ValueError(f"{T} tokens do not fit block_size={block_size}")
         positions = self.wpe.weight[:T] if cache is None else self.wpe(cache.reserve(B, T))
         x = self.wte(idx) + positions  # (B, T, C)

@@ -1,11 +1,12 @@
 """
 How likely a model finds continuations of texts.
 
-The sequences of an item (one for each choice) usually begin alike, so their common prefix is read
-once, and its keys and values are copied for what follows.
+The sequences of an item (one for each choice) usually begin alike. They are read as one tree: their
+common prefix once, then what follows it in each, where attention sees the prefix but not the other
+branches.
 
-Shapes: B items of a batch, R sequences (rows), P tokens of a common prefix, T tokens that follow
-it, C channels, N scored tokens.
+Shapes: B items of a batch, T tokens of a tree, C channels, H heads, D channels per head, N scored
+tokens, R sequences.
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
 
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # per batch
+LARGEST = 2048  # tokens of a tree, whose attention grows with their square
 HEAD_TOKENS = 512  # whose logits, 50,257 numbers each, are in memory at once
 
 
@@ -50,9 +52,30 @@ class Group:
     prefix: int
 
     @property
-    def tail(self) -> int:
-        """The most input tokens that follow the prefix."""
-        return max(len(sequence.ids) for sequence in self.sequences) - 1 - self.prefix
+    def length(self) -> int:
+        """The tokens of its tree: the prefix, and what follows it in each sequence."""
+        return self.prefix + sum(len(each.ids) - 1 - self.prefix for each in self.sequences)
+
+
+class Tree(KVCache):
+    """In the place of a cache: says what the tokens that are being read see of each other, and
+    keeps nothing. `branches` (B, T) numbers the branches: 0 is the prefix, -1 padding."""
+
+    def __init__(self, model: GPT, positions: Tensor, branches: Tensor) -> None:
+        config, (B, T) = model.config, positions.shape
+        self.positions = positions  # (B, T)
+        same = (branches[:, :, None] == branches[:, None]) | (branches[:, None] == 0)  # (B, T, T)
+        self.seen = same.tril()[:, None]
+        # Compiled blocks keep the entries of a branch here, over those of the branch before it.
+        shape = (1, B, 2, config.n_head, T, config.n_embd // config.n_head)
+        self.entries = torch.empty(shape).expand(config.n_layer, *shape[1:])
+
+    def reserve(self, B: int, T: int) -> Tensor:
+        return self.positions
+
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        return k, v
 
 
 def encode(tokenizer: Tokenizer, context: str, continuation: str) -> Sequence:
@@ -75,7 +98,7 @@ def score(model: GPT, items: list[list[Sequence]], rt: Runtime, name: str) -> li
     Every continuation must have at least one token, and at most block_size. Raises UserError for a
     model whose logits are not finite.
     """
-    batches = list(in_batches(grouped(items, model.config.block_size), model, rt))
+    batches = list(in_batches(grouped(items, model.config.block_size), rt))
     mine = batches[rt.rank :: rt.world_size]
     found = torch.zeros(sum(map(len, items)), 2, dtype=torch.float64)
     rows = sum(len(group.rows) for batch in mine for group in batch)
@@ -98,8 +121,9 @@ def grouped(items: list[list[Sequence]], block_size: int) -> Iterator[Group]:
         cut = [Sequence(each.ids[-block_size - 1 :], each.scored) for each in item]
         rows = list(range(row, row + len(item)))
         row += len(item)
-        if prefix := common_prefix([each.ids[:-1] for each in cut]):
-            yield Group(rows, cut, prefix)
+        group = Group(rows, cut, common_prefix([each.ids[:-1] for each in cut]))
+        if group.prefix and group.length <= LARGEST:
+            yield group
         else:
             for number, each in zip(rows, cut):
                 yield Group([number], [each], len(each.ids) - 1)
@@ -110,18 +134,15 @@ def common_prefix(rows: list[list[int]]) -> int:
     return sum(1 for _ in takewhile(lambda ids: len({*ids}) == 1, zip(*rows)))
 
 
-def in_batches(groups: Iterator[Group], model: GPT, rt: Runtime) -> Iterator[list[Group]]:
+def in_batches(groups: Iterator[Group], rt: Runtime) -> Iterator[list[Group]]:
     """Groups of similar lengths, the longest first, so that little is padded."""
     budget = CPU_TOKENS if rt.device.type == "cpu" else GPU_TOKENS
     batch: list[Group] = []
-    for group in sorted(groups, key=lambda group: (-group.prefix, -group.tail)):
-        joined = [*batch, group]
-        length = joined[0].prefix + max(each.tail for each in joined)
-        rows = sum(len(each.rows) for each in joined)
-        if batch and (rows * length > budget or length > model.config.block_size):
+    for group in sorted(groups, key=lambda group: -group.length):
+        if batch and (len(batch) + 1) * batch[0].length > budget:
             yield batch
-            joined = [group]
-        batch = joined
+            batch = []
+        batch.append(group)
     if batch:
         yield batch
 
@@ -132,56 +153,40 @@ def in_batches(groups: Iterator[Group], model: GPT, rt: Runtime) -> Iterator[lis
 @torch.inference_mode()
 def score_batch(model: GPT, batch: list[Group], rt: Runtime) -> Tensor:
     """Log-likelihood, and 1 or 0 for greedy, of each row: (R, 2)."""
-    hidden, targets, counts = [], [], []
+    ids, positions, branches = [], [], []  # of each tree
+    scored, targets, counts = [], [], []  # places in the batch, what follows there, how many a row
+    longest = batch[0].length
+    for item, group in enumerate(batch):
+        P = group.prefix
+        ids.append(group.sequences[0].ids[:P])
+        positions.append(list(range(P)))
+        branches.append([0] * P)
+        for branch, sequence in enumerate(group.sequences, 1):
+            tail = len(sequence.ids) - 1 - P
+            end = item * longest + len(ids[item]) + tail
+            inside = min(sequence.scored, tail)  # the rest is within the prefix
+            fork = item * longest + P
+            scored += [*range(fork - sequence.scored + inside, fork), *range(end - inside, end)]
+            targets += sequence.ids[-sequence.scored :]
+            counts.append(sequence.scored)
+            ids[item] += sequence.ids[P:-1]
+            positions[item] += range(P, P + tail)
+            branches[item] += [branch] * tail
     with rt.autocast():
-        before, after = read(model, batch, rt)
-        row = 0
-        for item, group in enumerate(batch):
-            for sequence in group.sequences:
-                end = len(sequence.ids) - 1  # of the inputs
-                start = end - sequence.scored
-                hidden.append(before[item, start : min(end, group.prefix)])
-                if end > group.prefix:
-                    tail = slice(max(start - group.prefix, 0), end - group.prefix)
-                    hidden.append(after[row, tail])
-                targets += sequence.ids[-sequence.scored :]
-                counts.append(sequence.scored)
-                row += 1
-        found = token_scores(model, torch.cat(hidden), torch.tensor(targets, device=rt.device))
-    log_likelihoods, greedy = found.unbind(1)
-    return torch.stack(
-        [
-            torch.stack((values.sum(), hits.min()))
-            for values, hits in zip(log_likelihoods.split(counts), greedy.split(counts))
-        ]
-    )
+        idx = padded(ids, 0, rt.device)
+        tree = Tree(model, padded(positions, 0, rt.device), padded(branches, -1, rt.device))
+        hidden = model.transformer(idx, tree).flatten(0, 1)  # (B·T, C)
+        wanted = torch.tensor(targets, device=rt.device)
+        found = token_scores(model, hidden[torch.tensor(scored, device=rt.device)], wanted)
+    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    sums = torch.zeros(len(counts), 2, dtype=torch.float64).index_add_(0, owners, found)
+    sums[:, 1] = sums[:, 1] == torch.tensor(counts)
+    return sums
 
 
-def read(model: GPT, batch: list[Group], rt: Runtime) -> tuple[Tensor, Tensor]:
-    """The final hidden states of the prefixes, (B, P, C), and of what follows them, (R, T, C)."""
-    prefixes = padded([group.sequences[0].ids[: group.prefix] for group in batch], rt.device)
-    tails = padded(
-        [each.ids[group.prefix : -1] for group in batch for each in group.sequences], rt.device
-    )
-    (B, P), (R, T) = prefixes.shape, tails.shape
-    if T == 0:
-        return model.transformer(prefixes), torch.empty(R, 0, 0)
-    cache = KVCache(model, B, P)
-    cache.entries = cache.entries.to(rt.dtype)
-    before = model.transformer(prefixes, cache)
-    owners = [item for item, group in enumerate(batch) for _ in group.sequences]
-    branches = KVCache(model, R, P + T)
-    branches.entries = branches.entries.to(rt.dtype)
-    branches.entries[..., :P, :] = cache.entries[:, owners]
-    # Padding after a prefix is overwritten by what follows it, or never seen.
-    branches.lengths = torch.tensor([batch[item].prefix for item in owners], device=rt.device)
-    branches.end = P
-    return before, model.transformer(tails, branches)
-
-
-def padded(rows: list[list[int]], device: torch.device) -> Tensor:
+def padded(rows: list[list[int]], filler: int, device: torch.device) -> Tensor:
     longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device).long()
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 def token_scores(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:

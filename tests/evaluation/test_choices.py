@@ -14,7 +14,7 @@ import torch
 import workers
 
 from model import GPT, GPTConfig, Transformer
-from plaingpt import runtime
+from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
 from plaingpt.evaluation import items, likelihood
 from plaingpt.evaluation.likelihood import Sequence
@@ -75,22 +75,38 @@ def test_batches_and_shared_prefixes_change_nothing(checkpoint, folder, name, mo
         assert result.figures["perplexity"] == pytest.approx(2.718281828**loss)
 
 
-def test_sequences_that_share_all_or_nothing(checkpoint):
+ITEMS = [
+    [Sequence([5, 6, 7], 1), Sequence([5, 6, 8], 1)],  # differ in the last token only
+    [Sequence([5, 6], 1), Sequence([7, 6], 1)],  # in the first
+    [Sequence([5, 6, 7, 8], 3), Sequence([5, 6, 7, 9, 9], 3), Sequence([5, 6, 7], 2)],
+    [Sequence([*range(120)], 4), Sequence([*range(121)], 96)],  # lose their beginning
+    [Sequence([*range(90), 5, end], 2) for end in range(40)],  # longer together than the context
+    [Sequence([9, 9], 1)] * 2,
+    [Sequence([9, 8, 7, 6], 3), Sequence([9, 7, 5], 2)],
+]
+
+
+@pytest.mark.parametrize("largest", [likelihood.LARGEST, 100, 5])
+def test_sequences_that_share_all_or_nothing(checkpoint, monkeypatch, largest):
+    monkeypatch.setattr(likelihood, "LARGEST", largest)
     model, _ = store.load(checkpoint)
-    rows = [
-        [Sequence([5, 6, 7], 1), Sequence([5, 6, 8], 1)],  # differ in the last token only
-        [Sequence([5, 6], 1), Sequence([7, 6], 1)],  # in the first
-        [Sequence([5, 6, 7, 8], 3), Sequence([5, 6, 7, 9, 9], 3), Sequence([5, 6, 7], 2)],
-        [Sequence([*range(120)], 4), Sequence([*range(121)], 96)],  # lose their beginning
-        [Sequence([9, 9], 1)] * 2,
-        [Sequence([9, 8, 7, 6], 3), Sequence([9, 7, 5], 2)],
-    ]
-    found = likelihood.score(model.eval(), rows, runtime.start("cpu", "float32"), "")
-    for item, scores in zip(rows, found):
+    found = likelihood.score(model.eval(), ITEMS, runtime.start("cpu", "float32"), "")
+    for item, scores in zip(ITEMS, found, strict=True):
         for sequence, each in zip(item, scores):
             value, greedy = plainly(model, sequence)
             assert each.log_likelihood == pytest.approx(value, rel=1e-6, abs=1e-5)
             assert each.greedy == greedy
+
+
+def test_compiled_blocks_read_branches_like_whole_sequences(checkpoint, monkeypatch):
+    model, _ = store.load(checkpoint)
+    rt = runtime.start("cpu", "float32")
+    packing.place(model, rt, "float32", "int8")
+    together = likelihood.score(model, ITEMS, rt, "")
+    monkeypatch.setattr(likelihood, "LARGEST", 0)
+    for scores, others in zip(together, likelihood.score(model, ITEMS, rt, ""), strict=True):
+        for one, other in zip(scores, others, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-6, abs=1e-5)
 
 
 def test_greedy_continuations(checkpoint):
@@ -121,7 +137,8 @@ def test_most_of_what_is_computed_is_needed(monkeypatch):
         rows.append([likelihood.encode(tokenizer, *pair) for pair in pairs])
     likelihood.score(model, rows, runtime.start("cpu", "float32"), "")
     apart = sum(len(each.ids) - 1 for row in rows for each in row)
-    assert sum(seen) < 0.7 * apart
+    once = sum(group.length for group in likelihood.grouped(rows, block_size=256))
+    assert 0.9 * sum(seen) < once < 0.7 * apart
     seen.clear()
     alone = [[row[0]] for row in rows]
     likelihood.score(model, alone, runtime.start("cpu", "float32"), "")
