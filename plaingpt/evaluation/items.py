@@ -122,9 +122,9 @@ def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Spli
         if row.problem:
             raise UserError(f"{row.where}: {row.problem}")
         if not task.hub and (others := [k for k in kinds_of(row.value) if OWN[k] is not task]):
-            kinds = " or ".join(OWN)
-            problem = f"{others[0]} belongs to another kind of item"
-            raise UserError(f"{row.where}: {problem}: all items of a file have either {kinds}")
+            mine = next(field for field, kind in OWN.items() if kind is task)
+            problem = f"has {others[0]}, but the items of this file have {mine}"
+            raise UserError(f"{row.where} {problem}: a file holds one kind of items")
         record = as_record(row.value, task.record, row.where)
         item = task.item(record)
         if not 0 <= item.answer < len(item.continuations):

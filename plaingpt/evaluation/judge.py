@@ -200,13 +200,13 @@ def replies(judge: Judge, places: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Each prompt with its reply, as they come; AT_ONCE are asked side by side. `places` has the
     place of the answer of each prompt, for messages.
 
-    Raises UserError if one of them fails as in `ask`, after those that have been sent.
+    After a failure no more are sent; it is raised, as by `ask`, once those under way have ended.
     """
     waiting = iter(places.items())
     sent: dict[Future[str], str] = {}
-    problem: UserError | None = None
+    problems: dict[str, UserError] = {}  # by prompt
     while True:
-        for prompt, where in islice(waiting, 0 if problem else AT_ONCE - len(sent)):
+        for prompt, where in islice(waiting, 0 if problems else AT_ONCE - len(sent)):
             sent[in_background(ask, judge, prompt, where)] = prompt
         if not sent:
             break
@@ -215,11 +215,12 @@ def replies(judge: Judge, places: dict[str, str]) -> Iterator[tuple[str, str]]:
             try:
                 reply = future.result()
             except UserError as error:
-                problem = problem or error
+                problems[prompt] = error
             else:
                 yield prompt, reply
-    if problem:
-        raise problem
+    for prompt in places:
+        if prompt in problems:
+            raise problems[prompt]
 
 
 def in_background(work: Callable[..., str], *arguments: Any) -> Future[str]:
@@ -246,25 +247,25 @@ def ask(judge: Judge, prompt: str, where: str) -> str:
     request = Request(f"{judge.address.rstrip('/')}/chat/completions", content, headers)
     if key := api_key():
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    waits = iter(WAITS_S)
+    pauses = iter(WAITS_S)
     while True:
         try:
             with urlopen(request, timeout=TIMEOUT_S) as response:
                 reply = response.read()
             break
         except (OSError, HTTPException) as error:
-            wait = next(waits, None) if is_temporary(error) else None
-            if wait is None:
-                problem = f"{where}: no reply from {judge} ({in_words(error)})"
+            problem = f"{where}: no reply from {judge} ({in_words(error)})"
+            pause = next(pauses, None) if is_temporary(error) else None
+            if pause is None:
                 raise UserError(f"{problem}; {AGAIN}") from None
-            print(f"{judge}: {in_words(error)}; trying again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+            print(f"{problem}; trying again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
     try:
         completion = parse_json(reply, Completion, "its JSON")
-    except UserError as problem:
+    except UserError as error:
         begins = shown(reply[:100].decode(errors="replace")) if reply.strip() else "nothing"
         expected = f"expected a chat completion from {judge}, but got {begins}"
-        raise UserError(f"{where}: {expected} ({problem})") from None
+        raise UserError(f"{where}: {expected} ({error})") from None
     return completion.choices[0].message.content or ""
 
 

@@ -342,10 +342,10 @@ BROKEN = [
     (json.dumps(GOOD | {"choices": ["b"]}), "line 1: choices: expected a list of length >= 2"),
     (json.dumps(GOOD | {"choices": ["b", " "]}), "line 1: choices[1]: expected a string that is"),
     (json.dumps(GOOD | {"choices": ["b", "c", "b"]}), "1: choices[2] is the same as choices[0]"),
-    (json.dumps(GOOD | {"continuation": "d"}), "line 1: continuation belongs to another kind of"),
+    (json.dumps(GOOD | {"continuation": "d"}), "line 1 has continuation, but the items of this"),
     (
         json.dumps(GOOD) + '\n{"context": "a", "continuation": "d"}',
-        "mine.jsonl, line 2: continuation belongs to another kind of item: all items of a file",
+        "mine.jsonl, line 2 has continuation, but the items of this file have choices: a file",
     ),
     (json.dumps(GOOD | {"context": 7}), "line 1: context: expected a string, got a whole number"),
     (json.dumps(GOOD | {"choices": ["b", "c " * 99]}), "line 1: a choice has "),
