@@ -31,7 +31,7 @@ from plaingpt.wording import shorten, shown
 Config = TypeVar("Config")
 Saved = Callable[[Any], dict[str, Any]]  # a config → values that replace its defaults
 MAX_LINE, MAX_PROBLEMS = 2000, 20  # characters of a line, and lines, of an error message
-PATIENCE_S = 3.0  # far longer than a process takes to exit and torchrun to notice
+PATIENCE_S = 5.0  # longer than a process takes to follow another, exit and be noticed by torchrun
 
 
 class UserError(ValueError):

@@ -78,6 +78,7 @@ def work(environment: dict[str, str], runs: list[list[str]], output: str) -> Non
                 return loss * math.nan
         return loss
 
+    train.configurator.PATIENCE_S = 0  # no torchrun ends the others after an error
     train.runtime.leave = lambda: None  # the next run needs the other processes as well
     for run in runs:
         calls = 0

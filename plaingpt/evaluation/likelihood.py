@@ -58,8 +58,8 @@ class Group:
 
 
 class Tree(KVCache):
-    """In the place of a cache: says what the tokens that are being read see of each other, and
-    keeps nothing. `branches` (B, T) numbers the branches: 0 is the prefix, -1 padding."""
+    """Takes the place of a cache: says which of the tokens being read see each other, and keeps
+    none of them. `branches` (B, T) numbers the branches: 0 is the prefix, -1 padding."""
 
     def __init__(self, model: GPT, positions: Tensor, branches: Tensor) -> None:
         config, (B, T) = model.config, positions.shape
