@@ -231,7 +231,7 @@ def test_an_experiment_in_processes_of_its_own(tmp_path, write, capfd):
     out = capfd.readouterr().out
     assert f"+ {setup}\n" in out and "\none_5: loss 5." in out and "; 0 runs left\n" in out
     [result] = recorded().values()
-    assert (result.steps, result.tokens, result.device) == (2, 256, "cpu, bfloat16, 1 thread")
+    assert (result.steps, result.tokens) == (2, 256) and result.device.startswith("cpu, ")
     assert "step 2/2 | loss 5." in Path("out/experiments/tiny/one_5.log").read_text()
     write({"one": {}}, "setup = ('python nothing.py',)", seeds=(6,))
     assert experiment.main(["tiny.py"]) == 2
