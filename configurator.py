@@ -339,6 +339,9 @@ def answer_help(cls: type, argv: list[str] | None = None) -> None:
         split_arguments(cls, sys.argv[1:] if argv is None else argv, problems=[])
     except BrokenPipeError:
         sys.exit(drop_output())
+    except OSError as problem:  # a full disk
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 def help_text(cls: type) -> str:

@@ -74,15 +74,18 @@ def samples(cfg: SampleConfig) -> Iterator[str]:
     given = read_prompts(cfg.prompts) if cfg.prompts else [read_prompt(cfg.start)]
     rt = runtime.start(cfg.device, cfg.dtype)
     model, tokenizer = store.load(cfg.checkpoint)
+    for token in cfg.stop_tokens:
+        if token >= tokenizer.vocab_size:
+            raise UserError(f"stop_tokens: {token:,} is beyond the {tokenizer.vocab_size:,} ids")
     packing.place(model, rt, cfg.dtype, cfg.quantize)
     if cfg.chat:
         yield from converse(model, tokenizer, cfg)
         return
     ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in given]
     longest, block_size = max(map(len, ids)), model.config.block_size
-    if longest > block_size:
-        said = f"a prompt has {quantity(longest, 'token')}: the model sees the last {block_size:,}"
-        print(said, file=sys.stderr)
+    if cut := sum(len(each) > block_size for each in ids):
+        said = f"{quantity(cut, 'prompt')} of up to {quantity(longest, 'token')}"
+        print(f"{said}: the model sees the last {block_size:,}", file=sys.stderr)
     size = min(cfg.batch_size, len(ids) * cfg.num_samples)
     alternatives = 0 if cfg.prompts else None
     capacity = min(longest + cfg.max_new_tokens, block_size)
@@ -93,7 +96,10 @@ def samples(cfg: SampleConfig) -> Iterator[str]:
     if cfg.stream and cfg.num_samples == 1 and not cfg.prompts:
         print(given[0], end="", flush=True)
         pieces = print_stream(token for _, tokens in write(batch, texts) for token in tokens)
-        yield given[0] + "".join(pieces)
+        written = "".join(pieces)
+        if not written:
+            print("the text ended at its first token: try another --seed", file=sys.stderr)
+        yield given[0] + written
         return
     for number, text in enumerate(write_in_order(batch, texts)):
         prompt = given[number // cfg.num_samples]

@@ -65,6 +65,8 @@ lora_targets: target_modules
 start: prompt text input
 num_samples: n num_return_sequences
 max_new_tokens: max_tokens max_length num_tokens (a number of tokens, not counting the prompt)
+stop: stop_strings stop_sequences stop_words
+stop_tokens: eos_token_id stop_token_ids
 temperature: temp
 temperature: do_sample (--temperature=0 always takes the likeliest token)
 seed: random_seed

@@ -1,5 +1,6 @@
 """The settings of sampling, apart from what applies them, so that `--help` needs no torch."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from configurator import (
 )
 
 Temperature = Annotated[
-    float, Range("0, or at least 0.001", lambda value: value == 0 or 1e-3 <= value < float("inf"))
+    float,
+    Range("0, or at least 0.001 and finite", lambda value: value == 0 or 1e-3 <= value < math.inf),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -63,7 +64,9 @@ def parse(text: str, hint: Any) -> Any:
 
 def parse_tuple(text: str, item_hint: Any) -> Any:
     """The tuple that a text means: `a,b`, Python's own `("a", "b")`, or the name of an existing
-    file that contains a comma. INVALID if it means none."""
+    file that contains a comma. INVALID if it means none.
+
+    Blanks count, as in a stop string, except after a comma."""
     if item_hint is str and os.path.exists(os.path.expanduser(text)):
         return (text,)
     if text.startswith(("(", "[")):
@@ -71,8 +74,9 @@ def parse_tuple(text: str, item_hint: Any) -> Any:
             return check(ast.literal_eval(text), tuple[item_hint, ...])
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return INVALID  # the last three: [{[]}], and brackets nested too deeply
-    items = tuple(parse(item.strip(), item_hint) for item in text.split(",") if item.strip())
-    return INVALID if any(item is INVALID for item in items) else items
+    items = tuple(parse(item, item_hint) for item in re.split(r",\s*", text) if item)
+    nothing = bool(text) and not items  # but commas
+    return INVALID if nothing or any(item is INVALID for item in items) else items
 
 
 def describe(hint: Any) -> str:
@@ -81,7 +85,8 @@ def describe(hint: Any) -> str:
         if get_origin(option) is Literal:
             words += [str(word) for word in get_args(option)]
         elif get_origin(option) is tuple:
-            words.append(f"{describe(get_args(option)[0])},…")
+            item = describe(get_args(option)[0])
+            words.append('str,… or ["str", …]' if item == "str" else f"{item},…")
         else:
             words.append("None" if option is type(None) else option.__name__)
     return " or ".join(words)

@@ -143,6 +143,9 @@ def test_a_string_keeps_its_spaces():
     assert resolve("--name", "Once upon a time").name == "Once upon a time"
     assert resolve("--name= x = y ").name == " x = y "
     assert resolve("--files=a b.txt, c.txt").files == ("a b.txt", "c.txt")
+    assert resolve("--files=\n").files == ("\n",)
+    assert resolve("--files= def,\n  d").files == (" def", "d")
+    assert resolve("--files=").files == ()
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,7 @@ def test_a_string_keeps_its_spaces():
         ("--sizes=(1,'x')", "sizes expects int,…, not \"(1,'x')\""),
         ("--sizes=[{[]}]", "sizes expects int,…, not '[{[]}]'"),
         ("--sizes=({1:{}},{{}})", "sizes expects int,…, not '({1:{}},{{}})'"),
+        ("--files=,", "files expects str,… or [\"str\", …], not ','"),
         ("--no-steps", "steps expects int, not False"),
         ("--steps", "--steps needs a value"),
         ("--steps --fast", "--steps needs a value"),
@@ -243,8 +247,8 @@ def test_a_file_may_say(config_file, line, name, value):
         ("fast = 1", "fast expects bool, not 1"),
         ("mode = 'warp'", "mode expects slow or quick, not 'warp'"),
         ("build = 1", "build expects bool or auto, not 1"),
-        ("files = 'a.txt'", "files expects str,…, not 'a.txt'"),
-        ("files = ('a', 1)", "files expects str,…, not ('a', 1)"),
+        ("files = 'a.txt'", "files expects str,… or [\"str\", …], not 'a.txt'"),
+        ("files = ('a', 1)", "files expects str,… or [\"str\", …], not ('a', 1)"),
         ("stepz = 1", "unknown setting 'stepz'; did you mean 'steps'?"),
     ],
 )

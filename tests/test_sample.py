@@ -101,7 +101,7 @@ def test_a_file_of_prompts_becomes_json_lines_of_completions(folder, tmp_path, c
     settings = ["--num_samples=2", "--max_new_tokens=9", "--seed=3", "--dtype=float32"]
     assert run(folder, f"--prompts={path}", "--batch_size=3", *settings) == 0
     out, err = capsys.readouterr()
-    assert "a prompt has 26 tokens: the model sees the last 16" in err
+    assert "1 prompt of up to 26 tokens: the model sees the last 16" in err
     found = [json.loads(line) for line in out.splitlines()]
     expected = [each for each in prompts if each or name.endswith("l")]
     assert [each["prompt"] for each in found] == [p for p in expected for _ in range(2)]
@@ -303,7 +303,7 @@ def test_commands_change_how_tokens_are_drawn(talker, monkeypatch, capsys):
     [
         ("/temperature", "/temperature expects float, not ''"),
         ("/temperature hot", "/temperature expects float, not 'hot'"),
-        ("/temperature -1", "temperature must be 0, or at least 0.001, not -1.0"),
+        ("/temperature -1", "temperature must be 0, or at least 0.001 and finite, not -1.0"),
         ("/top_p 1.5", "top_p must be above 0 and at most 1, not 1.5"),
         ("/checkpoint out", "unknown command /checkpoint: /help lists all commands"),
         ("/", "unknown command /: /help lists all commands"),
@@ -393,3 +393,8 @@ def test_a_model_without_conversations_does_not_chat(folder, capsys):
     assert "--chat needs a model that was trained on conversations" in capsys.readouterr().err
     assert run(folder, "--chat", "--start=Hi", "--num_samples=2") == 2
     assert "chat cannot be combined with start, prompts or num_samples" in capsys.readouterr().err
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_refused(folder, capsys):
+    assert run(folder, "--stop_tokens=1,999999") == 2
+    assert "stop_tokens: 999,999 is beyond the 257 ids" in capsys.readouterr().err

@@ -58,8 +58,8 @@ def scored(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, A
     hidden = model.transformer(idx)[0, :-1]  # (T - 1, C)
     first = {"id": ids[0], "token": tokenizer.decode(ids[:1])}
     found = [first | {"probability": None, "alternatives": []}]
-    for rows in hidden.split(ROWS):
-        logits = model.lm_head(rows)[:, : tokenizer.vocab_size].float()
+    for start in range(0, len(hidden), ROWS):  # none for a single id
+        logits = model.lm_head(hidden[start : start + ROWS])[:, : tokenizer.vocab_size].float()
         known = logits.log_softmax(dim=-1)
         top = known.topk(min(ALTERNATIVES, tokenizer.vocab_size))
         for row, others, logs in zip(known, top.indices.tolist(), top.values.tolist()):

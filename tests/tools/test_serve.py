@@ -192,6 +192,8 @@ def test_the_tokens_of_a_prompt_are_scored(site, folder):
         assert token["probability"] == pytest.approx(row[ids[place + 1]].item(), rel=1e-3)
         top = row.topk(insight.ALTERNATIVES)
         assert [id_ for id_, _, _ in token["alternatives"]] == top.indices.tolist()
+    _, [found] = site.ask({"ids": ids[:1]}, "/score")
+    assert found["tokens"] == tokens[:1]
     _, [_, drawn] = site.ask({"ids": ids[:4], "max_new_tokens": 1})  # the same as when drawing
     _, [found] = site.ask({"ids": [*ids[:4], drawn["id"]]}, "/score")
     assert found["tokens"][-1]["probability"] == pytest.approx(drawn["probability"], rel=1e-3)
@@ -248,7 +250,7 @@ def test_a_conversation(chat, talker):
         ({"text": ["x"]}, 400, "text is not a string"),
         ({"text": "x", "top_k": 1.5}, 400, "top_k expects int or None, not 1.5"),
         ({"text": "x", "top_k": True}, 400, "top_k expects int or None"),
-        ({"text": "x", "stop": "y"}, 400, "stop expects str,…, not 'y'"),
+        ({"text": "x", "stop": "y"}, 400, "stop expects str,… or [\"str\", …], not 'y'"),
         ({"text": "x", "stop": ["y", ""]}, 400, "stop must be non-empty, not ''"),
         ({"text": "x", "stop_tokens": [1.0]}, 400, "stop_tokens expects int,…"),
         ({"text": "x", "stop_tokens": [-1]}, 400, "stop_tokens must be at least 0, not -1"),
