@@ -109,13 +109,13 @@ import torch
 
 from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders
+from plaingpt.evaluation.loss import bits_per_byte, validation_loss
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import open_dataset
 from plaingpt.text.recipe import command_for
 from plaingpt.training import optim, parallel
 from plaingpt.training.batches import Batch, Data, open_data
 from plaingpt.training.devices import Device, device_of, planned_devices
-from plaingpt.training.evaluation import bits_per_byte, validation_loss
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size

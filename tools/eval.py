@@ -16,7 +16,7 @@ lm-evaluation-harness; hellaswag_completion: those of llm.c. Items come from the
 in task_dir.
 
 A .jsonl or .parquet file: your own items, {"context", "choices", "answer"} (the number of the right
-choice, from 0) or {"context", "continuation"}.
+choice, from 0) or {"context", "continuation"}. A .txt or .raw file: the perplexity of that text.
 
 answers: the likeliest answer to each question of the split (alone, without the turns before it),
 compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
@@ -88,7 +88,6 @@ if __name__ == "__main__":
     environment.wait_briefly()
     environment.use_huge_pages()
 
-import difflib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -102,7 +101,6 @@ from plaingpt.evaluation import choices, items, perplexity, questions
 from plaingpt.evaluation.answers import read_answers
 from plaingpt.evaluation.judge import Judge, judged
 from plaingpt.evaluation.results import Result, table, write_results
-from plaingpt.evaluation.tasks import TASKS
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 
@@ -145,20 +143,13 @@ def score(cfg: EvalConfig) -> list[Result]:
 def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if not cfg.tasks:
         yield "tasks is empty"
-    names = [*ON_DATA, *TASKS]
-    for task in cfg.tasks:
-        if Path(task).suffix in items.SUFFIXES:
-            if not Path(task).is_file():
-                yield f"{task} is not a file"
-        elif task not in names:
-            close = difflib.get_close_matches(task, names, n=1)
-            known = f"expected a .jsonl file or one of {', '.join(names)}"
-            yield f"unknown task {task!r}; " + (f"did you mean {close[0]!r}?" if close else known)
+    yield from items.unknown(cfg.tasks, ON_DATA)
     if cfg.text and not Path(cfg.text).is_file():
         yield f"{cfg.text} is not a file"
-    if (cfg.text or cfg.stride) and "perplexity" not in cfg.tasks:
+    texts = {task for task in cfg.tasks if items.is_text(task)}
+    if (cfg.text or (cfg.stride and not texts)) and "perplexity" not in cfg.tasks:
         yield "text and stride are for --tasks=perplexity"
-    if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
+    if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA} - texts:
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
     if cfg.answers and "answers" not in cfg.tasks:
         yield "--answers needs --tasks=answers"
@@ -190,11 +181,8 @@ def needs_data(cfg: EvalConfig) -> bool:
 
 def open_data(cfg: EvalConfig) -> dataset.Dataset:
     data = dataset.open_dataset(cfg.data_dir)
-    if "answers" in cfg.tasks and not data.split("val").has_mask:
-        raise UserError(
-            f"there are no questions in {cfg.data_dir}: prepare it with --template=alpaca, chat "
-            "or synth"
-        )
+    if "answers" in cfg.tasks:
+        questions.read(data, limit=1)  # there has to be one
     return data
 
 
@@ -211,15 +199,17 @@ def measure(
         assert data
         if not cfg.quantize:
             packing.place(model, rt, cfg.dtype)
-        found = questions.measure(model, data, cfg.limit, cfg.answers, rt)
+        found = questions.measure(model, data, questions.read(data, cfg.limit), cfg.answers, rt)
         if rt.is_main:
             print(questions.summary(found))
         return found
-    if task != "perplexity":
+    if task != "perplexity" and not items.is_text(task):
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
-        return choices.measure(asked, model, tokenizer, rt)
-    if cfg.text:
-        found = perplexity.of_text(model, tokenizer, cfg.text, cfg.stride, cfg.limit, rt)
+        encoded = choices.encoded(asked, tokenizer, model.config.block_size)
+        return choices.measure(encoded, model, rt)
+    if text := cfg.text if task == "perplexity" else task:
+        read = perplexity.encoded(text, tokenizer)
+        found = replace(perplexity.of_text(model, read, cfg.stride, cfg.limit, rt), task=task)
     else:
         assert data
         found = perplexity.of_split(model, data, cfg.stride, cfg.limit, rt)

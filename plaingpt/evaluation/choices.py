@@ -1,6 +1,7 @@
 """What a model makes of multiple-choice and cloze items: its choices, and the figures."""
 
 import math
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -16,27 +17,37 @@ from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
 
-def measure(asked: TaskItems, model: GPT, tokenizer: Tokenizer, rt: Runtime) -> Result:
-    """Score every choice of every item. The processes share the work.
+@dataclass(frozen=True)
+class Encoded:
+    """The items of a task as a model reads them: a sequence for each choice of each item."""
 
-    Raises UserError for a continuation that is longer than the model's context, and for a model
-    whose logits are not finite.
-    """
-    block_size = model.config.block_size
+    asked: TaskItems
+    sequences: list[list[Sequence]]
+
+
+def encoded(asked: TaskItems, tokenizer: Tokenizer, block_size: int) -> Encoded:
+    """Raises UserError for a continuation that is empty, or longer than the model's context."""
     sequences = []
     for item, place in zip(asked.items, asked.places):
-        encoded = [
-            likelihood.encode(tokenizer, *pair) for pair in zip(item.contexts, item.continuations)
-        ]
-        for each in encoded:
+        pairs = zip(item.contexts, item.continuations)
+        sequences.append([likelihood.encode(tokenizer, *pair) for pair in pairs])
+        for each in sequences[-1]:
             check(each, block_size, place)
-        sequences.append(encoded)
-    scores = likelihood.score(model, sequences, rt, asked.name)
+    return Encoded(asked, sequences)
+
+
+def measure(encoded: Encoded, model: GPT, rt: Runtime) -> Result:
+    """Score every choice of every item. The processes share the work.
+
+    Raises UserError, in every process, for a model whose logits are not finite.
+    """
+    asked = encoded.asked
+    scores = likelihood.score(model, encoded.sequences, rt, asked.name)
     items = []
     for number, (item, place) in enumerate(zip(asked.items, asked.places)):
         lengths = [len(text) - 1 for text in item.continuations]  # without the space
         if asked.task.per_token:
-            lengths = [each.scored for each in sequences[number]]
+            lengths = [each.scored for each in encoded.sequences[number]]
         found = outcome(item, scores[number], asked.task.figures, lengths)
         items.append({"item": place, **found})
     figures = {
@@ -78,6 +89,8 @@ def outcome(
 
 def protocol(asked: TaskItems) -> str:
     figures, shots = asked.task.figures, quantity(asked.shots, "shot")
+    limited = asked.limit == len(asked.items)
+    first = f", the first {quantity(len(asked.items), 'item')}" if limited else ""
     if "perplexity" in figures:
         meaning = "acc: every token of the continuation is the likeliest; perplexity: per item"
     elif "acc_norm" in figures:
@@ -87,4 +100,4 @@ def protocol(asked: TaskItems) -> str:
         meaning = "acc: the option that makes the rest of the sentence likelier"
     known = "as in llm.c" if asked.task.per_token else "as in lm-evaluation-harness 0.4"
     origin = known if asked.task.hub else "your own items"
-    return f"{origin}, {shots}; {meaning}"
+    return f"{origin}, {shots}{first}; {meaning}"

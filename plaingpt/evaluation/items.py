@@ -1,8 +1,9 @@
 """The items of a task, read from files or from the hub, with few-shot examples before them."""
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from plaingpt.text.records import Row, rows
 from plaingpt.wording import quantity
 
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of items
+TEXT_SUFFIXES = (".txt", ".raw")  # of texts, whose perplexity is a task as well
 SHOTS_SEED = 1234  # lm-evaluation-harness's
 
 
@@ -31,6 +33,7 @@ class TaskItems:
     items: list[Item]
     places: list[str]
     shots: int
+    limit: int | None  # the first so many; None: all
     data: dict[str, str]  # what was read → its SHA-256
 
 
@@ -42,6 +45,23 @@ class Split:
     items: list[Item]
     places: list[str]
     digest: str
+
+
+def unknown(names: Iterable[str], others: Iterable[str]) -> Iterator[str]:
+    """What is wrong with the names of tasks: those of TASKS, `others`, and files."""
+    known = [*others, *TASKS]
+    for name in names:
+        if Path(name).suffix in (*SUFFIXES, *TEXT_SUFFIXES):
+            if not Path(name).is_file():
+                yield f"{name} is not a file"
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            listed = f"expected a .jsonl file or one of {', '.join(known)}"
+            yield f"unknown task {name!r}; " + (f"did you mean {close[0]!r}?" if close else listed)
+
+
+def is_text(name: str) -> bool:
+    return Path(name).suffix in TEXT_SUFFIXES
 
 
 def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> TaskItems:
@@ -59,7 +79,7 @@ def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Task
         pool = read_split(pool_source, task, None)
         data[address(pool_source)] = pool.digest
         items = with_shots(held_out, pool, shots, spare=not task.hub or task.hub.split != "test")
-    return TaskItems(name, task, items, held_out.places, shots, data)
+    return TaskItems(name, task, items, held_out.places, shots, limit, data)
 
 
 def find(name: str, task_dir: str | None) -> Path | HubDataset:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from tqdm import tqdm
 from configurator import UserError
 from model import GPT
 from plaingpt.checksums import sha256_of
+from plaingpt.evaluation.loss import bits_per_byte, mean_loss
 from plaingpt.evaluation.results import Result
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
 from plaingpt.text.text_files import read_text
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import evaluation
 from plaingpt.training.batches import validation_batches
 from plaingpt.wording import quantity
 
@@ -52,27 +53,35 @@ def of_split(
     return result_of(protocol, loss, tokens, data.bytes_per_token(split), data.hashes("val"))
 
 
-def of_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    path: str,
-    stride: int | None,
-    max_windows: int | None,
-    rt: Runtime,
-) -> Result:
-    """The perplexity of a text file, over at most its first `max_windows` windows.
+@dataclass(frozen=True)
+class EncodedText:
+    path: str
+    ids: np.ndarray
+    bytes_per_token: float
+    digest: str
 
-    Raises UserError for a file that is not UTF-8, or shorter than two tokens.
-    """
+
+def encoded(path: str, tokenizer: Tokenizer) -> EncodedText:
+    """Raises UserError for a file that is not UTF-8, or shorter than two tokens."""
     text = "".join(read_text(path))
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    windows = list(islice(windows_of(len(ids), model.config.block_size, stride), max_windows))
-    loss, tokens = loss_of(model, batches_of(ids, windows, rt), len(windows), rt)
-    bytes_per_token = len(text.encode()) / len(ids)
-    protocol = protocol_of(model.config.block_size, stride)
-    return result_of(protocol, loss, tokens, bytes_per_token, {path: sha256_of(Path(path))})
+    return EncodedText(path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
+
+
+def of_text(
+    model: GPT, text: EncodedText, stride: int | None, max_windows: int | None, rt: Runtime
+) -> Result:
+    """The perplexity of a text, over at most its first `max_windows` windows.
+
+    Raises UserError for a model whose loss is not finite.
+    """
+    block_size = model.config.block_size
+    windows = list(islice(windows_of(len(text.ids), block_size, stride), max_windows))
+    loss, tokens = loss_of(model, batches_of(text.ids, windows, rt), len(windows), rt)
+    protocol = protocol_of(block_size, stride)
+    return result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
 
 
 def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Window]:
@@ -97,7 +106,7 @@ def loss_of(model: GPT, batches: Iterator[Batch], windows: int, rt: Runtime) -> 
     """The mean loss in nats per scored token, and their number, with a progress bar."""
     total = math.ceil(windows / (BATCH_SIZE * rt.world_size))
     bar = tqdm(batches, "perplexity", total, unit=" batches", disable=rt.hides_progress)
-    return evaluation.mean_loss(model, bar, rt, stoppable=False)
+    return mean_loss(model, bar, rt, stoppable=False)
 
 
 def batches_of(tokens: Split | np.ndarray, windows: list[Window], rt: Runtime) -> Iterator[Batch]:
@@ -137,7 +146,7 @@ def result_of(
         raise UserError(f"the loss is {loss}: the weights of the checkpoint are too large")
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
     if bytes_per_token:
-        figures["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
+        figures["bits_per_byte"] = bits_per_byte(loss, bytes_per_token)
     return Result("perplexity", protocol, figures, data=data)
 
 

@@ -368,7 +368,11 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, folder):
     model.transformer.ln_f.weight.data.fill_(float("inf"))
     asked = items.read("piqa", str(folder), 0, None)
     with pytest.raises(eval.UserError, match="logits are not finite"):
-        eval.choices.measure(asked, model, tokenizer, runtime.start("cpu", "float32"))
+        eval.choices.measure(
+            eval.choices.encoded(asked, tokenizer, block_size=96),
+            model,
+            runtime.start("cpu", "float32"),
+        )
 
 
 # --- results
