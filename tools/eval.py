@@ -15,6 +15,8 @@ hellaswag, lambada_openai, arc_easy, arc_challenge, piqa, winogrande: the figure
 lm-evaluation-harness; hellaswag_completion: those of llm.c. Items come from the hub, or from files
 in task_dir.
 
+core: CORE of DCLM as nanochat measures it, with its files (eval_bundle) in task_dir.
+
 A .jsonl or .parquet file: your own items, {"context", "choices", "answer"} (the number of the right
 choice, from 0) or {"context", "continuation"}. A .txt or .raw file: the perplexity of that text.
 
@@ -97,7 +99,7 @@ import torch
 from model import GPT
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
-from plaingpt.evaluation import choices, items, perplexity, questions
+from plaingpt.evaluation import choices, core, items, perplexity, questions
 from plaingpt.evaluation.answers import read_answers
 from plaingpt.evaluation.judge import Judge, judged
 from plaingpt.evaluation.results import Result, table, write_results
@@ -143,13 +145,16 @@ def score(cfg: EvalConfig) -> list[Result]:
 def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if not cfg.tasks:
         yield "tasks is empty"
-    yield from items.unknown(cfg.tasks, ON_DATA)
+    yield from items.unknown(cfg.tasks, [*ON_DATA, "core"])
     if cfg.text and not Path(cfg.text).is_file():
         yield f"{cfg.text} is not a file"
     texts = {task for task in cfg.tasks if items.is_text(task)}
     if (cfg.text or (cfg.stride and not texts)) and "perplexity" not in cfg.tasks:
         yield "text and stride are for --tasks=perplexity"
-    if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA} - texts:
+    asking = {*cfg.tasks} - {*ON_DATA} - texts
+    if "core" in asking and not cfg.task_dir:
+        yield "--tasks=core needs --task_dir: the folder of DCLM's eval_bundle"
+    if (cfg.shots and asking <= {"core"}) or (cfg.task_dir and not asking):
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
     if cfg.answers and "answers" not in cfg.tasks:
         yield "--answers needs --tasks=answers"
@@ -203,6 +208,8 @@ def measure(
         if rt.is_main:
             print(questions.summary(found))
         return found
+    if task == "core":
+        return core.measure(core.read(Path(str(cfg.task_dir)), cfg.limit), model, tokenizer, rt)
     if task != "perplexity" and not items.is_text(task):
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
         encoded = choices.encoded(asked, tokenizer, model.config.block_size)

@@ -58,7 +58,8 @@ def table(results: list[Result]) -> str:
     rows = [("task", "figure", "value", "", "items")]
     for result in results:
         for name, value in result.figures.items():
-            count = f"{len(result.items):,}" if result.items else ""
+            items = sum(name in item for item in result.items) or len(result.items)
+            count = f"{items:,}" if items else ""
             error = spread(result.standard_error(name))
             rows.append((result.task, name, shown(value), error, count))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
