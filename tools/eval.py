@@ -214,9 +214,9 @@ def measure(
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
         encoded = choices.encoded(asked, tokenizer, model.config.block_size)
         return choices.measure(encoded, model, rt)
-    if text := cfg.text if task == "perplexity" else task:
-        read = perplexity.encoded(text, tokenizer)
-        found = replace(perplexity.of_text(model, read, cfg.stride, cfg.limit, rt), task=task)
+    if path := cfg.text if task == "perplexity" else task:
+        text = perplexity.encoded(task, path, tokenizer)
+        found = perplexity.of_text(model, text, cfg.stride, cfg.limit, rt)
     else:
         assert data
         found = perplexity.of_split(model, data, cfg.stride, cfg.limit, rt)

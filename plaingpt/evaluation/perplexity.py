@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -55,19 +55,20 @@ def of_split(
 
 @dataclass(frozen=True)
 class EncodedText:
+    task: str  # the name of its result
     path: str
     ids: np.ndarray
     bytes_per_token: float
     digest: str
 
 
-def encoded(path: str, tokenizer: Tokenizer) -> EncodedText:
+def encoded(task: str, path: str, tokenizer: Tokenizer) -> EncodedText:
     """Raises UserError for a file that is not UTF-8, or shorter than two tokens."""
     text = "".join(read_text(path))
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    return EncodedText(path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
+    return EncodedText(task, path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
 
 
 def of_text(
@@ -81,7 +82,8 @@ def of_text(
     windows = list(islice(windows_of(len(text.ids), block_size, stride), max_windows))
     loss, tokens = loss_of(model, batches_of(text.ids, windows, rt), len(windows), rt)
     protocol = protocol_of(block_size, stride)
-    return result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
+    found = result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
+    return replace(found, task=text.task)
 
 
 def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Window]:

@@ -50,7 +50,7 @@ def shown(value: float) -> str:
 
 
 def spread(error: float | None) -> str:
-    return "" if error is None else f"± {error:.4f}"
+    return f"± {error:.4f}" if error else ""  # 0: the items are all alike
 
 
 def table(results: list[Result]) -> str:

@@ -58,7 +58,7 @@ def open_tasks(dataset: Dataset, settings: dict[str, Any], block_size: int) -> l
             tokens = sum(len(ids) + len(ref) + questions.EXTRA_TOKENS for ids, ref in asked)
             measure = partial(questions.measure, data=dataset, asked=asked, path=None)
         elif items.is_text(task):
-            text = perplexity.encoded(task, tokenizer)
+            text = perplexity.encoded(task, task, tokenizer)
             tokens = min(len(text.ids), (limit or len(text.ids)) * block_size)
             size = quantity(tokens, "token")
             measure = partial(perplexity.of_text, text=text, stride=None, max_windows=limit)
