@@ -143,7 +143,11 @@ def test_a_model_that_is_not_finite_has_no_figures_and_trains_on(asking, monkeyp
         (("nowhere.txt",), "", "nowhere.txt is not a file"),
         (("piqa", "{here}/piqa.jsonl"), "", "2 tasks are named piqa: their figures need names"),
         (("hellaswag",), "", "has no hellaswag.jsonl, hellaswag.json, hellaswag.parquet"),
-        (("{here}/piqa.jsonl",), '{"context": "a", "choices": ["b"]}', "line 1: missing field"),
+        (
+            ("{here}/piqa.jsonl",),
+            '{"context": "a", "choices": ["b", "c"]}',
+            "line 1: missing field",
+        ),
         (
             ("{here}/piqa.jsonl",),
             '{"context": "a", "continuation": "a word of 17 bytes"}',
