@@ -84,6 +84,10 @@ class TrainConfig:
     eval_interval: PositiveInt = 500  # steps between evaluations
     eval_tokens: PositiveInt | None = None  # validation tokens per evaluation; None: all
     patience: PositiveInt | None = None  # evaluations without a better loss that end the run
+    tasks: tuple[PathName, ...] = ()  # of tools.eval, to measure too: hellaswag, mine.jsonl, …
+    task_dir: Folder | None = None  # with the items of hellaswag, …; None: the hub
+    task_limit: PositiveInt | None = 200  # items of each task; None: all
+    task_interval: PositiveInt | None = None  # steps between measurements; None: at evaluations
     sample_interval: NonNegativeInt | None = None  # steps; None: at evaluations, 0: never
     sample_prompts: PathName | None = None  # a file of prompts; None: held-out questions, if any
     log_interval: PositiveInt = 25  # steps between console lines
@@ -112,10 +116,11 @@ from plaingpt.checkpoint import adapters, folders
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import open_dataset
 from plaingpt.text.recipe import command_for
-from plaingpt.training import optim, parallel
-from plaingpt.training.batches import Batch, Data, open_data
+from plaingpt.training import optim, parallel, tasks
+from plaingpt.training.batches import Batch
+from plaingpt.training.data import Data, open_data
 from plaingpt.training.devices import Device, device_of, planned_devices
-from plaingpt.training.evaluation import bits_per_byte, validation_loss
+from plaingpt.training.held_out import evaluate
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size
@@ -215,7 +220,7 @@ def run(
     """The training loop: from state.step to the end of the plan, or until a signal."""
     record: Record = {}
     if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
-        record = {"step": 0, **evaluate(cfg, state, plan, data, rt)}
+        record = {"step": 0, **evaluate(state, plan, data, rt)}
         if log and "val_loss" in record:
             log.add(record)
     clock = Clock(plan.max_steps - state.step)
@@ -236,12 +241,11 @@ def run(
 
         # the metrics
         evaluating = plan.evaluation.due(step)
-        if evaluating or plan.logging.due(step):
+        if evaluating or plan.measuring.due(step) or plan.logging.due(step):
             record = {"step": step, "loss": state.read_loss(), "lr": lr, "grad_norm": norm}
             record |= throughput(state, plan, clock.read(), rt)
             print(console_line(record, plan.max_steps))
-            if evaluating:
-                record |= evaluate(cfg, state, plan, data, rt)
+            record |= evaluate(state, plan, data, rt)
             if log:
                 log.add(record)
 
@@ -271,7 +275,7 @@ def run(
 
 
 def check_settings(cfg: TrainConfig) -> None:
-    problems = []
+    problems = [*tasks.problems_of(cfg.tasks)]
     if cfg.min_lr > cfg.learning_rate:
         problems.append(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     if cfg.lora_rank and not cfg.lora_targets:
@@ -376,24 +380,6 @@ def how_to_resume(out_dir: str) -> str:
     step = int(saved[-1].name.removeprefix("step_"))
     where = shlex.quote(out_dir)
     return f"python train.py --init_from=resume --out_dir={where} continues from step {step}"
-
-
-def evaluate(cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:
-    """Print and return the validation loss: `val_loss` and, if known, `val_bpb`; {} if a signal
-    ends it before the first step."""
-    micro, split = plan.micro_batch_size, data.held_out
-    first = state.step == 0
-    loss, counted = validation_loss(state.model, split, cfg.eval_tokens, micro, rt, first)
-    if first and not counted:
-        return {}
-    state.count_evaluation(loss)
-    measured = {"val_loss": loss}
-    text = f"step {state.step}: validation loss {loss:.4f} nats per token"
-    if bytes_per_token := data.dataset.bytes_per_token(split):
-        measured["val_bpb"] = bits_per_byte(loss, bytes_per_token)
-        text += f", {measured['val_bpb']:.4f} bits per byte"
-    print(text)
-    return measured
 
 
 def save(

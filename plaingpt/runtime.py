@@ -43,6 +43,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     stop: list[str] = field(default_factory=list, compare=False)  # signals that ask to stop
+    progress: bool = True  # whether the main process shows progress bars
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +53,7 @@ class Runtime:
     @property
     def hides_progress(self) -> bool | None:
         """For tqdm's `disable`: None shows the bar where stderr is a terminal."""
-        return None if self.is_main else True
+        return None if self.is_main and self.progress else True
 
     def sum(self, values: Tensor) -> Tensor:
         """`values` summed over all processes, on the device of `values`."""

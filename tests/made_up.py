@@ -7,12 +7,13 @@ from pathlib import Path
 from conftest import save_checkpoint
 
 from model import GPT, GPTConfig
+from plaingpt.evaluation.tasks import TASKS
 from plaingpt.text.tokenizer import Tokenizer
 from tools import eval
 
 TEXT = "the cat ran far away, but nobody saw it; [step] a naïve dog's 3 green eyes. [title]"
 WORDS = TEXT.split()
-FILES = [task.file or name for name, task in eval.TASKS.items()]
+FILES = [task.file or name for name, task in TASKS.items()]
 
 
 def checkpoint(folder: Path, text: str, block_size: int) -> Path:

@@ -25,7 +25,7 @@ from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import optim, run_folder, state
+from plaingpt.training import held_out, optim, run_folder, state
 from plaingpt.training.devices import Device
 from plaingpt.training.plan import make_plan
 from plaingpt.training.start import Start, model_config, open_start
@@ -199,7 +199,7 @@ def test_patience_ends_a_run_at_the_same_step_though_it_was_killed(
     impatient = replace(cfg, out_dir=str(tmp_path), eval_interval=2, save_interval=3, patience=3)
     losses = [5.0, 4.0, 4.5, 4.0, math.nan, 4.5, 3.0]  # of steps 2, 4, …
     evaluations = iter(losses)
-    monkeypatch.setattr(train, "validation_loss", lambda *_: (next(evaluations), 1))
+    monkeypatch.setattr(held_out, "validation_loss", lambda *_: (next(evaluations), 1))
     said = "after 3 evaluations without a better validation loss"
     assert train.train(impatient)["step"] == 10
     assert f"step 10: ending early {said}\n" in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_the_best_checkpoint_is_named(cfg, tmp_path, monkeypatch, capsys):
 
     def trained(losses, **changes) -> str:
         evaluations = iter(losses)
-        monkeypatch.setattr(train, "validation_loss", lambda *_: (next(evaluations), 1))
+        monkeypatch.setattr(held_out, "validation_loss", lambda *_: (next(evaluations), 1))
         train.train(replace(run, **changes))
         out_dir = Path(changes.get("out_dir", run.out_dir))
         best = json.loads((out_dir / "run.json").read_text())["best"]
@@ -518,7 +518,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
-    monkeypatch.setattr(train, "validation_loss", lambda *_: (math.nan, 0))
+    monkeypatch.setattr(held_out, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))
     state = json.loads(

@@ -15,8 +15,10 @@ hellaswag, lambada_openai, arc_easy, arc_challenge, piqa, winogrande: the figure
 lm-evaluation-harness; hellaswag_completion: those of llm.c. Items come from the hub, or from files
 in task_dir.
 
+core: CORE of DCLM as nanochat measures it, with its files (eval_bundle) in task_dir.
+
 A .jsonl or .parquet file: your own items, {"context", "choices", "answer"} (the number of the right
-choice, from 0) or {"context", "continuation"}.
+choice, from 0) or {"context", "continuation"}. A .txt or .raw file: the perplexity of that text.
 
 answers: the likeliest answer to each question of the split (alone, without the turns before it),
 compared with the reference answer: the share of exact matches, and the mean F1 of their words, both
@@ -88,7 +90,6 @@ if __name__ == "__main__":
     environment.wait_briefly()
     environment.use_huge_pages()
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -99,16 +100,15 @@ import torch
 from model import GPT
 from plaingpt import packing, runtime
 from plaingpt.checkpoint import store
-from plaingpt.evaluation import choices, items, judge, perplexity, questions
+from plaingpt.evaluation import choices, core, items, judge, perplexity, questions
 from plaingpt.evaluation.answers import read_answers
 from plaingpt.evaluation.judge import Judge
 from plaingpt.evaluation.results import Result, table, write_results
-from plaingpt.evaluation.tasks import TASKS
 from plaingpt.text import dataset
+from plaingpt.text.questions import Question
 from plaingpt.text.tokenizer import Tokenizer
 
-SUMMARIES = {"perplexity": perplexity.summary, "answers": questions.summary}
-ON_DATA = tuple(SUMMARIES)  # tasks on prepared data
+ON_DATA = ("perplexity", "answers")  # tasks on prepared data
 
 
 def score(cfg: EvalConfig) -> list[Result]:
@@ -123,7 +123,7 @@ def score(cfg: EvalConfig) -> list[Result]:
     rt = runtime.start(cfg.device, cfg.dtype)
     if cfg.quantize:
         rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
-    data = open_data(cfg) if needs_data(cfg) else None
+    data = dataset.open_dataset(cfg.data_dir) if needs_data(cfg) else None
     model, tokenizer = store.load(cfg.checkpoint)
     if data and data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
@@ -139,9 +139,10 @@ def score(cfg: EvalConfig) -> list[Result]:
         rt.place(model).eval()
     results: list[Result] = []
     try:
-        for measure in tasks:
+        for name, measure in zip(names, tasks):
             results.append(measure())
-            if rt.is_main and (summary := SUMMARIES.get(results[-1].task)):
+            if rt.is_main and (name in ON_DATA or items.is_text(name)):
+                summary = questions.summary if name == "answers" else perplexity.summary
                 print(summary(results[-1]))
         if cfg.judge and cfg.judge_model and cfg.answers and rt.is_main:
             results.append(judge.judged(Judge(cfg.judge, cfg.judge_model), cfg.answers))
@@ -154,20 +155,16 @@ def score(cfg: EvalConfig) -> list[Result]:
 def problems_of(cfg: EvalConfig) -> Iterator[str]:
     if not cfg.tasks:
         yield "tasks is empty"
-    names = [*ON_DATA, *TASKS]
-    for task in cfg.tasks:
-        if Path(task).suffix in items.SUFFIXES:
-            if not Path(task).is_file():
-                yield f"{task} is not a file"
-        elif task not in names:
-            close = difflib.get_close_matches(task, names, n=1)
-            known = f"expected a .jsonl file or one of {', '.join(names)}"
-            yield f"unknown task {task!r}; " + (f"did you mean {close[0]!r}?" if close else known)
+    yield from items.unknown(cfg.tasks, [*ON_DATA, "core"])
     if cfg.text and not Path(cfg.text).is_file():
         yield f"{cfg.text} is not a file"
-    if (cfg.text or cfg.stride) and "perplexity" not in cfg.tasks:
+    texts = {task for task in cfg.tasks if items.is_text(task)}
+    if (cfg.text or (cfg.stride and not texts)) and "perplexity" not in cfg.tasks:
         yield "text and stride are for --tasks=perplexity"
-    if (cfg.shots or cfg.task_dir) and not {*cfg.tasks} - {*ON_DATA}:
+    asking = {*cfg.tasks} - {*ON_DATA} - texts
+    if "core" in asking and not cfg.task_dir:
+        yield "--tasks=core needs --task_dir: the folder of DCLM's eval_bundle"
+    if (cfg.shots and asking <= {"core"}) or (cfg.task_dir and not asking):
         yield "shots and task_dir are for tasks that have items, such as --tasks=hellaswag"
     if cfg.answers and "answers" not in cfg.tasks:
         yield "--answers needs --tasks=answers"
@@ -200,16 +197,6 @@ def needs_data(cfg: EvalConfig) -> bool:
     return "answers" in cfg.tasks or ("perplexity" in cfg.tasks and not cfg.text)
 
 
-def open_data(cfg: EvalConfig) -> dataset.Dataset:
-    data = dataset.open_dataset(cfg.data_dir)
-    if "answers" in cfg.tasks and not data.split("val").has_mask:
-        raise UserError(
-            f"there are no questions in {cfg.data_dir}: prepare it with --template=alpaca, chat "
-            "or synth"
-        )
-    return data
-
-
 def prepared(
     cfg: EvalConfig,
     task: str,
@@ -222,25 +209,33 @@ def prepared(
     that cannot be measured."""
     if task == "answers":
         assert data
-        next(questions.questions(data.split("val"), tokenizer))  # raises if there are none
-        return partial(answered, cfg, model, data, rt)
-    if task != "perplexity":
+        return partial(answered, cfg, model, data, questions.read(data, cfg.limit), rt)
+    if task == "core":
+        bundle = core.read(Path(str(cfg.task_dir)), cfg.limit)
+        return partial(core.measure, bundle, model, tokenizer, rt)
+    if task != "perplexity" and not items.is_text(task):
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
         if asked.warning and rt.is_main:
             print(asked.warning, file=sys.stderr)
         encoded = choices.encoded(asked, tokenizer, model.config.block_size)
         return partial(choices.measure, encoded, model, rt)
-    if cfg.text:
-        text = perplexity.encoded(cfg.text, tokenizer)
+    if path := cfg.text if task == "perplexity" else task:
+        text = perplexity.encoded(task, path, tokenizer)
         return partial(perplexity.of_text, model, text, cfg.stride, cfg.limit, rt)
     assert data
     return partial(perplexity.of_split, model, data, cfg.stride, cfg.limit, rt)
 
 
-def answered(cfg: EvalConfig, model: GPT, data: dataset.Dataset, rt: runtime.Runtime) -> Result:
+def answered(
+    cfg: EvalConfig,
+    model: GPT,
+    data: dataset.Dataset,
+    asked: list[Question],
+    rt: runtime.Runtime,
+) -> Result:
     if not cfg.quantize:
         packing.place(model, rt, cfg.dtype)
-    return questions.measure(model, data, cfg.limit, cfg.answers, rt)
+    return questions.measure(model, data, asked, cfg.answers, rt)
 
 
 def report(cfg: EvalConfig, results: list[Result]) -> None:

@@ -89,6 +89,8 @@ def outcome(
 
 def protocol(asked: TaskItems) -> str:
     figures, shots = asked.task.figures, quantity(asked.shots, "shot")
+    limited = asked.limit == len(asked.items)
+    first = f", the first {quantity(len(asked.items), 'item')}" if limited else ""
     if "perplexity" in figures:
         meaning = "acc: every token of the continuation is the likeliest; perplexity: per item"
     elif "acc_norm" in figures:
@@ -98,4 +100,4 @@ def protocol(asked: TaskItems) -> str:
         meaning = "acc: the option that makes the rest of the sentence likelier"
     known = "as in llm.c" if asked.task.per_token else "as in lm-evaluation-harness 0.4"
     origin = known if asked.task.hub else "your own items"
-    return f"{origin}, {shots}; {meaning}"
+    return f"{origin}, {shots}{first}; {meaning}"

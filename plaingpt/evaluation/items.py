@@ -1,8 +1,9 @@
 """The items of a task, read from files or from the hub, with few-shot examples before them."""
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from plaingpt.text.records import Row, rows
 from plaingpt.wording import quantity
 
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of items
+TEXT_SUFFIXES = (".txt", ".raw")  # of texts, whose perplexity is a task as well
 SHOTS_SEED = 1234  # lm-evaluation-harness's
 
 
@@ -32,6 +34,7 @@ class TaskItems:
     items: list[Item]
     places: list[str]
     shots: int
+    limit: int | None  # the first so many; None: all
     data: dict[str, str]  # what was read → its SHA-256
     warning: str | None = None  # about examples that are under test
 
@@ -44,6 +47,23 @@ class Split:
     items: list[Item]
     places: list[str]
     digest: str
+
+
+def unknown(names: Iterable[str], others: Iterable[str]) -> Iterator[str]:
+    """What is wrong with the names of tasks: those of TASKS, `others`, and files."""
+    known = [*others, *TASKS]
+    for name in names:
+        if Path(name).suffix in (*SUFFIXES, *TEXT_SUFFIXES):
+            if not Path(name).is_file():
+                yield f"{name} is not a file"
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            listed = f"expected a .jsonl file or one of {', '.join(known)}"
+            yield f"unknown task {name!r}; " + (f"did you mean {close[0]!r}?" if close else listed)
+
+
+def is_text(name: str) -> bool:
+    return Path(name).suffix in TEXT_SUFFIXES
 
 
 def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> TaskItems:
@@ -65,7 +85,7 @@ def read(name: str, task_dir: str | None, shots: int, limit: int | None) -> Task
         if known := sum(item in solved for item in held_out.items):
             which = f"{known:,} of the {quantity(len(items), 'item')} under test"
             warning = f"{name}: the examples in {address(pool_source)} include {which}"
-    return TaskItems(name, task, items, held_out.places, shots, data, warning)
+    return TaskItems(name, task, items, held_out.places, shots, limit, data, warning)
 
 
 def find(name: str, task_dir: str | None) -> Path | HubDataset:
@@ -121,7 +141,8 @@ def read_split(source: Path | HubDataset, task: Task, limit: int | None) -> Spli
     for row in islice(rows_of(source, fields), limit):
         if row.problem:
             raise UserError(f"{row.where}: {row.problem}")
-        if not task.hub and (others := [k for k in kinds_of(row.value) if OWN[k] is not task]):
+        others = [kind for kind in kinds_of(row.value) if OWN[kind] is not task]
+        if others and task in OWN.values():
             mine = next(field for field, kind in OWN.items() if kind is task)
             problem = f"has {others[0]}, but the items of this file have {mine}"
             raise UserError(f"{row.where} {problem}: a file holds one kind of items")

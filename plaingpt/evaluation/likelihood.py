@@ -129,6 +129,11 @@ def grouped(items: list[list[Sequence]], block_size: int) -> Iterator[Group]:
                 yield Group([number], [each], len(each.ids) - 1)
 
 
+def tokens_read(items: list[list[Sequence]], block_size: int) -> int:
+    """How many tokens a model reads to score all sequences of the items."""
+    return sum(group.length for group in grouped(items, block_size))
+
+
 def common_prefix(rows: list[list[int]]) -> int:
     """The number of ids with which all rows begin."""
     return sum(1 for _ in takewhile(lambda ids: len({*ids}) == 1, zip(*rows)))

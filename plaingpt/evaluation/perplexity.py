@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from tqdm import tqdm
 from configurator import UserError
 from model import GPT
 from plaingpt.checksums import sha256_of
+from plaingpt.evaluation.loss import bits_per_byte, mean_loss
 from plaingpt.evaluation.results import Result
 from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
 from plaingpt.text.text_files import read_text
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import evaluation
 from plaingpt.training.batches import validation_batches
 from plaingpt.wording import quantity
 
@@ -55,19 +55,20 @@ def of_split(
 
 @dataclass(frozen=True)
 class EncodedText:
+    task: str  # the name of its result
     path: str
     ids: np.ndarray
     bytes_per_token: float
     digest: str
 
 
-def encoded(path: str, tokenizer: Tokenizer) -> EncodedText:
+def encoded(task: str, path: str, tokenizer: Tokenizer) -> EncodedText:
     """Raises UserError for a file that is not UTF-8, or shorter than two tokens."""
     text = "".join(read_text(path))
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    return EncodedText(path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
+    return EncodedText(task, path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
 
 
 def of_text(
@@ -81,7 +82,8 @@ def of_text(
     windows = list(islice(windows_of(len(text.ids), block_size, stride), max_windows))
     loss, tokens = loss_of(model, batches_of(text.ids, windows, rt), len(windows), rt)
     protocol = protocol_of(block_size, stride)
-    return result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
+    found = result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
+    return replace(found, task=text.task)
 
 
 def windows_of(tokens: int, block_size: int, stride: int | None) -> Iterator[Window]:
@@ -106,7 +108,7 @@ def loss_of(model: GPT, batches: Iterator[Batch], windows: int, rt: Runtime) -> 
     """The mean loss in nats per scored token, and their number, with a progress bar."""
     total = math.ceil(windows / (BATCH_SIZE * rt.world_size))
     bar = tqdm(batches, "perplexity", total, unit=" batches", disable=rt.hides_progress)
-    return evaluation.mean_loss(model, bar, rt, stoppable=False)
+    return mean_loss(model, bar, rt, stoppable=False)
 
 
 def batches_of(tokens: Split | np.ndarray, windows: list[Window], rt: Runtime) -> Iterator[Batch]:
@@ -147,7 +149,7 @@ def result_of(
         raise UserError(f"the loss is {loss}: the weights of the checkpoint are too large")
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
     if bytes_per_token:
-        figures["bits_per_byte"] = evaluation.bits_per_byte(loss, bytes_per_token)
+        figures["bits_per_byte"] = bits_per_byte(loss, bytes_per_token)
     return Result("perplexity", protocol, figures, data=data)
 
 

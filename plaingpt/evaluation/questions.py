@@ -1,4 +1,4 @@
-"""The questions of a split, and what a model answers."""
+"""What a model answers to the questions of a split."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
@@ -14,37 +13,53 @@ from model import GPT
 from plaingpt.evaluation.answers import Answer, corpus_figures
 from plaingpt.evaluation.results import Result
 from plaingpt.files import atomic_file
-from plaingpt.generation import Batch, Text, write_in_order
+from plaingpt.generation import NOT_FINITE, Batch, Text, write_in_order
 from plaingpt.runtime import Runtime
 from plaingpt.sampling import Sampling
 from plaingpt.text.dataset import Dataset
-from plaingpt.text.shards import Split
+from plaingpt.text.questions import Question, questions
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.wording import quantity
 
 EXTRA_TOKENS = 100  # by which an answer may exceed the reference answer
 BATCH_SIZE = 8  # answers that are written side by side
 EXAMPLES = 3  # answers to print
-Question = tuple[list[int], list[int]]  # ids of a question and of its reference answer
 
 
-def measure(model: GPT, data: Dataset, limit: int | None, path: str | None, rt: Runtime) -> Result:
-    """Compare the answers to the first `limit` questions of the validation split with the reference
-    answers, and write them all to the file `path`. The processes share the work.
+def read(data: Dataset, limit: int | None) -> list[Question]:
+    """The first `limit` questions of the validation split (None: all). Raises UserError if it has
+    none."""
+    asked = list(islice(questions(data.split("val"), data.tokenizer), limit))
+    if not asked:
+        raise UserError(
+            f"there are no questions in {data.folder}: prepare it with --template=alpaca, chat "
+            "or synth"
+        )
+    return asked
 
-    Raises UserError if the split has no questions.
+
+def measure(
+    model: GPT, data: Dataset, asked: list[Question], path: str | None, rt: Runtime
+) -> Result:
+    """Compare the answers to questions of the validation split with the reference answers, and
+    write them all to the file `path`. The processes share the work.
+
+    Raises UserError, in every process, for a model whose logits are not finite.
     """
     tokenizer = data.tokenizer
-    asked = list(islice(questions(data.split("val"), tokenizer), limit))
     mine = asked[rt.rank :: rt.world_size]
-    bar = tqdm(
-        answer(model, tokenizer, mine),
-        "answers",
-        len(mine),
-        unit=" answers",
-        disable=rt.hides_progress,
-    )
-    shares = rt.gather(list(bar))
+    written: list[Answer] = []
+    problem = None
+    with tqdm(total=len(mine), desc="answers", unit=" answers", disable=rt.hides_progress) as bar:
+        try:
+            for each in answer(model, tokenizer, mine):
+                written.append(each)
+                bar.update()
+        except UserError as error:
+            problem = error
+    if rt.any(problem is not None):
+        raise problem or UserError(NOT_FINITE)
+    shares = rt.gather(written)
     answers = [
         shares[number % rt.world_size][number // rt.world_size] for number in range(len(asked))
     ]
@@ -70,26 +85,6 @@ def summary(result: Result) -> str:
     equal, asked = result.figures["exact"], quantity(len(result.items), "question")
     lines.append(f"answers: {equal:.1%} equal, F1 {result.figures['f1']:.3f} ({asked})")
     return "\n".join(lines)
-
-
-def questions(split: Split, tokenizer: Tokenizer) -> Iterator[Question]:
-    """The ids of each question of a split, and of its reference answer.
-
-    A question is a run of tokens that do not count in the loss; its answer is the run that follows
-    and does count, up to the end of the text. Raises UserError if the split has none.
-    """
-    counts = np.asarray(split.mask(0, len(split)), dtype=bool)
-    edges = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1).tolist(), len(split)]
-    found = False
-    for start, middle, end in zip(edges, edges[1:], edges[2:]):
-        if not counts[start]:
-            answer = split[middle:end].tolist()
-            if tokenizer.eot_id in answer:  # what follows may be a text that counts from its start
-                answer = answer[: answer.index(tokenizer.eot_id)]
-            found = True
-            yield split[start:middle].tolist(), answer
-    if not found:
-        raise UserError("this data has no answer that counts in the loss")
 
 
 def answer(model: GPT, tokenizer: Tokenizer, asked: list[Question]) -> Iterator[Answer]:

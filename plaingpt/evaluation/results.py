@@ -31,18 +31,37 @@ class Result:
             return None
         return statistics.stdev(values) / math.sqrt(len(values))
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """The figures that are not counts."""
+        return {name: value for name, value in self.figures.items() if isinstance(value, float)}
+
+    def in_words(self) -> str:
+        """The scores with their standard errors: acc 0.2500 ± 0.0306, acc_norm 0.2650 ± 0.0312."""
+        spreads = {name: spread(self.standard_error(name)) for name in self.scores}
+        words = [f"{name} {shown(value)} {spreads[name]}" for name, value in self.scores.items()]
+        return ", ".join(word.rstrip() for word in words)
+
+
+def shown(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.3e}"
+
+
+def spread(error: float | None) -> str:
+    return f"± {error:.4f}" if error else ""  # 0: the items are all alike
+
 
 def table(results: list[Result]) -> str:
     """A row for each figure: task, figure, value ± standard error, number of items."""
     rows = [("task", "figure", "value", "", "items")]
     for result in results:
         for name, value in result.figures.items():
-            error = result.standard_error(name)
-            spread = f"± {error:.4f}" if error else ""  # 0: the items are all alike
-            count = f"{len(result.items):,}" if result.items else ""
-            exact = isinstance(value, int)
-            shown = f"{value:,}" if exact else f"{value:.4f}" if value < 1e6 else f"{value:.3e}"
-            rows.append((result.task, name, shown, spread, count))
+            items = sum(name in item for item in result.items) or len(result.items)
+            count = f"{items:,}" if items else ""
+            error = spread(result.standard_error(name))
+            rows.append((result.task, name, shown(value), error, count))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     aligns = ("<", "<", ">", "<", ">")
     lines = [

@@ -1,4 +1,4 @@
-"""What a run reads: the windows of its splits, and their order.
+"""The windows of a split, and the order in which a run reads them.
 
 Shapes: B sequences, T tokens each (block_size).
 """
@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from configurator import UserError
 from plaingpt.runtime import Runtime
-from plaingpt.text.dataset import Dataset
 from plaingpt.text.shards import Split
-from plaingpt.training.samples import Prompt, prompts_for
 from plaingpt.wording import quantity
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets and their loss mask, each (B, T)
@@ -108,35 +105,6 @@ class Batches:
                 if step + 1 in steps:
                     coming.append(reader.submit(read, step + 1))
                 yield batch
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    dataset: Dataset
-    batches: Batches
-    held_out: Split
-    prompts: list[Prompt]  # of the samples
-
-    def try_reading(self, step: int) -> None:
-        """Read the batch of a step and a held-out window. Raises UserError if that fails: at the
-        start, before --overwrite has removed anything."""
-        self.batches(step)
-        windows_at(self.held_out, np.zeros(1, np.int64), self.batches.block_size)
-
-
-def open_data(dataset: Dataset, settings: dict[str, Any], block_size: int) -> Data:
-    """What a run with these settings of train.py reads.
-
-    Raises UserError if a split is missing, damaged, or holds less than one window, and for a file
-    that holds no prompts.
-    """
-    stride = settings["stride"] or block_size
-    train, held_out = dataset.split("train"), dataset.split("val")
-    batches = Batches(train, settings["batch_size"], block_size, settings["seed"], stride)
-    check_length(held_out, block_size)
-    return Data(dataset, batches, held_out, prompts_for(dataset, settings["sample_prompts"]))
 
 
 def on_device(tensor: Tensor, rt: Runtime) -> Tensor:

@@ -49,13 +49,17 @@ def share_gradients(step_model: Callable[..., Tensor], share: bool) -> None:
         step_model.require_backward_grad_sync = share
 
 
+def is_sharded(model: Any) -> bool:
+    return hasattr(model, "unshard")  # FSDP gave it one
+
+
 @contextlib.contextmanager
 def unsharded(model: Any) -> Iterator[None]:
     """Gather a sharded model, so that calls other than its own forward pass work."""
-    if hasattr(model, "unshard"):  # FSDP gave it one
+    if is_sharded(model):
         model.unshard()
     yield
-    if hasattr(model, "reshard"):
+    if is_sharded(model):
         model.reshard()
 
 

@@ -10,7 +10,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from plaingpt.lora import LoRAConfig
 from plaingpt.runtime import Runtime
-from plaingpt.training.batches import Data
+from plaingpt.training.data import Data
 from plaingpt.training.devices import Device
 from plaingpt.training.optim import OptimizerConfig
 from plaingpt.training.schedule import Every, LearningRate
@@ -55,6 +55,9 @@ class Plan:
     learning_rate: LearningRate
     evaluation: Every
     patience: float  # evaluations without a better loss that end the run; inf: no limit
+    tasks: tuple[str, ...]  # each with its size; none without data
+    task_tokens: int  # that the model reads each time
+    measuring: Every  # of the tasks
     sampling: Every
     saving: Every
     logging: Every
@@ -108,6 +111,8 @@ def make_plan(
     max_steps = min(steps, default=1500)
     held_out = len(data.held_out) if data else 0
     evaluation = Every(settings["eval_interval"], last=max_steps)
+    tasks = data.tasks if data else []
+    task_interval = settings["task_interval"] or settings["eval_interval"]
     sample_interval = settings["sample_interval"]
     return Plan(
         config=config,
@@ -147,6 +152,9 @@ def make_plan(
         ),
         evaluation=evaluation,
         patience=settings["patience"] or math.inf,
+        tasks=tuple(map(str, tasks)),
+        task_tokens=sum(task.tokens for task in tasks),
+        measuring=Every(task_interval, last=max_steps) if tasks else Every(0),
         sampling=evaluation if sample_interval is None else Every(sample_interval),
         saving=Every(settings["save_interval"] or settings["eval_interval"], last=max_steps),
         logging=Every(settings["log_interval"]),

@@ -37,6 +37,7 @@ from plaingpt.training.log import Metrics, Record, finite
 from plaingpt.training.samples import Sample
 
 METRICS, SAMPLES, RUN = "metrics.jsonl", "samples.jsonl", "run.json"
+SHARES = ("/acc", "/acc_norm", "/exact", "/f1")  # figures of tasks, between 0 and 1
 
 
 @contextlib.contextmanager
@@ -245,17 +246,24 @@ def read_records(path: Path, kind: type = Metrics) -> list[Record]:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Draw the losses, the learning rate and the gradient norm over the steps, as a PNG file."""
+    """Draw the losses, the shares of items that tasks report (if any), the learning rate and the
+    gradient norm over the steps, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: 0.3 s
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    losses, rates, norms = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
+    figures = sorted({key for record in records for key in record})
+    texts = [key for key in figures if key.endswith("/loss")]
+    shares = [key for key in figures if key.endswith(SHARES)]
+    heights = (4, 2, 1, 1) if shares else (4, 1, 1)
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    losses, *tasks, rates, norms = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     lines = [
         (losses, "loss", "training", "C0-"),
         (losses, "val_loss", "validation", "C1o-"),
         (rates, "lr", None, "C2-"),
         (norms, "grad_norm", None, "C3-"),
+        *((losses, key, key, f"C{n % 8 + 2}o-") for n, key in enumerate(texts)),
+        *((axes, key, key, f"C{n % 10}o-") for axes in tasks for n, key in enumerate(shares)),
     ]
     for axes, key, label, style in lines:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -265,6 +273,9 @@ def plot(records: list[Record], path: Path) -> None:
     losses.set_ylabel("loss (nats per token)")
     if losses.lines:
         losses.legend()
+    for axes in tasks:
+        axes.set_ylabel("share of items")
+        axes.legend(fontsize="small", ncols=2)
     rates.set_ylabel("lr")
     norms.set(xlabel="step", ylabel="norm")
     with atomic_file(path) as partial:

@@ -61,6 +61,10 @@ def run_sentences(plan: Plan) -> list[str]:
     if plan.done:
         tokens = plan.steps_left * plan.tokens_per_step
         lines.append(f"Left: {quantity(plan.steps_left, 'step')}, {quantity(tokens, 'token')}.")
+    if plan.tasks:
+        times = quantity(plan.measuring.count(plan.done, plan.max_steps), "time")
+        reads = quantity(plan.task_tokens, "token")
+        lines.append(f"Tasks: {', '.join(plan.tasks)}; {times} {reads}.")
     if plan.patience < math.inf:
         so_far = f" ({plan.waited:,} so far)" if plan.waited else ""
         lines.append(f"Ends early after {without_better(int(plan.patience))}{so_far}.")
@@ -84,6 +88,8 @@ def time_sentence(plan: Plan, step_s: float, how: str) -> str:
     Evaluating a token takes a third as long as training on it: there is no backward pass.
     """
     evaluations = plan.evaluation.count(plan.done, plan.max_steps)
-    steps = plan.steps_left + evaluations * plan.eval_tokens / plan.tokens_per_step / 3
+    measurements = plan.measuring.count(plan.done, plan.max_steps)
+    tokens = evaluations * plan.eval_tokens + measurements * plan.task_tokens
+    steps = plan.steps_left + tokens / plan.tokens_per_step / 3
     step = f"{1000 * step_s:,.0f} ms" if step_s < 10 else f"{step_s:,.0f} s"
     return f"Time: about {duration(step_s * steps)}, {step} per step, {how}."

@@ -92,6 +92,12 @@ def test_windows_that_do_not_overlap_score_every_token(checkpoint, text):
     assert fewer["loss"] == pytest.approx(np.mean(losses[: 2 * BLOCK_SIZE]), rel=1e-5)
 
 
+def test_a_text_may_be_named_as_a_task(checkpoint, text):
+    for stride in (None, 10):
+        named = figures_of(checkpoint, tasks=(str(text),), stride=stride)
+        assert named == figures_of(checkpoint, text=str(text), stride=stride)
+
+
 def test_a_uniform_model_needs_log2_of_its_vocabulary_per_token(tmp_path):
     """Bytes as tokens: 257 ids, so log2(257) bits for each byte of the text."""
     model = GPT(GPTConfig(257, 8, n_layer=1, n_head=1, n_embd=4)).init_weights(0)

@@ -1,4 +1,4 @@
-"""Which questions a split asks, and that each is answered as if it were alone."""
+"""Each question is answered as if it were alone."""
 
 import json
 
@@ -9,10 +9,9 @@ from conftest import save_checkpoint
 from test_choices import evaluate
 
 from model import GPT, GPTConfig
-from plaingpt.evaluation.questions import EXTRA_TOKENS, answer, questions
+from plaingpt.evaluation.questions import EXTRA_TOKENS, answer
 from plaingpt.generation import continuation
 from plaingpt.sampling import Sampling
-from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
 from tools import eval
 
@@ -26,17 +25,6 @@ def model():
             weight *= 10
         model.transformer.wte.weight[256] = 1.1 * model.transformer.wte.weight[ord("o")]
     return model.eval()
-
-
-def test_each_question_has_its_own_answer(shard_folder):
-    eot = 256
-    ids = [1, 2, 3, eot, 4, 5, eot, 9, 6, 7, eot, 8, eot]
-    mask = [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 0]
-    folder = shard_folder(train=[[1]], val=[ids], manifest=False)
-    (folder / "val_000000.mask.bin").write_bytes(bytes(mask))
-    split = dataset.open_dataset(folder).split("val")
-    pairs = list(questions(split, Tokenizer.bytes()))
-    assert pairs == [([1, 2], [3]), ([4], [5]), ([6], [7])]
 
 
 def test_answers_do_not_depend_on_what_is_asked_with_them(model):

@@ -16,9 +16,8 @@ import prepare
 import train
 from configurator import UserError
 from model import GPT, GPTConfig
-from plaingpt.evaluation import judge
+from plaingpt.evaluation import judge, loss
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import evaluation
 from tools import eval
 
 REPO = Path(__file__).parents[2]
@@ -94,7 +93,7 @@ def test_bits_per_byte(tmp_path):
     val = json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["val"]
     bits = scores["loss"] / 0.6931472 * val["tokens"] / val["bytes"]
     assert scores["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
-    assert evaluation.bits_per_byte(0.6931472, 1.0) == pytest.approx(1.0)
+    assert loss.bits_per_byte(0.6931472, 1.0) == pytest.approx(1.0)
 
 
 def test_learned_answers_match(taught, capsys):

@@ -90,9 +90,13 @@ def moments(saved: dict) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
-    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps, and an
-    early end."""
+    """DDP and FSDP, both optimizers, accumulation, masks, recomputing, LoRA, skipped steps, tasks,
+    and an early end."""
     data_dir = masked_copy(cfg.data_dir, tmp_path / "masked")
+    items = [{"context": "a", "choices": ["b" * n, "cd"], "answer": 0} for n in range(1, 8)]
+    (tmp_path / "items.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in items))
+    (tmp_path / "text.txt").write_text("some text " * 9)
+    tasks = (f"{tmp_path}/items.jsonl", f"{tmp_path}/text.txt")
     base = run_of("base", max_steps=1)
     train.train(base)
     variants: dict[str, dict] = {
@@ -100,7 +104,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
         "ddp_adamw_masks": {"optimizer": "adamw", "data_dir": data_dir},
         "ddp_lora": {"init_from": base.out_dir, "lora_rank": 4, "micro_batch_size": 1},
         "ddp_nan": {},
-        "ddp_patience": {"learning_rate": 1e-30, "eval_interval": 1, "patience": 2},
+        "ddp_patience": {"learning_rate": 1e-30, "eval_interval": 1, "patience": 2, "tasks": tasks},
         "fsdp": {"fsdp": True, "sample_interval": 4},
         "fsdp_adamw_masks": {
             "fsdp": True,
@@ -111,6 +115,7 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
         },
         "fsdp_lora": {"init_from": base.out_dir, "lora_rank": 4, "fsdp": True},
         "fsdp_nan": {"fsdp": True},
+        "fsdp_tasks": {"fsdp": True, "learning_rate": 1e-30, "tasks": tasks},
     }
     many = {name: run_of(name, **changes) for name, changes in variants.items()}
     out = workers.run_all(2, tmp_path, [arguments(run) for run in many.values()])

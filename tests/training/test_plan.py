@@ -7,7 +7,7 @@ import torch
 
 import train
 from plaingpt.runtime import Runtime
-from plaingpt.training.batches import Data
+from plaingpt.training.data import Data
 from plaingpt.training.devices import Device
 from plaingpt.training.plan import Plan, divisors, make_plan, micro_batch_size
 from plaingpt.training.start import Start, model_config, outline

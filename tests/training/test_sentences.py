@@ -40,6 +40,13 @@ def test_an_early_end_is_said():
     assert f"{said} (2 so far)." in sentences(replace(patient, waited=2))
 
 
+def test_tasks_are_said_with_how_often_and_how_much_they_read():
+    plan = replace(PLAN, tasks=("piqa (200 items)", "words (80 tokens)"), measuring=Every(20))
+    plan = replace(plan, task_tokens=9_000, done=60)
+    said = "Tasks: piqa (200 items), words (80 tokens); 2 times 9,000 tokens."
+    assert said in sentences(plan)
+
+
 @pytest.mark.parametrize(
     "changes, seconds, said",
     [
@@ -50,7 +57,9 @@ def test_an_early_end_is_said():
         # 3 evaluations of as many tokens as 5 steps have, each at a third of their cost
         (DATA, 1.0, "Time: about 1m45s, "),
         (DATA | {"done": 50, "evaluation": Every(60)}, 1.2, "Time: about 1m02s, "),
+        # 5 measurements of tasks, each with as many tokens as 3 steps
+        ({"measuring": Every(20), "task_tokens": 18_432}, 1.0, "Time: about 1m45s, "),
     ],
 )
-def test_the_time_is_that_of_the_steps_and_evaluations_to_come(changes, seconds, said):
+def test_the_time_is_that_of_the_steps_and_measurements_to_come(changes, seconds, said):
     assert time_sentence(replace(PLAN, **changes), seconds, "as measured here").startswith(said)

@@ -1,4 +1,4 @@
-"""How a model is doing: the loss on held-out text."""
+"""The loss of a model on held-out text."""
 
 import math
 from collections.abc import Iterable
