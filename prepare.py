@@ -67,7 +67,8 @@ from plaingpt.locks import locked
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.dataset import Manifest
-from plaingpt.text.documents import DEFAULT_THREADS, Reading, Stream, open_streams, sample_texts
+from plaingpt.text.documents import Reading, Stream, open_streams, sample_texts
+from plaingpt.text.encoding import DEFAULT_THREADS
 from plaingpt.text.hub import hub_hash, impatient
 from plaingpt.text.inspection import inspect, report
 from plaingpt.text.preview import check_source
@@ -173,7 +174,13 @@ def problems_of(cfg: PrepareConfig) -> Iterator[str]:
 
 
 def reading_of(cfg: PrepareConfig) -> Reading:
-    return Reading(cfg.template, cfg.text_field, cfg.bad_records, validation_of(cfg))
+    return Reading(
+        cfg.template,
+        cfg.text_field,
+        cfg.bad_records,
+        validation_of(cfg),
+        cfg.max_record_tokens or math.inf,
+    )
 
 
 def folder_of(cfg: PrepareConfig) -> str:
@@ -197,7 +204,6 @@ def limits_of(cfg: PrepareConfig) -> Limits:
     return Limits(
         max_tokens=cfg.max_tokens or math.inf,
         max_documents=cfg.max_documents or math.inf,
-        max_record_tokens=cfg.max_record_tokens or math.inf,
         shard_tokens=cfg.shard_tokens,
     )
 

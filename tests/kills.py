@@ -30,7 +30,7 @@ import prepare
 import train
 from plaingpt import locks
 from plaingpt.checkpoint import folders, store
-from plaingpt.text import builder, cutting, documents, shards
+from plaingpt.text import builder, cutting, encoding, shards
 from plaingpt.training import run_folder
 from tools import export
 
@@ -45,7 +45,7 @@ CALLS = [  # what Python does not audit
     (torch, "save"),
     (safetensors.torch, "save_file"),
     (shards.ShardWriter, "write"),
-    (builder.SplitWriter, "end_document"),
+    (builder.SplitWriter, "write_documents"),
 ]
 STEPS, SAVE_EVERY = 6, 2
 workers.context.set_forkserver_preload(
@@ -160,7 +160,7 @@ def work(
     with open(f"{out}.txt", "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    builder.SAVE_SECONDS, documents.CHUNK, cutting.BLOCK = 0.01, 900, 500
+    builder.SAVE_SECONDS, encoding.CHUNK, cutting.BLOCK = 0.01, 900, 500
     calls = 0
 
     def count(*_) -> None:

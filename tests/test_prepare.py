@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import prepare
-from plaingpt.text import builder, cutting, dataset, documents, progress, shards, sources
+from plaingpt.text import builder, cutting, dataset, encoding, progress, shards, sources
+from plaingpt.text.records import Rows
 from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
 
@@ -173,7 +174,7 @@ def test_some_document_always_stays_to_train_on(run, target):
 def test_small_shards_join_to_the_tokens_of_one(run, many, tmp_path, monkeypatch):
     folders = [tmp_path / "one", tmp_path / "several"]
     run(sources=(str(many),), data_dir=str(folders[0]))
-    monkeypatch.setattr(documents, "CHUNK", 300)
+    monkeypatch.setattr(encoding, "CHUNK", 300)
     run(sources=(str(many),), data_dir=str(folders[1]), shard_tokens=100, workers=2)
     for name in ("train", "val"):
         one, several = (tokens_of(folder, name) for folder in folders)
@@ -856,7 +857,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         settings["sources"] = tuple(f"{source}={weight}" for source, weight in weighed)
     if kind == "val_sources":
         settings |= {"sources": settings["sources"][:3], "val_sources": settings["sources"][3:]}
-    monkeypatch.setattr(documents, "CHUNK", 5000)
+    monkeypatch.setattr(encoding, "CHUNK", 5000)
     monkeypatch.setattr(cutting, "BLOCK", 3000)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepare.prepare(PrepareConfig(data_dir=str(whole), **settings))
@@ -864,7 +865,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
     assert "val_000000.bin" in wanted and len(wanted) > 6
 
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
-    really_save, really_write = builder.SplitBuilder.save, builder.SplitWriter.write
+    really_save = builder.SplitBuilder.save
     rng, lives = np.random.default_rng(1), [0]
 
     def die():
@@ -877,15 +878,19 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
         if rng.random() < 0.1:  # else whatever was written since has to be cut off
             really_save(builder)
 
-    def write(split, *arguments):
-        really_write(split, *arguments)
-        die()
+    def dying(really_write):
+        def write(split, *arguments):
+            really_write(split, *arguments)
+            die()
+
+        return write
 
     monkeypatch.setattr(builder.SplitBuilder, "save", save)
-    monkeypatch.setattr(builder.SplitWriter, "write", write)
+    for name in ("write", "write_documents"):
+        monkeypatch.setattr(builder.SplitWriter, name, dying(getattr(builder.SplitWriter, name)))
     deaths = 0
     for _ in range(200):
-        lives[0] = int(rng.integers(1, 600))
+        lives[0] = int(rng.integers(1, 150))
         try:
             prepare.prepare(PrepareConfig(data_dir=str(parts), **settings))
             break
@@ -1123,16 +1128,17 @@ def test_a_folder_of_nanogpt_can_be_inspected(tmp_path, monkeypatch, capsys):
 def test_a_dataset_of_the_hub_that_changed_is_not_resumed(tmp_path, monkeypatch, capsys):
     hashes = iter(["first", "first", "second"])
     monkeypatch.setattr(prepare, "hub_hash", lambda source: next(hashes))
-    monkeypatch.setattr(documents, "CHUNK", 1)
+    monkeypatch.setattr(encoding, "CHUNK", 1)
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0)
-    numbers = range(1, 100)
-    rows = [(sources.Row(f"row {n}", {"text": f"text {n}"}), None) for n in numbers]
 
-    def broken(*_):
-        yield from rows
-        raise OSError("the network is away")
+    class Broken:
+        size = 0
 
-    monkeypatch.setattr(sources, "hub_rows", broken)
+        def batches(self, fields, state):
+            yield Rows([{"text": f"text {n}"} for n in range(1, 100)], "row", range(1, 100)), None
+            raise OSError("the network is away")
+
+    monkeypatch.setattr(sources, "hub_shards", lambda *_: [Broken()])
     for said in ("network is away", "network is away", "hf:own/er is new, has changed"):
         assert run_in(tmp_path / "data", "--sources=hf:own/er") == 2
         assert said in capsys.readouterr().err

@@ -96,7 +96,7 @@ from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
-from plaingpt.text.documents import DEFAULT_THREADS
+from plaingpt.text.encoding import DEFAULT_THREADS
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity

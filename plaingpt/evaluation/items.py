@@ -170,8 +170,7 @@ def rows_of(source: Path | HubDataset, fields: tuple[str, ...]) -> Iterator[Row]
         return
     try:
         with impatient([source]):
-            for row, _ in hub_rows(address(source), source, fields, 0, None):
-                yield row
+            yield from hub_rows(address(source), source, fields)
     except ConnectionError as error:
         raise ConnectionError(f"{error} (without one, --task_dir reads items from files)") from None
     except BrokenStream as error:

@@ -1,7 +1,7 @@
 """Documents → the shards of both splits, within the limits and with saved progress."""
 
+import math
 import shutil
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from tqdm import tqdm
 from configurator import UserError
 from plaingpt.text.blocks import GrowingFile
 from plaingpt.text.dataset import SplitEntries, SplitEntry
-from plaingpt.text.documents import Bad, Encoded, End, Part, Reading, Record, Stream, encoded
+from plaingpt.text.documents import BAD, PART, RECORD, Reading, Stream, are_held_out
+from plaingpt.text.encoding import Encoded, encoded
 from plaingpt.text.progress import NAME, Progress, SplitNotes, SplitsNotes
 from plaingpt.text.shards import ShardWriter, Split, shard_paths
 from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 from plaingpt.wording import byte_size, quantity
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])
-pack_document = struct.Struct("<3Q").pack  # the same, much faster than an array of one
 CUT = 0  # digest of a document that was cut short, which equals no other
 KEPT = "kept"  # folder of validation shards without the documents that are trained on
 SAVE_SECONDS = 5.0  # between two saves of the progress
@@ -34,7 +34,6 @@ class Limits:
 
     max_tokens: float  # of all sources except validation sources
     max_documents: float
-    max_record_tokens: float
     shard_tokens: int
 
 
@@ -66,9 +65,21 @@ class SplitWriter:
         self.open = (self.open[0] + len(ids), self.open[1] + size)
 
     def end_document(self, digest: int) -> None:
-        self._file.write(pack_document(digest, *self.open))
-        self.documents += 1
+        self._list(np.array([(digest, *self.open)], DOCUMENT))
         self.open = (0, 0)
+
+    def write_documents(
+        self, ids: np.ndarray, mask: np.ndarray | None, documents: np.ndarray
+    ) -> None:
+        """Write whole DOCUMENTs, which have these ids in all."""
+        self.shards.write(ids, mask)
+        self.tokens += len(ids)
+        self.bytes += int(documents["bytes"].sum())
+        self._list(documents)
+
+    def _list(self, documents: np.ndarray) -> None:
+        self._file.write(documents.tobytes())
+        self.documents += len(documents)
 
     def notes(self) -> SplitNotes:
         """Flush everything to disk; return what the next writer of this split needs."""
@@ -150,11 +161,14 @@ class SplitBuilder:
             for all_val in (False, True):
                 streams = [stream for stream in self.streams if stream.all_val == all_val]
                 readers = [
-                    encoded(stream, self.reading, self.tokenizer, pool, threads + 1)
+                    Reader(encoded(stream, self.reading, self.tokenizer, pool, threads + 1))
                     for stream in streams
                 ]
                 while not self.is_enough(all_val) and (stream := self.next_stream(streams)):
-                    self.take_document(stream, readers[streams.index(stream)])
+                    self.take(stream, readers[streams.index(stream)], streams)
+                    self.bar.update(self.done - self.bar.n)
+                    if time.monotonic() - self.saved > SAVE_SECONDS:
+                        self.save()
             self.save()
 
     def room(self, all_val: bool) -> float:
@@ -163,82 +177,117 @@ class SplitBuilder:
             return self.validation.max_tokens - self.val.tokens
         return self.limits.max_tokens - self.tokens
 
+    def room_for_documents(self, all_val: bool) -> float:
+        written = self.train.documents + self.val.documents
+        return math.inf if all_val else self.limits.max_documents - written
+
     def is_enough(self, all_val: bool) -> bool:
-        documents = 0 if all_val else self.train.documents + self.val.documents
-        return self.room(all_val) <= 0 or documents >= self.limits.max_documents
+        return self.room(all_val) <= 0 or self.room_for_documents(all_val) <= 0
 
     def next_stream(self, streams: list[Stream]) -> Stream | None:
         """The first that has not ended; with weights the one furthest behind, until one ends."""
         for stream in streams:
             if stream.position.characters:  # in the middle of a document
                 return stream
-        if streams and streams[0].source.weight and not streams[0].all_val:
+        if streams and streams[0].is_weighed:
             if any(stream.ended for stream in streams):
                 return None
-            return min(streams, key=lambda stream: stream.tokens / (stream.source.weight or 1))
+            return min(streams, key=share_of)
         return next((stream for stream in streams if not stream.ended), None)
 
-    def take_document(self, stream: Stream, reader: Iterator[Encoded]) -> None:
-        """Write the next document of a stream, or count its next bad record."""
-        limit = self.limits.max_record_tokens
-        for item, ids, mask in reader:
-            stream.position = item.after
-            if isinstance(item, Record) and len(ids) > limit:
-                item = Bad(f"more than {quantity(int(limit), 'token')}", item.where, item.after)
-            if isinstance(item, Bad):
-                self.drop(stream, item)
-                return
-            self.write(stream, item, ids, mask)
-            is_last = not isinstance(item, Part) or self.is_enough(stream.all_val)
-            if is_last:
-                split = self.val if self.val.in_document else self.train
-                split.end_document(CUT if isinstance(item, Part) else item.digest)
-                stream.documents += 1
-            self.bar.update(self.done - self.bar.n)
-            if time.monotonic() - self.saved > SAVE_SECONDS:
-                self.save()
-            if is_last:
-                return
-        stream.ended = True
-        stream.position = stream.position._replace(read=stream.source.size)
+    def take(self, stream: Stream, reader: "Reader", streams: list[Stream]) -> None:
+        """Write what comes next in a stream: records, for as long as it is the next of `streams`,
+        or a part or the end of a text file. Or count a bad record."""
+        if not (chunk := reader.advance()):
+            stream.ended = True
+            stream.position = stream.position._replace(read=stream.source.size)
+            return
+        at, kind = reader.at, chunk.table["kind"][reader.at]
+        reader.at += self.take_records(stream, reader, streams) if kind == RECORD else 1
+        stream.position = chunk.position(reader.at)
+        if kind == BAD:
+            self.drop(stream, *chunk.problems[at])
+        elif kind != RECORD:
+            self.take_text(stream, chunk, at)
 
-    def write(
-        self, stream: Stream, item: Record | Part | End, ids: np.ndarray, mask: np.ndarray | None
-    ) -> None:
-        """Write an item as far as there is room: a record to one split, a part to validation until
-        that is full and then to training."""
-        start, end = 0, int(min(len(ids), self.room(stream.all_val)))
-        stream.tokens += end
+    def take_records(self, stream: Stream, reader: "Reader", streams: list[Stream]) -> int:
+        """Write records up to the next other item, to a limit, or until it is the turn of another
+        stream; return how many. The last may be cut short."""
+        chunk, at, room = reader.chunk, reader.at, self.room(stream.all_val)
+        assert chunk
+        table, first = chunk.table[at : chunk.records_end[at]], int(chunk.stops[at])
+        ends = chunk.stops[at + 1 : at + 1 + len(table)] - first
+        most = int(min(len(table), self.room_for_documents(stream.all_val)))
+        count = min(most, 1 + int(ends.searchsorted(room)), 1 + turn(stream, ends, streams))
+        tokens = np.diff(np.minimum(ends[:count], room).astype(np.int64), prepend=0)
+        documents = np.zeros(count, DOCUMENT)
+        documents["digest"], documents["tokens"] = table["digest"][:count], tokens
+        documents["bytes"] = table["bytes"][:count]
+        written = int(tokens.sum())
+        ids = chunk.ids[first : first + written]
+        if written < ends[count - 1]:
+            documents["bytes"][-1] = self.tokenizer.count_bytes(ids[written - int(tokens[-1]) :])
+        mask = None if chunk.mask is None else chunk.mask[first : first + written]
+        held_out = are_held_out(table[:count], int(chunk.numbers[at]), stream.held_out)
+        to_val = held_out & ~self.is_val_full(np.where(held_out, tokens, 0), held_out)
+        for split, chosen in ((self.train, ~to_val), (self.val, to_val)):
+            if chosen.any():
+                some = slice(None) if chosen.all() else np.repeat(chosen, tokens)
+                some_mask = None if mask is None else mask[some]
+                split.write_documents(ids[some], some_mask, documents[chosen])
+        stream.tokens += written
+        stream.documents += count
+        return count
+
+    def is_val_full(self, tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """For each of some documents, whether validation is full before it, if it takes those
+        before; `tokens` and `documents` are what each adds."""
+        return self.validation.is_full(
+            self.val.tokens + np.cumsum(tokens) - tokens,
+            self.val.documents + np.cumsum(documents) - documents,
+        )
+
+    def take_text(self, stream: Stream, chunk: Encoded, at: int) -> None:
+        """Write a part or the end of a text file as far as there is room: to validation until that
+        is full and then to training."""
+        item, stop = chunk.table[at], int(chunk.stops[at + 1])
+        start = int(chunk.stops[at])
+        end = int(min(stop, start + self.room(stream.all_val)))
+        is_part = item["kind"] == PART
+        stream.tokens += end - start
         while start < end:
-            split, stop = self.split_of(item), end
-            if split is self.val and isinstance(item, Part):
-                stop = int(min(end, start + self.validation.max_tokens - self.val.tokens))
-            some = ids[start:stop]
-            size = item.bytes if len(some) == len(ids) else self.tokenizer.count_bytes(some)
-            split.write(some, None if mask is None else mask[start:stop], size)
-            start = stop
+            split, until = self.split_of(bool(item["held_out"]), is_part), end
+            if split is self.val and is_part:
+                until = int(min(end, start + self.validation.max_tokens - self.val.tokens))
+            ids = chunk.ids[start:until]
+            whole = start == chunk.stops[at] and until == stop
+            size = int(item["bytes"]) if whole else self.tokenizer.count_bytes(ids)
+            split.write(ids, None if chunk.mask is None else chunk.mask[start:until], size)
+            start = until
+        if not is_part or self.is_enough(stream.all_val):
+            split = self.val if self.val.in_document else self.train
+            split.end_document(CUT if is_part else int(item["digest"]))
+            stream.documents += 1
 
-    def split_of(self, item: Record | Part | End) -> SplitWriter:
-        """Where the next tokens go: a document that is held out to validation, until that is full.
-        The rest of a text file is then a training document."""
+    def split_of(self, held_out: bool, is_part: bool) -> SplitWriter:
+        """Where the next tokens of a text file go: to validation if it is held out, until that is
+        full. The rest is then a training document."""
         if self.train.in_document:
             return self.train
-        if self.val.in_document and not isinstance(item, Part):
+        if self.val.in_document and not is_part:
             return self.val
-        if item.held_out and not self.validation.is_full(self.val.tokens, self.val.documents):
+        if held_out and not self.validation.is_full(self.val.tokens, self.val.documents):
             return self.val
         if self.val.in_document:
             self.val.end_document(CUT)
         return self.train
 
-    def drop(self, stream: Stream, bad: Bad) -> None:
+    def drop(self, stream: Stream, reason: str, where: str) -> None:
         if self.reading.bad_records == "refuse":
-            raise UserError(
-                f"{bad.where}: {bad.reason} (--bad_records=skip leaves such records out)"
-            )
-        stream.drop(bad.reason, bad.where)
-        if stream.dropped[bad.reason][0] <= 3:
-            self.bar.write(f"skipped {bad.where}: {bad.reason}", file=sys.stderr)
+            raise UserError(f"{where}: {reason} (--bad_records=skip leaves such records out)")
+        stream.drop(reason, where)
+        if stream.dropped[reason][0] <= 3:
+            self.bar.write(f"skipped {where}: {reason}", file=sys.stderr)
 
     def save(self) -> None:
         splits = SplitsNotes(self.train.notes(), self.val.notes())
@@ -260,6 +309,39 @@ class SplitBuilder:
         if both.any():
             return SplitEntries(train, without_documents(self.progress.folder, self.val, both))
         return SplitEntries(train if train.documents else None, val if val.documents else None)
+
+
+class Reader:
+    """The encoded items of a stream, and how many of the current chunk have been written."""
+
+    def __init__(self, chunks: Iterator[Encoded]) -> None:
+        self.chunks = chunks
+        self.chunk: Encoded | None = None
+        self.at = 0
+
+    def advance(self) -> Encoded | None:
+        """A chunk with items that have not been written; None at the end of the stream."""
+        while self.chunk is None or self.at == len(self.chunk.table):
+            self.chunk, self.at = next(self.chunks, None), 0
+            if self.chunk is None:
+                break
+        return self.chunk
+
+
+def share_of(stream: Stream) -> float:
+    """How far a weighed stream is."""
+    return stream.tokens / (stream.source.weight or 1)
+
+
+def turn(stream: Stream, ends: np.ndarray, streams: list[Stream]) -> int:
+    """How many records, of which `ends` tokens have been written after each, it takes until another
+    of the weighed streams is furthest behind."""
+    if not stream.is_weighed:
+        return len(ends)
+    shares, own = (stream.tokens + ends) / (stream.source.weight or 1), streams.index(stream)
+    earlier = min(map(share_of, streams[:own]), default=math.inf)
+    later = min(map(share_of, streams[own + 1 :]), default=math.inf)
+    return int(min(shares.searchsorted(earlier), shares.searchsorted(later, side="right")))
 
 
 def in_both(train: Path, val: Path) -> np.ndarray:

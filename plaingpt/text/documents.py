@@ -1,17 +1,18 @@
 """
-Sources → documents → token ids, in order; threads encode ahead of the writer.
+Sources → documents, in order.
 
-A text file streams: its `Part`s are written as they come, and an `End` closes it. A record comes
-whole, because all of it is judged before any of it is written: as one `Record`, or one `Bad`.
+A text file streams: its parts are written as they come, and an end closes it. A record comes whole,
+because all of it is judged before any of it is written. Items travel in batches, because what
+Python does for each of a million short records takes longer than to encode them.
 """
 
-import hashlib
+import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeVar
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -19,17 +20,17 @@ from configurator import UserError
 from plaingpt.text import cutting
 from plaingpt.text.dataset import SourceEntry
 from plaingpt.text.progress import StreamNotes
-from plaingpt.text.records import Row
+from plaingpt.text.records import Rows
 from plaingpt.text.sources import Position, Source, find_source
-from plaingpt.text.templates import FIELDS, Segment, TemplateName, segments
+from plaingpt.text.templates import (
+    FIELDS,
+    Segment,
+    TemplateName,
+    plain_texts,
+    segments,
+)
 from plaingpt.text.text_files import TextFile, is_text
-from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import HeldOut, Validation
-
-T = TypeVar("T")
-CHUNK = 1 << 19  # bytes of text that a thread encodes at once
-# One more than the cores, because the thread that reads and writes often waits.
-DEFAULT_THREADS = (os.cpu_count() or 1) + 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Reading:
     text_field: str
     bad_records: Literal["refuse", "skip"]
     validation: Validation
+    max_record_tokens: float = math.inf  # longer records are bad
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -59,6 +61,11 @@ class Stream:
     documents: int = 0
     tokens: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)  # reason → count, first
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether it takes turns with others."""
+        return bool(self.source.weight and not self.all_val)
 
     @property
     def is_plain_text(self) -> bool:
@@ -127,127 +134,136 @@ def open_streams(
 
 # --- documents
 
+RECORD, BAD, PART, END = range(4)  # kinds of items
+ITEM = np.dtype(
+    [
+        ("kind", "u1"),
+        ("held_out", "?"),  # a part or an end; of records, number and digest decide
+        ("tokens", "<u8"),
+        ("bytes", "<u8"),  # of text
+        ("digest", "<u8"),  # of a record, or at its end of a text file
+        ("characters", "<u8"),  # of the text file so far, 0 at its end
+    ]
+)
 
-class Record(NamedTuple):
-    """A document to be judged, and written or dropped, as a whole."""
 
-    segments: list[Segment]
-    bytes: int  # of its text
-    held_out: bool
-    digest: int
-    where: str  # for messages
-    after: Position  # where reading resumes after it
+@dataclass(frozen=True)
+class Items:
+    """Consecutive items of a source, of records or of one text file, and their texts. The table has
+    neither tokens yet, nor bytes and digests of records."""
 
-
-class Part(NamedTuple):
-    """The next text of a text file, to be written as it comes."""
-
-    text: str
-    bytes: int
-    held_out: bool
-    where: str
+    table: np.ndarray  # ITEM
+    texts: list[str]
+    owners: np.ndarray  # of each text: its item
+    counted: np.ndarray  # of each text: 1 if it counts in the loss, uint8
+    ended: np.ndarray  # of each text: whether <|endoftext|> ends it
+    reasons: dict[int, str]  # by item: why it is bad
+    where: Callable[[int], str]  # the place of an item, for messages
+    before: Position
     after: Position
 
     @property
-    def segments(self) -> list[Segment]:
-        return [Segment(self.text, ended=False)]
+    def size(self) -> int:
+        """Roughly, the bytes of text. An item costs something even if it is empty."""
+        return sum(map(len, self.texts)) + 10 * len(self.table)
 
 
-class End(NamedTuple):
-    """The end of a text file: its `<|endoftext|>`, and the digest of all of its text."""
-
-    held_out: bool
-    digest: int
-    after: Position
-    segments: Sequence[Segment] = (Segment(""),)
-    bytes: int = 0
-
-
-class Bad(NamedTuple):
-    """A record that cannot become a document."""
-
-    reason: str
-    where: str
-    after: Position
-    segments: Sequence[Segment] = ()
-    bytes: int = 0
-
-
-Item = Record | Part | End | Bad
-
-
-def read_items(stream: Stream, reading: Reading) -> Iterator[Item]:
-    """The documents of a source from the stream's position on."""
+def read_items(stream: Stream, reading: Reading) -> Iterator[Items]:
+    """The items of a source from the stream's position on."""
     start = stream.position
-    for item, after in stream.source.items(start, reading.fields):
+    for item, before, after in stream.source.batches(start, reading.fields):
         if isinstance(item, TextFile):
-            done = start.characters if after.items == start.items + 1 else 0
-            yield from read_file(item, after, done, stream.held_out, reading.validation.seed)
+            done = start.characters if before.items == start.items else 0
+            held_out = item in stream.held_out.files
+            yield from read_file(item, before, done, held_out, reading.validation.seed)
         else:
-            yield read_record(item, after, stream.held_out, reading)
+            yield read_records(item, before, after, reading)
 
 
 def read_file(
-    file: TextFile, after: Position, done: int, held_out: HeldOut, seed: int
-) -> Iterator[Item]:
+    file: TextFile, before: Position, done: int, held_out: bool, seed: int
+) -> Iterator[Items]:
     """The parts of a text file after its first `done` characters, and its end."""
-    digest = document_hash(seed)
-    is_held_out = file in held_out.files
+    owner, one, places = np.zeros(1, np.int64), np.ones(1, np.uint8), (lambda _: file.path)
+    digest = blake2b(digest_size=8, key=b"%d" % seed)
     characters = 0
+    place = before._replace(characters=done, read=before.read + done)
     for text in file.pieces():
         content = text.encode()
         digest.update(content)
         characters += len(text)
         if characters > done:
-            place = Position(after.items - 1, characters, after.read + characters)
-            yield Part(text, len(content), is_held_out, file.path, place)
-    yield End(is_held_out, number_of(digest), after._replace(read=after.read + file.size))
+            table = np.array([(PART, held_out, 0, len(content), 0, characters)], ITEM)
+            after = before._replace(characters=characters, read=before.read + characters)
+            yield Items(table, [text], owner, one, one == 0, {}, places, place, after)
+            place = after
+    number = int.from_bytes(digest.digest(), "little")
+    table = np.array([(END, held_out, 0, 0, number, 0)], ITEM)
+    after = before._replace(items=before.items + 1, read=before.read + file.size)
+    yield Items(table, [""], owner, one, one == 1, {}, places, place, after)
 
 
-def read_record(row: Row, after: Position, held_out: HeldOut, reading: Reading) -> Record | Bad:
-    if row.problem:
-        return Bad(row.problem, row.where, after)
-    try:
-        parts = segments(row.value, reading.template, reading.text_field)
-    except UserError as error:
-        return Bad(str(error), row.where, after)
-    parts = [part._replace(text=without_surrogates(part.text)) for part in parts]
-    digest, size = document_hash(reading.validation.seed), 0
-    for part in parts:
-        content = part.text.encode()
-        digest.update(content + b"\0" * (part is not parts[-1]))
-        size += len(content)
-    number = number_of(digest)
-    is_held_out = held_out.has_record(after.items, number)
-    pieces = [piece for part in parts for piece in pieces_of(part)]
-    return Record(pieces, size, is_held_out, number, row.where, after)
+def read_records(rows: Rows, before: Position, after: Position, reading: Reading) -> Items:
+    table, reasons = np.zeros(len(rows.values), ITEM), dict(rows.problems)
+    is_simple = reading.template == "text" and not reasons
+    if is_simple and (found := plain_texts(rows.values, reading.text_field)):
+        texts, owners, one = without_surrogates(found), np.arange(len(found)), np.ones(len(found))
+        counted, ended = one.astype(np.uint8), one == 1
+        return Items(table, texts, owners, counted, ended, {}, rows.where, before, after)
+    parts: list[Segment] = []
+    owned: list[int] = []
+    for place, value in enumerate(rows.values):
+        if place not in reasons:
+            try:
+                new = segments(value, reading.template, reading.text_field)
+                parts += new
+                owned += [place] * len(new)
+            except UserError as error:
+                reasons[place] = str(error)
+    table["kind"][list(reasons)] = BAD
+    texts = without_surrogates([part.text for part in parts])
+    counted = np.array([part.counted for part in parts], np.uint8)
+    ended = np.array([part.ended for part in parts], bool)
+    owners = np.array(owned, np.int64)
+    return Items(table, texts, owners, counted, ended, reasons, rows.where, before, after)
 
 
-def pieces_of(segment: Segment) -> list[Segment]:
-    """A segment, cut into pieces if it is long: threads share them, and a sample can end after
-    any."""
-    if len(segment.text) <= cutting.BLOCK:
-        return [segment]
-    *pieces, last = cutting.in_pieces(cutting.blocks_of(segment.text))
-    unended = [Segment(piece, segment.counted, ended=False) for piece in pieces]
-    return [*unended, segment._replace(text=last)]
-
-
-def document_hash(seed: int) -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8, key=b"%d" % seed)
-
-
-def number_of(digest: hashlib.blake2b) -> int:
-    return int.from_bytes(digest.digest(), "little")
-
-
-def without_surrogates(text: str) -> str:
+def without_surrogates(texts: list[str]) -> list[str]:
     """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     try:
-        text.encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        pairs = [text.encode("utf-16", "surrogatepass") for text in texts]
+        return [text.decode("utf-16", "replace") for text in pairs]
+    return texts
+
+
+def hash_records(items: Items, seed: int) -> None:
+    """Fill in the bytes and the digests of records."""
+    table, key = items.table, b"%d" % seed
+    good = table["kind"] == RECORD
+    if not good.any():
+        return
+    contents = [text.encode() for text in items.texts]
+    if len(contents) > good.sum():  # records of several texts
+        starts = np.searchsorted(items.owners, np.flatnonzero(good)).tolist()
+        table["bytes"] = np.bincount(items.owners, list(map(len, contents)), len(table))
+        contents = [b"\0".join(contents[a:b]) for a, b in pairwise([*starts, len(contents)])]
+    else:
+        table["bytes"][good] = list(map(len, contents))
+    digests = [blake2b(content, digest_size=8, key=key).digest() for content in contents]
+    table["digest"][good] = np.frombuffer(b"".join(digests), "<u8")
+
+
+def are_held_out(table: np.ndarray, before: int, held_out: HeldOut) -> np.ndarray:
+    """Whether each of some items, ITEM, is held out; `before` is the number of items before them in
+    the source."""
+    numbers = before + np.cumsum(table["kind"] != PART)
+    drawn = held_out.has_records(numbers, table["digest"])
+    return np.where(table["kind"] == RECORD, drawn, table["held_out"])
+
+
+# --- a sample, to train a BPE on
 
 
 def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Iterator[str]:
@@ -266,73 +282,9 @@ def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Ite
 
 
 def training_texts(stream: Stream, reading: Reading) -> Iterator[str]:
-    for item in read_items(stream, reading):
-        if isinstance(item, Record | Part) and not item.held_out:
-            yield from (segment.text for segment in item.segments)
-
-
-# --- tokens
-
-
-Encoded = tuple[Item, np.ndarray, np.ndarray | None]  # an item, its ids, their loss mask
-
-
-def encoded(
-    stream: Stream, reading: Reading, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Encoded]:
-    """The items of a stream with their ids, in order; threads encode `ahead` chunks."""
-    waiting: deque[tuple[list[Item], list[Future]]] = deque()
-    masked = reading.template != "text"
-    for chunk in chunks(read_items(stream, reading), lambda item: item.bytes):
-        parts = [part for item in chunk for part in item.segments]
-        # One share of the threads' work, or several if a record is long.
-        shares = list(chunks(parts, lambda part: len(part.text))) or [[]]
-        futures = [pool.submit(encode, share, tokenizer, masked) for share in shares]
-        waiting.append((chunk, futures))
-        if len(waiting) > ahead:
-            yield from unpacked(*waiting.popleft())
-    while waiting:
-        yield from unpacked(*waiting.popleft())
-
-
-def chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Groups of items that have CHUNK bytes or more, except the last."""
-    chunk: list[T] = []
-    size = 0
-    for item in items:
-        chunk.append(item)
-        size += size_of(item) + 10  # an item costs something even if it is empty
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def encode(
-    parts: list[Segment], tokenizer: Tokenizer, masked: bool
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Ids of segments, their mask, and the number of ids of each segment."""
-    ids, ends = tokenizer.encode_joined([part.text for part in parts])
-    ended = np.array([part.ended for part in parts], dtype=bool)
-    lengths = np.diff(ends, prepend=0)
-    mask = None
-    if masked:
-        counted = np.array([part.counted for part in parts], dtype=np.uint8)
-        mask = np.repeat(counted, lengths)
-    if not ended.all():
-        keep = np.ones(len(ids), dtype=bool)
-        keep[ends[~ended] - 1] = False
-        ids, mask = ids[keep], None if mask is None else mask[keep]
-    return ids, mask, lengths - ~ended
-
-
-def unpacked(chunk: list[Item], futures: list[Future]) -> Iterator[Encoded]:
-    ids, masks, lengths = zip(*(future.result() for future in futures))
-    all_ids = np.concatenate(ids)
-    mask = None if masks[0] is None else np.concatenate(masks)
-    stops = np.append(0, np.cumsum(np.concatenate(lengths)))
-    start = 0
-    for item, stop in zip(chunk, stops[np.cumsum([len(item.segments) for item in chunk])].tolist()):
-        yield item, all_ids[start:stop], None if mask is None else mask[start:stop]
-        start = stop
+    for items in read_items(stream, reading):
+        hash_records(items, reading.validation.seed)
+        held_out = are_held_out(items.table, items.before.items, stream.held_out)
+        for text, owner in zip(items.texts, items.owners.tolist()):
+            if text and not held_out[owner]:
+                yield from cutting.in_pieces(cutting.blocks_of(text))

@@ -10,12 +10,11 @@ from typing import Any
 
 from configurator import UserError
 from plaingpt.text.network import require_answer
-from plaingpt.text.records import BATCH, Row
+from plaingpt.text.records import BATCH, Row, Rows
 
 ADDRESS = re.compile(
     r"hf:(?P<path>[^\s:@#]+)(:(?P<config>[^\s@#]+))?(@(?P<revision>[^\s#]+))?(#(?P<split>\S+))?"
 )
-Mark = tuple[int, Any]  # records read so far, and the state of the stream behind them
 
 
 class BrokenStream(OSError):
@@ -38,37 +37,61 @@ def parse_address(text: str) -> HubDataset:
     return HubDataset(**named.groupdict())
 
 
-def hub_rows(
-    name: str, hub: HubDataset, fields: tuple[str, ...], done: int, mark: Mark | None
-) -> Iterator[tuple[Row, Mark | None]]:
-    """The records after the first `done`, each with the last mark before it. A `mark` from an
-    earlier run avoids reading everything before it again.
+@dataclass(frozen=True)
+class Shard:
+    """A file of a streamed dataset, or whatever `datasets` makes of it."""
 
-    `datasets` itself retries for minutes when a connection breaks. Raises UserError for a dataset,
-    config or split that does not exist, ConnectionError if the hub does not answer, and
-    BrokenStream if the network goes down and stays down.
+    label: str  # in messages: "hf:own/er, record", or of which shard
+    stream: Any  # a datasets.IterableDataset
+    size: int = 0  # bytes, unknown
+
+    def batches(
+        self, fields: tuple[str, ...], state: tuple[int, Any] | None
+    ) -> Iterator[tuple[Rows, tuple[int, Any]]]:
+        """The records after a `state`, or all, each batch with the state before it.
+
+        `datasets` itself retries for minutes when a connection breaks. Raises BrokenStream if the
+        network stays down.
+        """
+        number, known = state or (0, None)
+        try:
+            if known:
+                self.stream.load_state_dict(known)
+            for batch in self.stream.iter(BATCH):
+                values = [dict(zip(batch, each)) for each in zip(*batch.values())]
+                numbers = range(number + 1, number + 1 + len(values))
+                yield Rows(values, self.label, numbers), (number, known)
+                number += len(values)
+                known = copy.deepcopy(self.stream.state_dict())
+        except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
+            said = " ".join(str(error).split())
+            where = f"source {self.label} {number:,}: reading ended after it"
+            raise BrokenStream(f"{where} ({type(error).__name__}: {said})") from error
+
+
+def hub_rows(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Iterator[Row]:
+    """The records one by one; raises as `hub_shards` and `Shard.batches` do."""
+    for shard in hub_shards(name, hub, fields):
+        for batch, _ in shard.batches(fields, None):
+            yield from batch.each()
+
+
+def hub_shards(name: str, hub: HubDataset, fields: tuple[str, ...]) -> list[Shard]:
+    """The shards of the named split, else of `train`, else of all splits one after another.
+
+    Raises UserError for a dataset, config or split that does not exist, and ConnectionError if the
+    hub does not answer.
     """
-    stream = hub_stream(name, hub, fields)
-    number, state = mark or (0, None)
-    if state:
-        stream.load_state_dict(state)
-    try:
-        for batch in stream.iter(BATCH):
-            for values in zip(*batch.values()):
-                number += 1
-                if number > done:
-                    yield Row(f"{name}, record {number:,}", dict(zip(batch, values))), mark
-            mark = (number, copy.deepcopy(stream.state_dict()))
-    except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
-        said = " ".join(str(error).split())
-        where = f"source {name!r}: reading ended after record {number:,}"
-        raise BrokenStream(f"{where} ({type(error).__name__}: {said})") from error
+    streams = hub_streams(name, hub, fields)
+    if len(streams) == 1:
+        return [Shard(f"{name}, record", streams[0])]
+    return [Shard(f"{name}, shard {n:,}, record", each) for n, each in enumerate(streams, 1)]
 
 
-def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
-    """A `datasets.IterableDataset` of the named split, else of `train`, else of all splits one
-    after another."""
+def hub_streams(name: str, hub: HubDataset, fields: tuple[str, ...]) -> list[Any]:
+    """A `datasets.IterableDataset` for each shard of `hub_shards`."""
     import datasets  # not at the top: it takes a second
+    from datasets.distributed import split_dataset_by_node
 
     try:
         splits = streamed_splits(hub_builder(hub), fields)
@@ -80,14 +103,18 @@ def hub_stream(name: str, hub: HubDataset, fields: tuple[str, ...]) -> Any:
     except Exception as error:  # no such dataset or config, a private one, …: many kinds
         raise UserError(f"source {name!r}: {' '.join(str(error).split())}") from None
     wanted = hub.split or "train"
-    if wanted in splits:
-        return splits[wanted]
-    if hub.split:
+    if hub.split and wanted not in splits:
         raise UserError(f"source {name!r}: no split {wanted!r}, but {', '.join(splits)}")
+    chosen = [splits[wanted]] if wanted in splits else list(splits.values())
     try:
-        return datasets.concatenate_datasets(list(splits.values()))
+        datasets.concatenate_datasets(chosen)
     except ValueError as error:  # splits with different columns
         raise UserError(f"source {name!r}: {error}; name one: #{next(iter(splits))}") from None
+    return [
+        split_dataset_by_node(split, rank=number, world_size=split.num_shards)
+        for split in chosen
+        for number in range(split.num_shards)
+    ]
 
 
 def streamed_splits(builder: Any, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import shlex
 from typing import Any
 
 from configurator import UserError
-from plaingpt.text.documents import Bad, Reading, Stream, read_record
+from plaingpt.text.documents import Reading, Stream
+from plaingpt.text.records import Row
 from plaingpt.text.sources import Position
-from plaingpt.text.templates import FIELDS, fits
+from plaingpt.text.templates import FIELDS, fits, segments
 from plaingpt.text.text_files import TextFile
 from plaingpt.wording import shorten
 
@@ -24,18 +25,17 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
     records are refused. `data_dir` is for the command in the message.
     """
     source, problem, count, kind = stream.source, "", 0, "has no records"
-    for item, after in source.items(Position(), reading.fields):
+    for item, _ in source.items(Position(), reading.fields):
         if isinstance(item, TextFile):
             if any(block.strip() for block in item.blocks()):
                 return
             kind = "is all white space"
             continue
-        made = read_record(item, after, stream.held_out, reading)
-        if not isinstance(made, Bad):
+        if not (reason := what_is_wrong(item, reading)):
             return
         count += 1
         if count == 1:
-            problem = f"{made.where}: {made.reason}"
+            problem = f"{item.where}: {reason}"
             template, text_field = reading.template, reading.text_field
             if isinstance(item.value, dict) and not fits(template, item.value, text_field):
                 problem += remedy(item.value, source.name, data_dir)
@@ -49,6 +49,17 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
         raise UserError(f"{source.name!r} has no good record among its first {count:,}; {problem}")
     if source.hub or source.files:
         raise UserError(f"there is no text in source {source.name!r}: it {kind}")
+
+
+def what_is_wrong(row: Row, reading: Reading) -> str | None:
+    """Why a record cannot become a document, or None."""
+    if row.problem:
+        return row.problem
+    try:
+        segments(row.value, reading.template, reading.text_field)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:

@@ -17,19 +17,31 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from configurator import UserError
 from plaingpt.files import Count
-from plaingpt.text.hub import BrokenStream, HubDataset, Mark, hub_rows, parse_address
-from plaingpt.text.records import RECORD_SUFFIXES, Row, rows
+from plaingpt.text import records
+from plaingpt.text.hub import BrokenStream, HubDataset, Shard, hub_shards, parse_address
+from plaingpt.text.records import RECORD_SUFFIXES, Row, Rows
 from plaingpt.text.text_files import TextFile, codec_of, is_text, suffix
 
 KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read
+UNIT = 1 << 26  # bytes of files that are read together; saved positions count units: do not change
+T = TypeVar("T")
 WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
+
+
+class Mark(NamedTuple):
+    """A place in a source where reading can begin."""
+
+    items: Count  # before it
+    state: Any  # that its unit needs to begin there; None: the beginning of the unit
+    unit: Count | None = None  # None in notes of older versions, whose states are of other things
 
 
 class Position(NamedTuple):
@@ -38,7 +50,42 @@ class Position(NamedTuple):
     items: Count = 0  # read completely
     characters: Count = 0  # read of the next item, a text file
     read: Count = 0  # bytes on disk so far, roughly
-    mark: Mark | None = None  # of a streamed dataset
+    mark: Mark | None = None  # at or before this place; None: the beginning of the source
+
+    def beginning(self) -> tuple[int, Any, int]:
+        """Where reading begins: the items before, the state and the unit."""
+        items, state, unit = Mark(*self.mark) if self.mark else Mark(0, None)
+        return (0, None, 0) if unit is None else (items, state, unit)
+
+    def unit(self) -> tuple[int, int]:
+        """The unit that this place is in or before, and the items before that unit."""
+        items, state, unit = self.beginning()
+        return unit, items - (state[0] if state else 0)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that are read together."""
+
+    files: tuple[TextFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def batches(
+        self, fields: tuple[str, ...], state: None = None
+    ) -> Iterator[tuple[TextFile | Rows, None]]:
+        """Text files, and records in batches."""
+        for file in self.files:
+            if is_text(file.path):
+                yield file, None
+            else:
+                for batch in records.batches(file.path, fields, file.start, file.stop):
+                    yield batch, None
+
+
+Unit = Files | Shard
 
 
 @dataclass(frozen=True)
@@ -51,6 +98,7 @@ class Source:
     empty: tuple[str, ...] = ()  # paths of empty files
     others: tuple[str, ...] = ()  # paths of files that are not read
     hub: HubDataset | None = None
+    opened: tuple[Unit, ...] | None = None  # the only units that are read
 
     @property
     def size(self) -> int:
@@ -62,30 +110,74 @@ class Source:
         """Whether the text may be much longer than the files."""
         return any(codec_of(f.path) or suffix(f.path) == ".parquet" for f in self.files)
 
+    def units(self, fields: tuple[str, ...] = ()) -> Sequence[Unit]:
+        """The parts that can be read apart from each other, in order: shards of a dataset of the
+        hub, or about UNIT bytes of local files. Columns other than `fields` may be left out."""
+        if self.opened is not None:
+            return self.opened
+        if self.hub:
+            return hub_shards(self.name, self.hub, fields)
+        units: list[list[TextFile]] = [[]]
+        room = UNIT
+        for part in (part for file in self.files for part in parts_of(file)):
+            if room < part.size and units[-1]:
+                units.append([])
+                room = UNIT
+            units[-1].append(part)
+            room -= part.size
+        return [Files(tuple(unit)) for unit in units]
+
+    def batches(
+        self, start: Position, fields: tuple[str, ...] = ()
+    ) -> Iterator[tuple[TextFile | Rows, Position, Position]]:
+        """Text files and batches of records from `start` on, with the positions before and after
+        each. Columns other than `fields` may be left out."""
+        number, state, first = start.beginning()
+        units = self.units(fields)
+        read = sum(unit.size for unit in units[:first])
+        for place, unit in enumerate(units[first:], first):
+            done, read = read, read + unit.size
+            mark = Mark(number, state, place)
+            for item, begin in resumable(unit.batches(fields, state)):
+                mark = mark if begin is None else Mark(number, begin, place)
+                before = Position(number, read=done, mark=mark)
+                number += 1 if isinstance(item, TextFile) else len(item.values)
+                done = min(read, done + item.size)
+                skip = start.items - before.items
+                if number > start.items and skip > 0:
+                    assert isinstance(item, Rows)
+                    item, before = item.after(skip), before._replace(items=start.items)
+                if number > start.items:
+                    yield item, before, Position(number, read=done, mark=mark)
+            state = None
+
     def items(
         self, start: Position, fields: tuple[str, ...] = ()
     ) -> Iterator[tuple[TextFile | Row, Position]]:
-        """Items from `start` on, each with the position after it. Columns other than `fields` may
-        be left out."""
-        if self.hub:
-            hub_items = hub_rows(self.name, self.hub, fields, start.items, start.mark)
-            try:
-                for number, (row, mark) in enumerate(hub_items, start.items + 1):
-                    yield row, Position(number, mark=mark)
-            except BrokenStream as error:
-                advice = "the same command resumes from the last saved progress"
-                raise OSError(f"{error}; {advice}") from error
-            return
-        number = before = 0
-        for file in self.files:
-            read = before
-            for item in [file] if is_text(file.path) else rows(file.path, fields):
-                number += 1
-                if isinstance(item, Row):
-                    read = min(read + item.size, before + file.size)
-                if number > start.items:
-                    yield item, Position(number, read=read)
-            before += file.size
+        """Items from `start` on one by one, each with the position after it."""
+        for item, before, after in self.batches(start, fields):
+            if isinstance(item, TextFile):
+                yield item, after
+            else:
+                for number, row in enumerate(item.each(), before.items + 1):
+                    yield row, after._replace(items=number)
+
+
+def resumable(batches: Iterator[T]) -> Iterator[T]:
+    """The same, with advice if a stream breaks."""
+    try:
+        yield from batches
+    except BrokenStream as error:
+        advice = "the same command resumes from the last saved progress"
+        raise OSError(f"{error}; {advice}") from error
+
+
+def parts_of(file: TextFile) -> list[TextFile]:
+    """A large file with a record per line in parts of at most UNIT bytes; any other as it is."""
+    if file.size <= UNIT or not records.can_be_split(file.path):
+        return [file]
+    stops = [*range(UNIT, file.size, UNIT), file.size]
+    return [replace(file, start=a, stop=b, size=b - a) for a, b in pairwise([0, *stops])]
 
 
 def find_source(text: str) -> Source:

@@ -14,7 +14,7 @@ answer.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
@@ -87,6 +87,17 @@ class Segment(NamedTuple):
     text: str
     counted: bool = True  # in the loss
     ended: bool = True  # by <|endoftext|>, which counts if the text does
+
+
+def plain_texts(records: Sequence[Any], text_field: str) -> list[str] | None:
+    """The texts of records for the template `text`, or None if one of them has to be looked at by
+    itself, in `segments`, which takes longer."""
+    try:
+        texts = [record[text_field] for record in records]
+    except (KeyError, TypeError):
+        texts = list(records)
+    is_plain = set(map(type, texts)) == {str} and all(map(str.strip, texts))
+    return texts if is_plain else None
 
 
 def segments(record: Any, template: TemplateName, text_field: str) -> list[Segment]:

@@ -37,7 +37,8 @@ NOT_TEXT = {  # what files begin with that are not text, whatever their names sa
 
 @dataclass(frozen=True)
 class TextFile:
-    """A document: a whole file, or its characters from `start` to `stop`."""
+    """A document: a whole file, or its characters from `start` to `stop`. Or a file of records; of
+    one with a record per line also a part: the lines that begin in its bytes from `start` on."""
 
     path: str
     size: int  # bytes on disk

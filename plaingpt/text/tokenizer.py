@@ -20,6 +20,7 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError
+from plaingpt.text import cutting
 from plaingpt.text.bpe import merges_of, single_bytes, train_ranks
 from plaingpt.text.cutting import cut_runs
 from plaingpt.text.network import require_answer
@@ -113,8 +114,10 @@ class Tokenizer:
 
         One call to tiktoken, which releases Python's lock.
         """
-        cut = [cut_runs(text) for text in texts]
-        pieces = [piece for each in cut for piece in each]
+        pieces, may_be_cut = texts, max(map(len, texts), default=0) > cutting.LONGEST_RUN
+        if may_be_cut:
+            cut = [cut_runs(text) for text in texts]
+            pieces = [piece for each in cut for piece in each]
         joined = self.eot.join([*pieces, ""])
         if joined.count(self.eot) > len(pieces):  # a text spells it out
             encoded = [[*self.encode(text), self.eot_id] for text in texts]

@@ -6,7 +6,9 @@ digest. Sources that are validation sources are held out entirely. Validation ta
 until it is full; the rest is trained on.
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +23,17 @@ class HeldOut:
     files: frozenset[TextFile]
     fraction: float  # of the records
 
-    def has_record(self, number: int, digest: int) -> bool:
-        """Whether the record with this number (from 1) is held out.
+    def has_records(self, numbers: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """Whether each of some records is held out, by its number in the source, from 1, and its
+        digest, uint64.
 
         Equal documents have equal digests and stay together. The second record is always held
         out, so that even a small source has one.
         """
-        return self.fraction > 0 and (digest < self.fraction * 2**64 or number == 2)
+        if not self.fraction:
+            return np.zeros(len(numbers), bool)
+        most = math.ceil(self.fraction * 2**64) - 1
+        return (digests <= np.uint64(most)) | (numbers == 2)
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,9 @@ class Validation:
     max_tokens: float  # inf: no limit
     max_documents: float
 
-    def is_full(self, tokens: int, documents: int) -> bool:
-        return tokens >= self.max_tokens or documents >= self.max_documents
+    def is_full(self, tokens: Any, documents: Any) -> Any:
+        """Whether that much is enough: a bool, or one for each of an array."""
+        return (tokens >= self.max_tokens) | (documents >= self.max_documents)
 
     def hold_out_all(self, source: Source) -> tuple[Source, HeldOut]:
         return source, HeldOut(frozenset(source.files), 1.0)

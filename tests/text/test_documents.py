@@ -1,14 +1,16 @@
 """Items of a source: a text file in parts, a record whole, and what is bad."""
 
+import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from plaingpt.text import cutting, documents
-from plaingpt.text.documents import Bad, End, Part, Reading, Record
+from plaingpt.text import cutting, documents, encoding
+from plaingpt.text.documents import BAD, END, PART, RECORD, Reading
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
 
@@ -25,18 +27,33 @@ def write_jsonl(path, texts):
     return path
 
 
+def kinds_of(items):
+    return [kind for each in items for kind in each.table["kind"].tolist()]
+
+
 def test_a_text_file_is_parts_and_an_end(tmp_path, tiny_text, monkeypatch):
     monkeypatch.setattr(cutting, "BLOCK", 5000)
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
     stream = stream_of(tmp_path / "a.txt")
     *parts, end = documents.read_items(stream, READING)
-    assert len(parts) > 3 and all(isinstance(part, Part) for part in parts)
-    assert "".join(part.text for part in parts) == tiny_text
-    assert sum(part.bytes for part in parts) == len(tiny_text.encode())
-    assert isinstance(end, End) and end.after.items == 1 and end.after.characters == 0
+    assert len(parts) > 3 and kinds_of([*parts, end]) == [PART] * len(parts) + [END]
+    assert "".join(part.texts[0] for part in parts) == tiny_text
+    assert sum(part.table["bytes"][0] for part in parts) == len(tiny_text.encode())
+    assert end.after.items == 1 and end.after.characters == 0
     for number, part in enumerate(parts):  # reading resumes behind any of them
         stream.position = part.after
-        assert list(documents.read_items(stream, READING)) == [*parts[number + 1 :], end]
+        rest = [
+            (each.table.tobytes(), each.texts) for each in documents.read_items(stream, READING)
+        ]
+        assert rest == [(each.table.tobytes(), each.texts) for each in [*parts[number + 1 :], end]]
+
+
+def encoded_items(path, reading, tokenizer, threads=1):
+    """Each item of a file: its row of the table, its ids and mask."""
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in encoding.encoded(stream_of(path), reading, tokenizer, pool, 2):
+            for row, start, stop in zip(chunk.table, chunk.stops, chunk.stops[1:]):
+                yield row, chunk.ids[start:stop], chunk.mask is not None and chunk.mask[start:stop]
 
 
 def test_a_record_is_one_item_whatever_its_length(tmp_path, tiny_text):
@@ -44,11 +61,11 @@ def test_a_record_is_one_item_whatever_its_length(tmp_path, tiny_text):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     assert len(texts[1].encode()) > cutting.BLOCK
     tokenizer = Tokenizer.bytes()
-    with ThreadPoolExecutor(1) as pool:
-        found = list(documents.encoded(stream_of(path), READING, tokenizer, pool, 2))
-    assert all(isinstance(item, Record) for item, _, _ in found)
-    for (item, ids, mask), text in zip(found, texts):
-        assert item.bytes == len(text.encode()) and mask is None
+    found = list(encoded_items(path, READING, tokenizer))
+    assert len(found) == 2
+    for (row, ids, mask), text in zip(found, texts):
+        assert row["kind"] == RECORD and mask is False
+        assert row["bytes"] == len(text.encode()) and row["tokens"] == len(ids)
         assert np.array_equal(ids, [*text.encode(), tokenizer.eot_id])
 
 
@@ -56,33 +73,51 @@ def test_a_digest_tells_texts_apart_not_kinds_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     *_, end = documents.read_items(stream_of(tmp_path / "a.txt"), READING)
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    one, two = documents.read_items(stream_of(path), READING)
-    assert end.digest == one.digest != two.digest
+    (records,) = documents.read_items(stream_of(path), READING)
+    documents.hash_records(records, READING.validation.seed)
+    one, two = records.table["digest"]
+    assert end.table["digest"][0] == one != two
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "b\0", ""]])
+def test_the_digest_is_that_of_all_texts(texts, tmp_path):
+    """By hashlib alone: validation splits of today have to stay as they are."""
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    (tmp_path / "a.jsonl").write_text(
+        "oops\n" + json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": []}) + "\n"
+    )
+    reading = replace(READING, template="chat")
+    (items,) = documents.read_items(stream_of(tmp_path / "a.jsonl"), reading)
+    documents.hash_records(items, 7)
+    joined = b"\0".join(text.encode() for text in items.texts)
+    digest = hashlib.blake2b(joined, digest_size=8, key=b"7").digest()
+    assert items.table["digest"].tolist() == [0, int.from_bytes(digest, "little"), 0]
+    assert items.table["kind"].tolist() == [BAD, RECORD, BAD] and len(items.texts) == 4
+    assert items.table["bytes"][1] == len(joined) - 3
 
 
 def test_a_long_record_is_shared_by_the_threads(tmp_path, tiny_text, monkeypatch):
     """Its ids and mask are those of the whole; so is its place among other records."""
     monkeypatch.setattr(cutting, "BLOCK", 1000)
-    monkeypatch.setattr(documents, "CHUNK", 1000)
+    monkeypatch.setattr(encoding, "CHUNK", 1000)
     tokenizer = Tokenizer.train([tiny_text], 400)
     asked = [{"instruction": "Go on.", "output": text} for text in ("one", tiny_text, "", "two")]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in asked))
     reading = replace(READING, template="alpaca")
     sizes = []
-    with ThreadPoolExecutor(2) as pool:
-        submit = pool.submit
+    really_encode = encoding.encode
 
-        def watched(encode, share, *rest):
-            sizes.append(sum(len(part.text) for part in share))
-            return submit(encode, share, *rest)
+    def watched(share, *rest):
+        sizes.append(sum(map(len, share.texts)))
+        return really_encode(share, *rest)
 
-        pool.submit = watched
-        found = list(documents.encoded(stream_of(path), reading, tokenizer, pool, 2))
+    monkeypatch.setattr(encoding, "encode", watched)
+    found = list(encoded_items(path, reading, tokenizer, threads=2))
     assert len(sizes) > 20 and max(sizes) < 3000
-    assert [type(item) for item, _, _ in found] == [Record, Record, Bad, Record]
-    for (item, ids, mask), record in zip(found, asked):
-        if isinstance(item, Record):
+    assert [row["kind"] for row, *_ in found] == [RECORD, RECORD, BAD, RECORD]
+    for (row, ids, mask), record in zip(found, asked):
+        if row["kind"] == RECORD:
             answer = [*tokenizer.encode(record["output"].strip()), tokenizer.eot_id]
             assert ids[mask == 1].tolist() == answer
             assert tokenizer.decode(ids[mask == 0]).endswith("### Response:\n")

@@ -395,13 +395,13 @@ def test_at_the_start_a_connection_is_not_tried_for_minutes(hub, tmp_path, monke
     import datasets
 
     tried = []
-    really_open = hub_module.hub_stream
+    really_open = hub_module.hub_streams
 
     def opened(*arguments):
         tried.append(datasets.config.STREAMING_READ_MAX_RETRIES)
         return really_open(*arguments)
 
-    monkeypatch.setattr(hub_module, "hub_stream", opened)
+    monkeypatch.setattr(hub_module, "hub_streams", opened)
     assert prepare.main(["--sources=hf:owner/name", "--tokenizer=bytes"]) == 0
     assert tried == [2, 20]
 
@@ -414,10 +414,12 @@ def test_a_broken_connection_is_explained(hub, monkeypatch):
         raise ConnectionError("Server Disconnected")
 
     stream = datasets.IterableDataset.from_generator(broken)
-    monkeypatch.setattr(hub_module, "hub_stream", lambda *_: stream)
+    monkeypatch.setattr(hub_module, "hub_streams", lambda *_: [stream])
     found = find_source("hf:owner/name").items(Position())
     assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
-    with pytest.raises(OSError, match=f"after record {BATCH} .*Disconnected.*resumes"):
+    with pytest.raises(
+        OSError, match=f"record {BATCH}: reading ended after it .*Disconnected.*resumes"
+    ):
         list(found)
 
 

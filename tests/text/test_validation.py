@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from plaingpt.text.sources import find_source
@@ -44,20 +45,21 @@ def test_of_texts_that_are_too_large_the_smallest_is_cut(tmp_path, others, held)
 def test_a_validation_source_is_held_out_entirely(source):
     same, held_out = VALIDATION.hold_out_all(source)
     assert same == source and held_out.files == set(source.files)
-    assert all(held_out.has_record(number, 2**64 - 1) for number in range(1, 9))
+    digests = np.full(8, 2**64 - 1, np.uint64)
+    assert held_out.has_records(np.arange(1, 9), digests).all()
 
 
 def test_records_are_held_out_by_digest_and_the_second_always(source):
     _, held_out = VALIDATION.hold_out_part(source)
-    digests = [0, 2**62 - 1, 2**62, 2**64 - 1]
-    assert [held_out.has_record(3, digest) for digest in digests] == [True, True, False, False]
-    assert all(held_out.has_record(2, digest) for digest in digests)
+    digests = np.array([0, 2**62 - 1, 2**62, 2**64 - 1], np.uint64)
+    assert held_out.has_records(np.full(4, 3), digests).tolist() == [True, True, False, False]
+    assert held_out.has_records(np.full(4, 2), digests).all()
 
 
 def test_a_fraction_of_0_holds_out_nothing(source):
     same, held_out = replace(VALIDATION, fraction=0.0).hold_out_part(source)
     assert same == source and not held_out.files
-    assert not any(held_out.has_record(number, 0) for number in range(1, 9))
+    assert not held_out.has_records(np.arange(1, 9), np.zeros(8, np.uint64)).any()
 
 
 def test_validation_is_full_at_either_limit():
