@@ -76,16 +76,25 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The pair that each token longer than a byte was merged from, in order."""
     for token, rank in ranks.items():
         if len(token) > 1:
-            parts = [token[at : at + 1] for at in range(len(token))]
-            # Apply the merges learned before this one, one kind at a time.
-            while len(parts) > 2:
-                first = min(ranks.get(a + b, rank) for a, b in pairwise(parts))
-                assert first < rank, f"token {rank} is not a merge of earlier tokens"
-                joined = parts[:1]
-                for part in parts[1:]:
-                    if ranks.get(joined[-1] + part) == first:
-                        joined[-1] += part
-                    else:
-                        joined.append(part)
-                parts = joined
-            yield parts[0], parts[1]
+            halves = [(token[:at], token[at:]) for at in range(1, len(token))]
+            pairs = [
+                (a, b) for a, b in halves if ranks.get(a, rank) < rank and ranks.get(b, rank) < rank
+            ]
+            assert pairs, f"token {rank} is not a merge of earlier tokens"
+            yield pairs[0] if len(pairs) == 1 else last_merge(token, ranks)
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The last two parts of a token, when merges are applied in order, one kind at a time."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        first = min(ranks.get(a + b, ranks[token]) for a, b in pairwise(parts))
+        assert first < ranks[token], f"token {ranks[token]} is not a merge of earlier tokens"
+        joined = parts[:1]
+        for part in parts[1:]:
+            if ranks.get(joined[-1] + part) == first:
+                joined[-1] += part
+            else:
+                joined.append(part)
+        parts = joined
+    return parts[0], parts[1]
