@@ -5,6 +5,7 @@ Text → shards of tokens, in data_dir.
     python prepare.py --sources="novel.txt,notes/" --data_dir=data/mine --vocab_size=8192
     python prepare.py --sources=talks.jsonl --template=chat --tokenizer=gpt2 --data_dir=data/talks
     python prepare.py config/data_fineweb.py                    # a recipe for a dataset of the hub
+    torchrun --nproc_per_node=4 prepare.py config/data_fineweb.py    # in several processes
     python prepare.py --inspect=data/mine                       # describe a folder and check it
 
 plaingpt/text/sources.py says what a source can be, templates.py what a template does. Documents
@@ -47,7 +48,7 @@ class PrepareConfig:
     shard_tokens: ShardTokens = 100_000_000  # tokens per shard
     seed: NonNegativeInt = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
-    workers: NonNegativeInt = 0  # threads that tokenize; 0: one more than the cores
+    workers: NonNegativeInt = 0  # threads that tokenize in each process; 0: one more than its cores
     inspect: Folder | None = None  # a data_dir to describe and check; nothing is prepared
 
 
@@ -57,20 +58,26 @@ if __name__ == "__main__":
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from configurator import UserError
 from plaingpt.checkpoint.folders import step_folders
+from plaingpt.environment import rank_and_size
 from plaingpt.files import Settings, write_json
 from plaingpt.locks import locked
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
 from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import Reading, Stream, open_streams, sample_texts
-from plaingpt.text.encoding import DEFAULT_THREADS
+from plaingpt.text.encoding import Encoder, default_threads, encoded
+from plaingpt.text.group import Group
 from plaingpt.text.hub import hub_hash, impatient
 from plaingpt.text.inspection import inspect, report
+from plaingpt.text.parts import FOLDER as PARTS
+from plaingpt.text.parts import Parts
 from plaingpt.text.preview import check_source
 from plaingpt.text.progress import (
     Progress,
@@ -106,6 +113,7 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
     configurator.validate(cfg, problems_of(cfg))
     if cfg.inspect is not None:
         return inspect(Path(cfg.inspect))
+    rank, size = rank_and_size()
     folder = Path(cfg.data_dir)
     partial = folder / dataset.PARTIAL
     unsaved = ("data_dir", "workers", "overwrite", "inspect")
@@ -117,22 +125,26 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
             open_streams(cfg.sources, cfg.val_sources, reading_of(cfg))
         check_settings_unchanged(folder, "was prepared", old.settings or {}, settings)
         check_inputs(old, (*cfg.sources, *cfg.val_sources), folder)
-        print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
+        if rank == 0:
+            print(f"{folder} is already prepared with these settings (--overwrite to do it again)")
         return old
-    with locked(folder):
+    group = Group(folder, rank, size, digest_of(settings))
+    if rank > 0:
+        return assist(cfg, folder, group, settings)
+    with locked(folder), group.beating():
         if check_target(folder) != old:
             raise UserError(f"{folder} was prepared by another process: run this command again")
         if not only_install_left(partial, settings, cfg.overwrite):
-            build(cfg, folder, partial, settings)
+            build(cfg, folder, group, settings)
         manifest = install(partial, folder)
     report(manifest)
     print(f"wrote {folder}, with a vocabulary of {manifest.vocab_size:,} ids")
     return manifest
 
 
-def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -> None:
-    """Write everything to `partial`, from where an earlier run left off."""
-    reading = reading_of(cfg)
+def build(cfg: PrepareConfig, folder: Path, group: Group, settings: Settings) -> None:
+    """Write everything to the folder PARTIAL, from where an earlier run left off."""
+    reading, partial = reading_of(cfg), folder / dataset.PARTIAL
     streams = open_streams(cfg.sources, cfg.val_sources, reading)
     check_outside(folder, [stream.source.name for stream in streams])
     local = inputs_of((*cfg.sources, *cfg.val_sources))
@@ -148,7 +160,15 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
         tokenizer = open_tokenizer(cfg, progress, streams, reading)
         announce_size(cfg, streams, folder)
         builder = SplitBuilder(progress, tokenizer, streams, reading, limits_of(cfg))
-        builder.run(cfg.workers or DEFAULT_THREADS)
+        with encoder(cfg, reading, tokenizer) as encode:
+            if group.size == 1:
+                builder.run(encode)
+            else:
+                parts = Parts(partial / PARTS, group, streams, reading.fields, encode)
+                group.stage = "encoding"
+                builder.run(parts.merged)
+                group.stage = "done"
+                group.wait_for_others()
         manifest = Manifest(
             settings=settings,
             template=cfg.template,
@@ -165,6 +185,33 @@ def build(cfg: PrepareConfig, folder: Path, partial: Path, settings: Settings) -
             if repairing:  # its presence marks an unfinished data folder
                 partial.mkdir()
         raise
+
+
+def assist(cfg: PrepareConfig, folder: Path, group: Group, settings: Settings) -> Manifest | None:
+    """In processes other than 0: encode a share of the sources, which process 0 puts in place."""
+
+    def is_prepared() -> bool:
+        old = None if cfg.overwrite else check_target(folder)
+        return old is not None and not changed_settings(old.settings or {}, settings)
+
+    if not group.wait_for_first(is_prepared):
+        return check_target(folder)
+    with group.beating():
+        if not group.is_done():
+            partial, reading = folder / dataset.PARTIAL, reading_of(cfg)
+            streams = open_streams(cfg.sources, cfg.val_sources, reading)
+            with encoder(cfg, reading, Tokenizer.load(partial)) as encode:
+                Parts(partial / PARTS, group, streams, reading.fields, encode).help()
+        group.stage = "done"
+    return None
+
+
+@contextmanager
+def encoder(cfg: PrepareConfig, reading: Reading, tokenizer: Tokenizer) -> Iterator[Encoder]:
+    """A function that reads a stream and encodes it in threads."""
+    threads = cfg.workers or default_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        yield lambda stream: encoded(stream, reading, tokenizer, pool, threads + 1)
 
 
 def problems_of(cfg: PrepareConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from configurator import DType, UserError
 from model import GPT
 from plaingpt import cpu
+from plaingpt.environment import from_environment, rank_and_size
 from plaingpt.wording import quantity
 
 Gathered = TypeVar("Gathered")
@@ -108,10 +109,7 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
 
     "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
-    world_size = from_environment("WORLD_SIZE", default=1, least=1)
-    rank = from_environment("RANK", default=0 if world_size == 1 else None)
-    if rank >= world_size:
-        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; torchrun sets both")
+    rank, world_size = rank_and_size()
     cpu.keep_freed_memory()
     name = best_device() if device == "auto" else device
     if name == "cuda" and world_size > 1:
@@ -132,17 +130,6 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
 def restartable() -> bool:
     """Whether torchrun starts the processes again when one has died (--max-restarts)."""
     return from_environment("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
-
-
-def from_environment(name: str, default: int | None = None, least: int = 0) -> int:
-    """A number that torchrun sets. Raises UserError if it is missing or makes no sense."""
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
-    if text and re.fullmatch(r"\d{1,9}", text) and int(text) >= least:
-        return int(text)
-    problem = f"{name} is not set" if text is None else f"the environment has {name}={text!r}"
-    raise UserError(f"{problem}: torchrun sets it for several processes; unset it for one")
 
 
 def join(device: torch.device) -> None:

@@ -96,7 +96,7 @@ from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
-from plaingpt.text.encoding import DEFAULT_THREADS
+from plaingpt.text.encoding import default_threads
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity
@@ -125,7 +125,7 @@ def bench_prepare(cfg: PrepareBench) -> Table:
     Raises UserError for settings out of range, and if prepare.py fails.
     """
     configurator.validate(cfg)
-    workers, cores = cfg.workers or DEFAULT_THREADS, os.cpu_count() or 1
+    workers, cores = cfg.workers or default_threads(), os.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
         folder = Path(name)
         source, size = write_corpus(folder, cfg)

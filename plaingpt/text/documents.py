@@ -57,6 +57,7 @@ class Stream:
     held_out: HeldOut
     all_val: bool  # whether it is a validation source
     position: Position = field(default_factory=Position)
+    saved: Position = field(default_factory=Position)  # where a later run would resume it
     ended: bool = False
     documents: int = 0
     tokens: int = 0
@@ -83,6 +84,7 @@ class Stream:
     def restore(self, notes: StreamNotes) -> None:
         for name in notes.__struct_fields__:
             setattr(self, name, getattr(notes, name))
+        self.saved = self.position
 
     def summary(self) -> SourceEntry:
         name = self.source.name
@@ -251,7 +253,11 @@ def hash_records(items: Items, seed: int) -> None:
         contents = [b"\0".join(contents[a:b]) for a, b in pairwise([*starts, len(contents)])]
     else:
         table["bytes"][good] = list(map(len, contents))
-    digests = [blake2b(content, digest_size=8, key=key).digest() for content in contents]
+    begun, digests = blake2b(digest_size=8, key=key), []
+    for content in contents:
+        digest = begun.copy()  # faster than to begin anew
+        digest.update(content)
+        digests.append(digest.digest())
     table["digest"][good] = np.frombuffer(b"".join(digests), "<u8")
 
 

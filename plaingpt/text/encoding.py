@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from plaingpt.environment import from_environment
 from plaingpt.text import cutting
 from plaingpt.text.documents import (
     BAD,
@@ -27,8 +28,6 @@ from plaingpt.wording import quantity
 
 T = TypeVar("T")
 CHUNK = 1 << 19  # bytes of text that a thread encodes at once
-# One more than the cores, because the thread that reads and writes often waits.
-DEFAULT_THREADS = (os.cpu_count() or 1) + 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,19 @@ class Encoded:
             read=before.read + round(share * (self.after.read - before.read)),
         )
 
+    def beyond(self, place: Position) -> "Encoded":
+        """What comes after a place, which may be all of it, or nothing."""
+        numbers, characters = self.numbers[1:], self.table["characters"]
+        is_next = (numbers == place.items) & (characters <= place.characters)
+        done = int(np.count_nonzero((numbers < place.items) | is_next))
+        if not done:
+            return self
+        first = int(self.stops[done])
+        mask = None if self.mask is None else self.mask[first:]
+        problems = {at - done: each for at, each in self.problems.items() if at >= done}
+        before = self.position(done)
+        return Encoded(self.table[done:], self.ids[first:], mask, problems, before, self.after)
+
 
 class Share(NamedTuple):
     """The texts that one thread encodes."""
@@ -77,6 +89,16 @@ class Share(NamedTuple):
     items: np.ndarray  # of each text: its item
     counted: np.ndarray  # as in Items
     ended: np.ndarray
+
+
+Encoder = Callable[[Stream], Iterator[Encoded]]
+
+
+def default_threads() -> int:
+    """One more than this process's share of the cores, because the thread that reads and writes
+    often waits."""
+    processes = from_environment("LOCAL_WORLD_SIZE", default=1, least=1)
+    return (os.cpu_count() or 1) // processes + 1
 
 
 def encoded(

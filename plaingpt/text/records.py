@@ -117,7 +117,7 @@ def line_rows(path: str) -> Iterator[Row]:
 
 
 def line_batches(path: str, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
-    number, label, before = 1, f"{path}, line", cache(lambda: newlines(path, start))
+    number, label, before = 1, f"{path}, line", cache(lambda: lines_before(path, start))
     with open_bytes(path) as file:
         for block in line_blocks(file, start, stop):
             lines = block.removesuffix(b"\n").split(b"\n")
@@ -131,11 +131,13 @@ def line_batches(path: str, start: int = 0, stop: int | None = None) -> Iterator
             number += len(lines)
 
 
-def newlines(path: str, stop: int) -> int:
-    """The number of line ends in the first `stop` bytes of a file."""
+def lines_before(path: str, start: int) -> int:
+    """The number of lines that begin in the first `start` bytes of a file."""
+    if not start:
+        return 0
+    whole, rest = divmod(start - 1, cutting.BLOCK)
     with open(path, "rb") as file:
-        sizes = [cutting.BLOCK] * (stop // cutting.BLOCK) + [stop % cutting.BLOCK]
-        return sum(file.read(size).count(b"\n") for size in sizes)
+        return 1 + sum(file.read(size).count(b"\n") for size in [cutting.BLOCK] * whole + [rest])
 
 
 def line_blocks(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:

@@ -1,0 +1,230 @@
+"""
+What the processes of a group do: each encodes its share of the sources into files, `parts`, and
+process 0 puts these together, in the order of the sources and by the same rules as if it had
+encoded everything itself. So nothing of the result depends on the number of processes.
+
+A source is shared out by its units (see sources.py). A part holds what a process encoded of a unit
+in a few seconds; the last one of a unit says so. A restarted process goes on after the last part.
+"""
+
+import itertools
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from configurator import UserError
+from plaingpt.files import atomic_file
+from plaingpt.text.documents import ITEM, Stream
+from plaingpt.text.encoding import Encoded, Encoder
+from plaingpt.text.group import POLL_SECONDS, Group
+from plaingpt.text.sources import Mark, Position, Unit
+
+FOLDER = "parts"  # in the folder of what is half prepared
+PART_SECONDS = 5.0  # of encoding
+PART_TOKENS = 1 << 25  # at most, roughly
+UNITS_AHEAD = 2  # that each process may be ahead of process 0
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """An Encoded as it is written; positions are counted from the beginning of its unit."""
+
+    table: bytes
+    ids: bytes
+    mask: bytes | None
+    problems: dict[int, tuple[str, str]]
+    before: Position
+    after: Position
+
+
+class Part(msgspec.Struct, frozen=True):
+    chunks: list[Chunk]
+    before: Position
+    after: Position
+    is_last: bool  # of its unit
+    error: str | None  # why reading ended before the end of the unit
+
+
+def write_part(path: Path, part: Part) -> None:
+    content = msgspec.msgpack.encode(part)
+    with atomic_file(path) as partial:
+        partial.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+
+
+def read_part(path: Path) -> Part:
+    """Raises UserError for a damaged file."""
+    content = path.read_bytes()
+    try:
+        if int.from_bytes(content[:4], "little") != zlib.crc32(content[4:]):
+            raise ValueError("its checksum differs")
+        return msgspec.msgpack.decode(content[4:], type=Part)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove {path.parent} to encode it again"
+        ) from None
+
+
+def placed(chunk: Chunk, items: int, read: int, mark: Mark) -> Encoded:
+    """A chunk with its positions in the source; `items` and `read` are those before its unit."""
+    before, after = (
+        Position(items + each.items, each.characters, read + each.read, mark)
+        for each in (chunk.before, chunk.after)
+    )
+    mask = None if chunk.mask is None else np.frombuffer(chunk.mask, np.uint8)
+    table, ids = np.frombuffer(chunk.table, ITEM), np.frombuffer(chunk.ids, np.uint16)
+    return Encoded(table, ids, mask, chunk.problems, before, after)
+
+
+@dataclass
+class Job:
+    """What this process encodes of a source, unit by unit."""
+
+    stream: Stream
+    units: Sequence[Unit]
+    unit: int = 0  # that it is encoding, or the next
+    part: int = 0  # the next of that unit
+    position: Position = field(default_factory=Position)  # of that part, in the unit
+    chunks: Iterator[Encoded] | None = None  # of the unit from there on
+
+
+class Parts:
+    """The parts of all processes, and what this one encodes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        group: Group,
+        streams: list[Stream],
+        fields: tuple[str, ...],
+        encode: Encoder,
+    ) -> None:
+        self.folder, self.group, self.encode = folder, group, encode
+        self.jobs = [Job(stream, stream.source.units(fields)) for stream in streams]
+        self.firsts = [0, *itertools.accumulate(len(job.units) for job in self.jobs)]
+        self.removed = [0] * len(streams)  # units of which no part is left
+        group.units = [stream.position.unit()[0] for stream in streams]
+        folder.mkdir(exist_ok=True)
+
+    def owner(self, source: int, unit: int) -> int:
+        """The process that encodes a unit."""
+        return (self.firsts[source] + unit) % self.group.size
+
+    def path(self, source: int, unit: int, part: int) -> Path:
+        return self.folder / f"{source:03d}_{unit:06d}_{part:06d}"
+
+    # --- encoding
+
+    def help(self) -> None:
+        """In processes other than 0: encode until process 0 is done."""
+        while not self.group.is_done():
+            if not self.work():
+                self.group.check(0)
+                time.sleep(POLL_SECONDS)
+
+    def work(self) -> bool:
+        """Encode for some seconds, and write a part; False if there is nothing to do for now."""
+        ready = []
+        for source, (job, merging) in enumerate(zip(self.jobs, self.group.merging(len(self.jobs)))):
+            if job.chunks is None:
+                job.unit = max(job.unit, merging)
+                job.unit += (self.group.rank - self.owner(source, job.unit)) % self.group.size
+            ahead = job.unit - merging
+            if job.unit < len(job.units) and ahead <= UNITS_AHEAD * self.group.size:
+                by_turns = (ahead, job.part) if job.stream.is_weighed else (0, 0)
+                ready.append((job.stream.all_val, *by_turns, source))
+        if ready:
+            self.write_next(min(ready)[-1])
+        return bool(ready)
+
+    def write_next(self, source: int) -> None:
+        """Write the next part of a source, unless an earlier run has written the whole unit."""
+        job = self.jobs[source]
+        if job.chunks is None:
+            job.part, job.position = 0, Position()
+            while self.path(source, job.unit, job.part).exists():
+                known = read_part(self.path(source, job.unit, job.part))
+                job.part, job.position = job.part + 1, known.after
+                if known.is_last:
+                    job.unit += 1
+                    return
+            unit = replace(job.stream.source, opened=(job.units[job.unit],))
+            job.chunks = self.encode(replace(job.stream, source=unit, position=job.position))
+        part = self.next_part(job.chunks, job.position)
+        if self.group.is_done():
+            return
+        write_part(self.path(source, job.unit, job.part), part)
+        job.part, job.position = job.part + 1, part.after
+        if part.is_last:
+            job.unit, job.chunks = job.unit + 1, None
+
+    def next_part(self, chunks: Iterator[Encoded], before: Position) -> Part:
+        found, tokens, error, began = [], 0, None, time.monotonic()
+        after, is_last = before, False
+        try:
+            for each in chunks:
+                mask = None if each.mask is None else each.mask.tobytes()
+                content = each.table.tobytes(), each.ids.tobytes(), mask
+                found.append(Chunk(*content, each.problems, each.before, each.after))
+                after, tokens = each.after, tokens + len(each.ids)
+                is_enough = tokens > PART_TOKENS or time.monotonic() - began > PART_SECONDS
+                if is_enough or self.group.is_done():
+                    break
+            else:
+                is_last = True
+        except UserError as problem:  # process 0 raises it, if it gets that far
+            error, is_last = str(problem), True
+        return Part(found, before, after, is_last, error)
+
+    # --- putting together
+
+    def merged(self, stream: Stream) -> Iterator[Encoded]:
+        """In process 0: what all processes encoded of a source, from the stream's position on.
+
+        While a part is missing, this process encodes its own share. Raises UserError if the process
+        that has to write it has died.
+        """
+        source = next(at for at, job in enumerate(self.jobs) if job.stream is stream)
+        start, units = stream.position, self.jobs[source].units
+        first, items = start.unit()
+        read = sum(unit.size for unit in units[:first])
+        for unit in range(first, len(units)):
+            self.group.units[source] = unit
+            self.remove_saved(source)
+            for part in self.parts_of(source, unit):
+                for chunk in part.chunks:
+                    rest = placed(chunk, items, read, Mark(items, None, unit)).beyond(start)
+                    if len(rest.table):
+                        yield rest
+                if part.error:
+                    raise UserError(part.error)
+            items, read = items + part.after.items, read + units[unit].size
+
+    def parts_of(self, source: int, unit: int) -> Iterator[Part]:
+        before, owner = Position(), self.owner(source, unit)
+        for number in itertools.count():
+            path = self.path(source, unit, number)
+            while not path.exists():
+                if not self.work():
+                    assert owner != self.group.rank
+                    self.group.check(owner)
+                    time.sleep(POLL_SECONDS)
+            part = read_part(path)
+            if part.before != before:
+                raise UserError(f"{path} does not follow the part before it: remove {self.folder}")
+            yield part
+            if part.is_last:
+                return
+            before = part.after
+
+    def remove_saved(self, source: int) -> None:
+        """Remove the parts of units that will not be needed again, even after a kill."""
+        job = self.jobs[source]
+        saved, _ = job.stream.saved.unit()
+        for unit in range(self.removed[source], saved):
+            for path in self.folder.glob(self.path(source, unit, 0).name[:-6] + "*"):
+                path.unlink()
+        self.removed[source] = saved
