@@ -96,8 +96,10 @@ from plaingpt import runtime
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
+from plaingpt.text.documents import PART, Reading, hash_records, open_streams, read_items
 from plaingpt.text.encoding import default_threads
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.text.validation import Validation
 from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity
 from tools.processes import output_of
@@ -133,8 +135,9 @@ def bench_prepare(cfg: PrepareBench) -> Table:
         # The first run warms up and leaves the tokenizer.
         measure_prepare(source, folder / "data", cfg.tokenizer, workers)
         tokenizer = Tokenizer.load(folder / "data")
-        runs, alone = [], []
+        runs, alone, reading = [], [], []
         for _ in range(cfg.repeats):
+            reading.append(reading_rates(source, size))
             seconds = min(tiktoken_seconds(source, tokenizer, n) for n in {workers, cores})
             alone.append(size / 1e6 / seconds)
             runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, workers))
@@ -143,6 +146,8 @@ def bench_prepare(cfg: PrepareBench) -> Table:
         "tiktoken alone, MB/s": alone,
         "prepare.py, MB/s": ours,
         "ratio": [mine / other for mine, other in zip(ours, alone)],
+        "reading alone, MB/s": [rate for rate, _ in reading],
+        "reading alone, thousand documents/s": [rate for _, rate in reading],
         "peak memory of prepare.py, GiB": [peak for _, peak in runs],
     }
 
@@ -176,6 +181,19 @@ def texts_of(path: Path) -> Iterator[str]:
             yield from item.pieces()
         else:
             yield item.value["text"]
+
+
+def reading_rates(path: Path, size: int) -> tuple[float, float]:
+    """MB and thousands of documents that one thread reads, checks and hashes in a second."""
+    validation = Validation(0.05, 1337, math.inf, math.inf)
+    reading = Reading("text", "text", "refuse", validation)
+    began, documents = time.perf_counter(), 0
+    [stream] = open_streams((str(path),), (), reading)
+    for items in read_items(stream, reading):
+        hash_records(items, validation.seed)
+        documents += int(np.count_nonzero(items.table["kind"] != PART))
+    seconds = time.perf_counter() - began
+    return size / 1e6 / seconds, documents / 1e3 / seconds
 
 
 def tiktoken_seconds(path: Path, tokenizer: Tokenizer, threads: int) -> float:

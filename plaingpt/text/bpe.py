@@ -12,7 +12,7 @@ from plaingpt.text.cutting import cut_runs
 from plaingpt.text.tokenizer_json import unspell
 from plaingpt.wording import byte_size, quantity
 
-LOG_SECONDS = 5.0  # between log lines while merges are learned
+LOG_SECONDS = 3.0  # between lines while merges are learned
 
 
 def single_bytes() -> dict[bytes, int]:
@@ -22,8 +22,8 @@ def single_bytes() -> dict[bytes, int]:
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     """The 256 bytes, then the tokens that BPE merges in `texts`: at most `size` in all.
 
-    50 MB take up to a minute. Meanwhile a terminal shows the library's own progress bars, and a log
-    gets a line every LOG_SECONDS.
+    50 MB take up to a minute. Meanwhile a line every LOG_SECONDS says how far it is: the library's
+    own bars stand still while text is read.
     """
     import tokenizers  # not at the top: only this function needs its 50 ms
 
@@ -32,7 +32,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,
     )
     read, phase, began, stopping = 0, "reading", time.monotonic(), False
     training: Future[None] = Future()
@@ -58,9 +58,8 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     thread.start()
     try:
         while wait([training], timeout=LOG_SECONDS).not_done:
-            if not sys.stderr.isatty():
-                seconds = time.monotonic() - began
-                print(f"BPE: {phase}, {byte_size(read)} of text, {seconds:.0f} s", file=sys.stderr)
+            seconds = time.monotonic() - began
+            print(f"BPE: {phase}, {byte_size(read)} of text, {seconds:.0f} s", file=sys.stderr)
     except BaseException:  # Ctrl-C
         stopping = True
         thread.join(timeout=1)

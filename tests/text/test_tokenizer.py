@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 import unicodedata
@@ -168,11 +169,13 @@ def test_little_text_gives_a_smaller_vocabulary():
     assert Tokenizer.train([], 1000).vocab_size == 257
 
 
-def test_a_log_shows_how_far_training_is(tiny_text, monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_show_how_far_training_is(tiny_text, monkeypatch, capsys, terminal):
     def texts():
         yield tiny_text
         time.sleep(0.1)
 
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(bpe_module, "LOG_SECONDS", 0.01)
     Tokenizer.train(texts(), 5000)
     err = capsys.readouterr().err
