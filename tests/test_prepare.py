@@ -1135,7 +1135,8 @@ def test_a_dataset_of_the_hub_that_changed_is_not_resumed(tmp_path, monkeypatch,
         size = 0
 
         def batches(self, fields, state):
-            yield Rows([{"text": f"text {n}"} for n in range(1, 100)], "row", range(1, 100)), None
+            for n in range(1, 100):
+                yield Rows([{"text": f"text {n}"}], "row", [n]), None
             raise OSError("the network is away")
 
     monkeypatch.setattr(sources, "hub_shards", lambda *_: [Broken()])

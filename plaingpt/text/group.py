@@ -6,7 +6,6 @@ whose file no longer changes has died; clocks are not compared.
 """
 
 import contextlib
-import itertools
 import shutil
 import threading
 import time
@@ -45,6 +44,7 @@ class Group:
         self.folder = data_dir / FOLDER
         self.stage: Stage = "starting"
         self.units: list[int] = []
+        self.count = 0
         self.seen: dict[int, tuple[Beat | None, float]] = {}  # by rank: its beat, and since when
 
     @contextlib.contextmanager
@@ -61,13 +61,10 @@ class Group:
         stop = threading.Event()
 
         def beat() -> None:
-            for count in itertools.count():
-                with contextlib.suppress(OSError):  # the others will notice
-                    self.write(Beat(count, self.stage, self.settings, tuple(self.units)))
-                if stop.is_set():
-                    return
-                stop.wait(BEAT_SECONDS)
+            while not stop.wait(BEAT_SECONDS):
+                self.beat()
 
+        self.beat()
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -75,13 +72,17 @@ class Group:
         finally:
             stop.set()
             thread.join()
+            self.beat()  # with the last stage
             if self.rank == 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
-    def write(self, beat: Beat) -> None:
+    def beat(self) -> None:
+        self.count += 1
+        beat = Beat(self.count, self.stage, self.settings, tuple(self.units))
         partial = self.folder / f"{PARTIAL}{self.rank}"
-        partial.write_bytes(msgspec.json.encode(beat))  # not flushed: worthless after a crash
-        partial.replace(self.folder / str(self.rank))
+        with contextlib.suppress(OSError):  # the others will notice
+            partial.write_bytes(msgspec.json.encode(beat))  # not flushed: worthless after a crash
+            partial.replace(self.folder / str(self.rank))
 
     def look(self, rank: int) -> Beat | None:
         """The last beat of a process, or None."""
