@@ -136,6 +136,8 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
             raise UserError(f"{folder} was prepared by another process: run this command again")
         if not only_install_left(partial, settings, cfg.overwrite):
             build(cfg, folder, group, settings)
+        group.stage = "done"
+        group.wait_for_others()
         manifest = install(partial, folder)
     report(manifest)
     print(f"wrote {folder}, with a vocabulary of {manifest.vocab_size:,} ids")
@@ -167,8 +169,6 @@ def build(cfg: PrepareConfig, folder: Path, group: Group, settings: Settings) ->
                 parts = Parts(partial / PARTS, group, streams, reading.fields, encode)
                 group.stage = "encoding"
                 builder.run(parts.merged)
-                group.stage = "done"
-                group.wait_for_others()
         manifest = Manifest(
             settings=settings,
             template=cfg.template,

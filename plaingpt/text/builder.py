@@ -229,9 +229,9 @@ class SplitBuilder:
         to_val = held_out & ~self.is_val_full(np.where(held_out, tokens, 0), held_out)
         for split, chosen in ((self.train, ~to_val), (self.val, to_val)):
             if chosen.any():
-                some = slice(None) if chosen.all() else np.repeat(chosen, tokens)
-                some_mask = None if mask is None else mask[some]
-                split.write_documents(ids[some], some_mask, documents[chosen])
+                some = picked(ids, tokens, chosen)
+                some_mask = None if mask is None else picked(mask, tokens, chosen)
+                split.write_documents(some, some_mask, documents[chosen])
         stream.tokens += written
         stream.documents += count
         return count
@@ -325,6 +325,13 @@ class Reader:
             if self.chunk is None:
                 break
         return self.chunk
+
+
+def picked(values: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The values of the chosen documents, given how many values each document has."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # begin, end, begin, …
+    places = np.append(0, np.cumsum(lengths))[edges].tolist()
+    return np.concatenate([values[a:b] for a, b in zip(places[::2], places[1::2])])
 
 
 def share_of(stream: Stream) -> float:

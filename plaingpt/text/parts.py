@@ -7,6 +7,7 @@ A source is shared out by its units (see sources.py). A part holds what a proces
 in a few seconds; the last one of a unit says so. A restarted process goes on after the last part.
 """
 
+import contextlib
 import itertools
 import time
 import zlib
@@ -51,13 +52,14 @@ class Part(msgspec.Struct, frozen=True):
 
 def write_part(path: Path, part: Part) -> None:
     content = msgspec.msgpack.encode(part)
-    with atomic_file(path) as partial:
-        partial.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        file.write(zlib.crc32(content).to_bytes(4, "little"))
+        file.write(content)
 
 
 def read_part(path: Path) -> Part:
     """Raises UserError for a damaged file."""
-    content = path.read_bytes()
+    content = memoryview(path.read_bytes())
     try:
         if int.from_bytes(content[:4], "little") != zlib.crc32(content[4:]):
             raise ValueError("its checksum differs")
@@ -85,7 +87,8 @@ class Job:
 
     stream: Stream
     units: Sequence[Unit]
-    unit: int = 0  # that it is encoding, or the next
+    unit: int = 0  # that it is encoding, or the next that may be free
+    written: int = 0  # parts in all
     part: int = 0  # the next of that unit
     position: Position = field(default_factory=Position)  # of that part, in the unit
     chunks: Iterator[Encoded] | None = None  # of the unit from there on
@@ -104,17 +107,17 @@ class Parts:
     ) -> None:
         self.folder, self.group, self.encode = folder, group, encode
         self.jobs = [Job(stream, stream.source.units(fields)) for stream in streams]
-        self.firsts = [0, *itertools.accumulate(len(job.units) for job in self.jobs)]
         self.removed = [0] * len(streams)  # units of which no part is left
         group.units = [stream.position.unit()[0] for stream in streams]
         folder.mkdir(exist_ok=True)
 
-    def owner(self, source: int, unit: int) -> int:
-        """The process that encodes a unit."""
-        return (self.firsts[source] + unit) % self.group.size
+    def path(self, source: int, unit: int, part: int | str) -> Path:
+        number = part if isinstance(part, str) else f"{part:06d}"
+        return self.folder / f"{source:03d}_{unit:06d}_{number}"
 
-    def path(self, source: int, unit: int, part: int) -> Path:
-        return self.folder / f"{source:03d}_{unit:06d}_{part:06d}"
+    def claim_path(self, source: int, unit: int) -> Path:
+        """The file that says which process encodes a unit."""
+        return self.group.folder / f"{source:03d}_{unit:06d}"
 
     # --- encoding
 
@@ -127,39 +130,54 @@ class Parts:
 
     def work(self) -> bool:
         """Encode for some seconds, and write a part; False if there is nothing to do for now."""
-        ready = []
-        for source, (job, merging) in enumerate(zip(self.jobs, self.group.merging(len(self.jobs)))):
-            if job.chunks is None:
-                job.unit = max(job.unit, merging)
-                job.unit += (self.group.rank - self.owner(source, job.unit)) % self.group.size
-            ahead = job.unit - merging
-            if job.unit < len(job.units) and ahead <= UNITS_AHEAD * self.group.size:
-                by_turns = (ahead, job.part) if job.stream.is_weighed else (0, 0)
-                ready.append((job.stream.all_val, *by_turns, source))
-        if ready:
-            self.write_next(min(ready)[-1])
-        return bool(ready)
+        merging = self.group.merging(len(self.jobs))
+        order = [
+            (job.stream.all_val, job.written if job.stream.is_weighed else 0, source)
+            for source, job in enumerate(self.jobs)
+            if merging[source] < len(job.units)
+        ]
+        for *_, source in sorted(order):
+            if self.jobs[source].chunks or self.claim(source, merging[source]):
+                self.write_next(source)
+                return True
+        return False
+
+    def claim(self, source: int, merging: int) -> bool:
+        """Find a unit that nobody encodes, not too far ahead, and begin with it."""
+        job = self.jobs[source]
+        ahead = merging + UNITS_AHEAD * self.group.size
+        for unit in range(max(job.unit, merging), min(ahead, len(job.units))):
+            with contextlib.suppress(FileExistsError):
+                with self.claim_path(source, unit).open("x") as file:
+                    file.write(str(self.group.rank))
+                job.unit = unit
+                if self.begin(source):
+                    return True
+        return False
+
+    def begin(self, source: int) -> bool:
+        """Begin with a unit, after what earlier runs have written of it, if that is not all."""
+        job = self.jobs[source]
+        job.part, job.position = 0, Position()
+        while (path := self.path(source, job.unit, job.part)).exists():
+            known = read_part(path)
+            if known.is_last:
+                return False
+            job.part, job.position = job.part + 1, known.after
+        unit = replace(job.stream.source, opened=(job.units[job.unit],))
+        job.chunks = self.encode(replace(job.stream, source=unit, position=job.position))
+        return True
 
     def write_next(self, source: int) -> None:
-        """Write the next part of a source, unless an earlier run has written the whole unit."""
         job = self.jobs[source]
-        if job.chunks is None:
-            job.part, job.position = 0, Position()
-            while self.path(source, job.unit, job.part).exists():
-                known = read_part(self.path(source, job.unit, job.part))
-                job.part, job.position = job.part + 1, known.after
-                if known.is_last:
-                    job.unit += 1
-                    return
-            unit = replace(job.stream.source, opened=(job.units[job.unit],))
-            job.chunks = self.encode(replace(job.stream, source=unit, position=job.position))
+        assert job.chunks
         part = self.next_part(job.chunks, job.position)
         if self.group.is_done():
             return
         write_part(self.path(source, job.unit, job.part), part)
-        job.part, job.position = job.part + 1, part.after
+        job.part, job.position, job.written = job.part + 1, part.after, job.written + 1
         if part.is_last:
-            job.unit, job.chunks = job.unit + 1, None
+            job.chunks = None
 
     def next_part(self, chunks: Iterator[Encoded], before: Position) -> Part:
         found, tokens, error, began = [], 0, None, time.monotonic()
@@ -188,6 +206,10 @@ class Parts:
         that has to write it has died.
         """
         source = next(at for at, job in enumerate(self.jobs) if job.stream is stream)
+        if stream.all_val:  # which come last
+            for at, job in enumerate(self.jobs):
+                if not job.stream.all_val:
+                    self.group.units[at] = len(job.units)
         start, units = stream.position, self.jobs[source].units
         first, items = start.unit()
         read = sum(unit.size for unit in units[:first])
@@ -204,13 +226,12 @@ class Parts:
             items, read = items + part.after.items, read + units[unit].size
 
     def parts_of(self, source: int, unit: int) -> Iterator[Part]:
-        before, owner = Position(), self.owner(source, unit)
+        before = Position()
         for number in itertools.count():
             path = self.path(source, unit, number)
             while not path.exists():
                 if not self.work():
-                    assert owner != self.group.rank
-                    self.group.check(owner)
+                    self.check_claim(source, unit)
                     time.sleep(POLL_SECONDS)
             part = read_part(path)
             if part.before != before:
@@ -220,11 +241,17 @@ class Parts:
                 return
             before = part.after
 
+    def check_claim(self, source: int, unit: int) -> None:
+        """Raises UserError if the process that encodes a unit has died."""
+        rank = self.claim_path(source, unit).read_text()
+        if rank:  # it is about to write its name
+            self.group.check(int(rank))
+
     def remove_saved(self, source: int) -> None:
         """Remove the parts of units that will not be needed again, even after a kill."""
         job = self.jobs[source]
         saved, _ = job.stream.saved.unit()
         for unit in range(self.removed[source], saved):
-            for path in self.folder.glob(self.path(source, unit, 0).name[:-6] + "*"):
+            for path in self.folder.glob(self.path(source, unit, "*").name):
                 path.unlink()
         self.removed[source] = saved
