@@ -1,10 +1,11 @@
 """
-What the processes of a group do: each encodes its share of the sources into files, `parts`, and
+What the processes of a group do: each encodes some of the sources into files, `parts`, and
 process 0 puts these together, in the order of the sources and by the same rules as if it had
 encoded everything itself. So nothing of the result depends on the number of processes.
 
-A source is shared out by its units (see sources.py). A part holds what a process encoded of a unit
-in a few seconds; the last one of a unit says so. A restarted process goes on after the last part.
+A process that is free claims the next unit of a source (see sources.py). A part holds what it
+encoded of that unit in a few seconds; the last one says so. After a restart, whoever claims the
+unit goes on after the parts that are there.
 """
 
 import contextlib
