@@ -30,7 +30,7 @@ import prepare
 import train
 from plaingpt import locks
 from plaingpt.checkpoint import folders, store
-from plaingpt.text import builder, cutting, encoding, shards
+from plaingpt.text import builder, cutting, encoding, shards, splits
 from plaingpt.training import run_folder
 from tools import export
 
@@ -45,7 +45,7 @@ CALLS = [  # what Python does not audit
     (torch, "save"),
     (safetensors.torch, "save_file"),
     (shards.ShardWriter, "write"),
-    (builder.SplitWriter, "write_documents"),
+    (splits.SplitWriter, "write_documents"),
 ]
 STEPS, SAVE_EVERY = 6, 2
 workers.context.set_forkserver_preload(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import prepare
-from plaingpt.text import builder, cutting, dataset, encoding, progress, shards, sources
+from plaingpt.text import builder, cutting, dataset, encoding, progress, shards, sources, splits
 from plaingpt.text.records import Rows
 from plaingpt.text.tokenizer import Tokenizer
 from prepare import PrepareConfig
@@ -887,7 +887,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kin
 
     monkeypatch.setattr(builder.SplitBuilder, "save", save)
     for name in ("write", "write_documents"):
-        monkeypatch.setattr(builder.SplitWriter, name, dying(getattr(builder.SplitWriter, name)))
+        monkeypatch.setattr(splits.SplitWriter, name, dying(getattr(splits.SplitWriter, name)))
     deaths = 0
     for _ in range(200):
         lives[0] = int(rng.integers(1, 150))

@@ -8,9 +8,9 @@ from configurator import UserError
 from plaingpt.checksums import SUMS, sha256_of, write_sums
 from plaingpt.files import Settings, flush
 from plaingpt.text import progress
-from plaingpt.text.builder import KEPT
 from plaingpt.text.dataset import MANIFEST, PARTIAL, Manifest, read_manifest
 from plaingpt.text.progress import check_settings_unchanged
+from plaingpt.text.splits import KEPT
 
 
 def check_target(folder: Path) -> Manifest | None:
