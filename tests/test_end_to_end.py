@@ -26,7 +26,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plaingpt.text.tokenizer import Tokenizer
-from tools import bench, compare, eval, experiment, export, pairs, serve
+from tools import bench, compare, eval, experiment, export, figures, pairs, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -39,6 +39,7 @@ CLASSES = {
     "tools.compare": compare.CompareConfig,
     "tools.experiment": experiment.ExperimentConfig,
     "tools.pairs": pairs.PairsConfig,
+    "tools.figures": figures.FiguresConfig,
 }
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
@@ -46,7 +47,7 @@ OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv", "
 PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
-DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md"))
+DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").rglob("*.md"))
 WORKFLOW = REPO / ".github" / "workflows" / "tests.yml"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
