@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import hf_trainer
+import make_instructions
 import pytest
 import to_gguf
 import torch.distributed.run
@@ -42,9 +43,10 @@ CLASSES = {
     "tools.figures": figures.FiguresConfig,
 }
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
+EXAMPLES |= {"runs/make_instructions.py": make_instructions}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
 OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv", "cmake"}
-PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
+PROGRAMS = {"python", "torchrun", "pip", "uv", "sh", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
 DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").rglob("*.md"))
@@ -119,6 +121,8 @@ def check(program: str, arguments: list[str]) -> None:
         check(known.training_script, known.training_script_args)
     elif program in EXAMPLES:
         inspect.signature(EXAMPLES[program].main).bind(*arguments)
+    elif program == "sh":
+        assert (REPO / arguments[0]).is_file(), arguments
     elif program == "pip":
         assert arguments[0] == "install"
         for before, name in pairwise(arguments):

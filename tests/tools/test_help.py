@@ -39,6 +39,7 @@ TOOLS = [f"tools/{name}" for name in NAMES]
         ("tools/bench.py train", "  --nanogpt "),
         ("examples/hf_trainer.py", "    python examples/hf_trainer.py "),
         ("examples/to_gguf.py", "    python examples/to_gguf.py "),
+        ("runs/make_instructions.py", "    python runs/make_instructions.py "),
     ],
 )
 def test_help_is_printed_without_torch(command, line):
