@@ -109,8 +109,8 @@ def draw_tokens(ids: list[int], tokenizer: Tokenizer) -> Figure:
     figure = Figure(figsize=(7, 0.6 * (1 - y / 3)), layout="constrained")
     axes = figure.subplots()
     for number, (x, y, width, piece, token) in enumerate(places):
-        box = {"facecolor": f"C{number % 10}", "alpha": 0.25}
-        axes.broken_barh([(x + 0.1, width - 0.2)], (y, 2), **box)
+        color = f"C{number % 10}"
+        axes.broken_barh([(x + 0.1, width - 0.2)], (y, 2), facecolor=color, alpha=0.25)
         axes.text(x + width / 2, y + 1.35, piece, fontsize=10, **MONOSPACE)
         axes.text(x + width / 2, y + 0.5, str(token), fontsize=7, color="0.35", **MONOSPACE)
     axes.set(xlim=(0, COLUMNS), ylim=(y - 0.3, 2.3))
