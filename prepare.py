@@ -7,6 +7,7 @@ Text → shards of tokens, in data_dir.
     python prepare.py config/data_fineweb.py                    # a recipe for a dataset of the hub
     torchrun --nproc_per_node=4 prepare.py config/data_fineweb.py    # in several processes
     python prepare.py --inspect=data/mine                       # describe a folder and check it
+    python prepare.py --inspect="def main():" --tokenizer=bpe,gpt2,bytes  # a text in their tokens
 
 plaingpt/text/sources.py says what a source can be, templates.py what a template does. Documents
 are separated by `<|endoftext|>`. Killed at any moment, the same command resumes and ends with the
@@ -49,13 +50,15 @@ class PrepareConfig:
     seed: NonNegativeInt = 1337  # chooses the documents to validate on
     overwrite: bool = False  # replace a data_dir that was made with other settings
     workers: NonNegativeInt = 0  # threads that tokenize in each process; 0: one more than its cores
-    inspect: Folder | None = None  # a data_dir to describe and check; nothing is prepared
+    inspect: Folder | None = None  # a data_dir to describe and check, or a text to show as tokens
 
 
 if __name__ == "__main__":
     configurator.answer_help(PrepareConfig)  # before the imports that take longer than the help
 
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,8 +71,10 @@ from plaingpt.checkpoint.folders import step_folders
 from plaingpt.environment import rank_and_size
 from plaingpt.files import Settings, write_json
 from plaingpt.locks import locked
+from plaingpt.prompts import read_prompt
 from plaingpt.text import dataset
 from plaingpt.text.builder import Limits, SplitBuilder
+from plaingpt.text.comparison import compare
 from plaingpt.text.dataset import Manifest
 from plaingpt.text.documents import Reading, Stream, open_streams, sample_texts
 from plaingpt.text.encoding import Encoder, default_threads, encoded
@@ -111,6 +116,9 @@ def prepare(cfg: PrepareConfig) -> Manifest | None:
     last saved progress; if nothing was saved yet, nothing is left behind.
     """
     configurator.validate(cfg, problems_of(cfg))
+    if cfg.inspect and is_text(cfg.inspect):
+        compare(read_prompt(cfg.inspect, "inspect"), named_tokenizers(cfg))
+        return None
     if cfg.inspect is not None:
         return inspect(Path(cfg.inspect))
     rank, size = rank_and_size()
@@ -271,22 +279,51 @@ def open_tokenizer(
 
 
 def make_tokenizer(cfg: PrepareConfig, streams: list[Stream], reading: Reading) -> Tokenizer:
-    if cfg.tokenizer == "gpt2":
+    if cfg.tokenizer != "bpe":
+        return find_tokenizer(cfg.tokenizer)
+    tokenizer = Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
+    if tokenizer.vocab_size < cfg.vocab_size:
+        size = f"{tokenizer.vocab_size:,} ids, not {cfg.vocab_size:,}"
+        print(f"BPE: {size}: the text is too short or too uniform for more", file=sys.stderr)
+    return tokenizer
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """One that exists: gpt2, bytes, or that of a run or a folder. Raises UserError without one."""
+    if name == "gpt2":
         return Tokenizer.gpt2()
-    if cfg.tokenizer == "bytes":
+    if name == "bytes":
         return Tokenizer.bytes()
-    if cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(sample_texts(streams, reading, SAMPLE_BYTES), cfg.vocab_size)
-        if tokenizer.vocab_size < cfg.vocab_size:
-            size = f"{tokenizer.vocab_size:,} ids, not {cfg.vocab_size:,}"
-            print(f"BPE: {size}: the text is too short or too uniform for more", file=sys.stderr)
-        return tokenizer
-    if not Path(cfg.tokenizer).exists():
-        raise UserError(
-            f"tokenizer={cfg.tokenizer!r} is not bpe, bytes or gpt2, and does not exist"
-        )
-    steps = step_folders(cfg.tokenizer)  # of a run, which all have the same
-    return Tokenizer.load(steps[-1] if steps else cfg.tokenizer)
+    if not Path(name).exists():
+        raise UserError(f"tokenizer={name!r} is not bpe, bytes or gpt2, and does not exist")
+    steps = step_folders(name)  # of a run, which all have the same
+    return Tokenizer.load(steps[-1] if steps else name)
+
+
+# --- a text to show as tokens
+
+
+def is_text(inspected: str) -> bool:
+    """Whether --inspect holds a text, as FILE:path or itself, and not a folder or what looks like
+    its path: words without white space and with a slash."""
+    if inspected.startswith("FILE:"):
+        return True
+    like_a_path = re.fullmatch(r"\S*[/\\]\S*" if os.sep == "\\" else r"\S*/\S*", inspected)
+    return not (os.path.isdir(inspected) or like_a_path)
+
+
+def named_tokenizers(cfg: PrepareConfig) -> dict[str, Tokenizer]:
+    """The tokenizers that --tokenizer names, several with commas between; bpe: that of data_dir.
+
+    Raises UserError if one cannot be found.
+    """
+    found = {}
+    for name in cfg.tokenizer.split(","):
+        if name == "bpe":
+            found[cfg.data_dir] = dataset.open_dataset(cfg.data_dir).tokenizer
+        else:
+            found[name] = find_tokenizer(name)
+    return found
 
 
 def announce_left_out(cfg: PrepareConfig, streams: list[Stream]) -> None:

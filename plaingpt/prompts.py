@@ -1,4 +1,4 @@
-"""The prompts of sample.py: one from the command line or a file, or a file of many."""
+"""Texts that are given to a command: one from the command line or a file, or a file of many."""
 
 from pathlib import Path
 
@@ -16,19 +16,19 @@ class Line(msgspec.Struct, frozen=True):
     prompt: str
 
 
-def read_prompt(start: str) -> str:
-    """The prompt that --start gives. Raises UserError if it is not UTF-8, or its file cannot be
-    read."""
-    if start.startswith("FILE:"):
-        name = start.removeprefix("FILE:")
+def read_prompt(given: str, setting: str = "start") -> str:
+    """The text that a setting gives, itself or as FILE:path. Raises UserError if it is not UTF-8,
+    or its file cannot be read."""
+    if given.startswith("FILE:"):
+        name = given.removeprefix("FILE:")
         if not name:
-            raise UserError("start=FILE: lacks a file name: write --start=FILE:prompt.txt")
+            raise UserError(f"{setting}=FILE: lacks a file name: write --{setting}=FILE:prompt.txt")
         return read_text(Path(name).expanduser())
     try:
-        start.encode()
+        given.encode()
     except UnicodeEncodeError:
-        raise UserError("start is not UTF-8") from None
-    return start
+        raise UserError(f"{setting} is not UTF-8") from None
+    return given
 
 
 def read_prompts(name: str) -> list[str]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import hf_trainer
+import make_instructions
 import pytest
 import to_gguf
 import torch.distributed.run
@@ -26,7 +27,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plaingpt.text.tokenizer import Tokenizer
-from tools import bench, compare, eval, experiment, export, pairs, serve
+from tools import bench, compare, eval, experiment, export, figures, pairs, serve
 
 REPO = Path(__file__).parents[1]
 CLASSES = {
@@ -39,14 +40,16 @@ CLASSES = {
     "tools.compare": compare.CompareConfig,
     "tools.experiment": experiment.ExperimentConfig,
     "tools.pairs": pairs.PairsConfig,
+    "tools.figures": figures.FiguresConfig,
 }
 EXAMPLES = {"examples/hf_trainer.py": hf_trainer, "examples/to_gguf.py": to_gguf}
+EXAMPLES |= {"runs/make_instructions.py": make_instructions}
 OTHERS = {"pytest", "ruff", "mypy", "transformers", "ct2-transformers-converter", "vllm", "hf"}
 OTHERS |= {"llama-server", "git", "curl", "head", "tail", "cd", "yes", "venv", "cmake"}
-PROGRAMS = {"python", "torchrun", "pip", "uv", *OTHERS}
+PROGRAMS = {"python", "torchrun", "pip", "uv", "sh", *OTHERS}
 CONFIGS = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "config").glob("*.py"))
 DOCS = sorted(path.relative_to(REPO).as_posix() for path in REPO.glob("*.md"))
-DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md"))
+DOCS += sorted(path.relative_to(REPO).as_posix() for path in (REPO / "docs").rglob("*.md"))
 WORKFLOW = REPO / ".github" / "workflows" / "tests.yml"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
@@ -118,6 +121,8 @@ def check(program: str, arguments: list[str]) -> None:
         check(known.training_script, known.training_script_args)
     elif program in EXAMPLES:
         inspect.signature(EXAMPLES[program].main).bind(*arguments)
+    elif program == "sh":
+        assert (REPO / arguments[0]).is_file(), arguments
     elif program == "pip":
         assert arguments[0] == "install"
         for before, name in pairwise(arguments):

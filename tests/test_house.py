@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 DOOR = {"model", "train", "prepare", "sample", "configurator"}
-TOOLS = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs")
+TOOLS = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs", "figures")
 COMMANDS = {"train", "prepare", "sample"} | {f"tools.{name}" for name in TOOLS}
 MAX_PARAMETERS = 6
 LEAVES = {  # what the files at the root of all imports may import of ours

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-NAMES = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs")
+NAMES = ("eval", "export", "serve", "bench", "compare", "experiment", "pairs", "figures")
 TOOLS = [f"tools/{name}" for name in NAMES]
 
 
@@ -25,6 +25,7 @@ TOOLS = [f"tools/{name}" for name in NAMES]
         ("-m tools.compare", "  --runs "),
         ("-m tools.experiment", "  --variants "),
         ("-m tools.pairs", "  --read "),
+        ("-m tools.figures", "  --text "),
         ("-m tools.bench", "    python -m tools.bench train "),
         ("-m tools.bench prepare", "  --corpus_mb "),
         ("-m tools.bench train", "  --nanogpt "),
@@ -38,6 +39,7 @@ TOOLS = [f"tools/{name}" for name in NAMES]
         ("tools/bench.py train", "  --nanogpt "),
         ("examples/hf_trainer.py", "    python examples/hf_trainer.py "),
         ("examples/to_gguf.py", "    python examples/to_gguf.py "),
+        ("runs/make_instructions.py", "    python runs/make_instructions.py "),
     ],
 )
 def test_help_is_printed_without_torch(command, line):
