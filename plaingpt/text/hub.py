@@ -65,7 +65,7 @@ class Shard:
                 known = copy.deepcopy(self.stream.state_dict())
         except Exception as error:  # the hub's, fsspec's, pyarrow's and httpx' own kinds
             said = " ".join(str(error).split())
-            where = f"source {self.label} {number:,}: reading ended after it"
+            where = f"source {self.label} {number:,}: reading broke off after it"
             raise BrokenStream(f"{where} ({type(error).__name__}: {said})") from error
 
 

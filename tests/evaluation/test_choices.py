@@ -232,12 +232,12 @@ def test_a_download_that_breaks_says_what_the_same_command_does(monkeypatch):
             raise TimeoutError("no more bytes")
             yield
 
-    monkeypatch.setattr(hub, "hub_stream", lambda *_: Stream())
+    monkeypatch.setattr(hub, "hub_streams", lambda *_: [Stream()])
     monkeypatch.setattr(items, "impatient", lambda _: nullcontext())
-    with pytest.raises(OSError, match="after record 0 .*no more bytes.* from the beginning$"):
+    with pytest.raises(OSError, match="broke off .*no more bytes.* from the beginning$"):
         items.read("piqa", None, 0, None)
-    with pytest.raises(OSError, match="after record 0 .* resumes from the last saved progress$"):
-        next(find_source("hf:own/er").items(Position()))
+    with pytest.raises(OSError, match="record 0: .* resumes from the last saved progress$"):
+        next(find_source("hf:own/er").batches(Position()))
 
 
 def test_shots_come_from_the_training_split(folder):

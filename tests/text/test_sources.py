@@ -418,7 +418,7 @@ def test_a_broken_connection_is_explained(hub, monkeypatch):
     found = find_source("hf:owner/name").items(Position())
     assert next(found)[0] == Row("hf:owner/name, record 1", {"text": "0"})
     with pytest.raises(
-        OSError, match=f"record {BATCH}: reading ended after it .*Disconnected.*resumes"
+        OSError, match=f"record {BATCH}: reading broke off after it .*Disconnected.*resumes"
     ):
         list(found)
 
