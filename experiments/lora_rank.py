@@ -9,7 +9,7 @@ _write_text = """
 import json, pathlib, pydoc_data.topics as found
 path = pathlib.Path('data/topics.jsonl')
 lines = [json.dumps(dict(text=text)) for text in found.topics.values()]
-path.exists() or path.write_text(chr(10).join(lines))
+path.write_text(chr(10).join(lines))
 """
 setup = (
     "python prepare.py",

@@ -96,11 +96,12 @@ def first_sentence(docstring: str) -> str:
 def signature(thing: Any) -> str | None:
     """Such as (obj, indent=None): without types; None if it is unknown, or too long."""
     try:
-        parameters = inspect.signature(thing).parameters.values()
+        found = inspect.signature(thing)
     except (TypeError, ValueError):  # some built-in ones
         return None
-    plain = [each.replace(annotation=each.empty) for each in parameters if each.name != "self"]
-    text = f"({', '.join(map(str, plain))})"
+    parameters = [each for each in found.parameters.values() if each.name != "self"]
+    plain = [each.replace(annotation=each.empty) for each in parameters]
+    text = str(found.replace(parameters=plain, return_annotation=found.empty))
     return text if len(text) <= LONGEST and not re.search(r"<.* at 0x|<class", text) else None
 
 

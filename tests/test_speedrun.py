@@ -124,5 +124,6 @@ def test_a_signature_has_names_and_defaults():
     def function(self, a: int, *b: str, c: float = 0.5) -> None: ...
 
     assert make_instructions.signature(function) == "(a, *b, c=0.5)"
+    assert make_instructions.signature(sorted) == "(iterable, /, *, key=None, reverse=False)"
     function.__kwdefaults__["c"] = object()  # whose address would vary
     assert make_instructions.signature(function) is None

@@ -143,7 +143,8 @@ def score(cfg: EvalConfig) -> list[Result]:
             results.append(measure())
             if rt.is_main and (name in ON_DATA or items.is_text(name)):
                 summary = questions.summary if name == "answers" else perplexity.summary
-                print(summary(results[-1]))
+                of_text = f"{name}: " if items.is_text(name) else ""
+                print(of_text + summary(results[-1]))
         if cfg.judge and cfg.judge_model and cfg.answers and rt.is_main:
             results.append(judge.judged(Judge(cfg.judge, cfg.judge_model), cfg.answers))
     finally:
@@ -211,8 +212,9 @@ def prepared(
         assert data
         return partial(answered, cfg, model, data, questions.read(data, cfg.limit), rt)
     if task == "core":
-        bundle = core.read(Path(str(cfg.task_dir)), cfg.limit)
-        return partial(core.measure, bundle, model, tokenizer, rt)
+        bundle, block_size = Path(str(cfg.task_dir)), model.config.block_size
+        read = core.read(bundle, cfg.limit, tokenizer, block_size)
+        return partial(core.measure, read, model, rt)
     if task != "perplexity" and not items.is_text(task):
         asked = items.read(task, cfg.task_dir, cfg.shots, cfg.limit)
         if asked.warning and rt.is_main:

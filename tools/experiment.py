@@ -181,7 +181,7 @@ def set_up(cfg: ExperimentConfig, runs: list[Run]) -> None:
 def train_all(runs: list[Run], jobs: int, records: Path) -> None:
     """Train runs, `jobs` at a time, and record each one that finishes. If this is interrupted, the
     runs in progress save and stop. Raises UserError, at the end, for those that failed."""
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
     waiting, failed = list(runs), []
     running: list[tuple[Run, subprocess.Popen]] = []
     try:

@@ -91,13 +91,15 @@ class CoreItems:
     guessing: float  # the share of items that it solves
     items: list[Item]
     places: list[str]
+    rows: list[list[Sequence]]  # a sequence for each choice of each item
     digest: str
 
 
-def read(bundle: Path, limit: int | None) -> list[CoreItems]:
+def read(bundle: Path, limit: int | None, tokenizer: Tokenizer, block_size: int) -> list[CoreItems]:
     """The tasks of a bundle, each with the first `limit` items (None: all) in nanochat's order.
 
-    Raises UserError for files that are missing or malformed.
+    Raises UserError for files that are missing or malformed, and for a continuation that is longer
+    than the model's context.
     """
     tasks, guessing = read_list(bundle / "core.yaml"), baselines(bundle / "eval_meta_data.csv")
     found = []
@@ -110,27 +112,28 @@ def read(bundle: Path, limit: int | None) -> list[CoreItems]:
         Random(ORDER_SEED).shuffle(both)
         items, places = map(list, zip(*both[:limit]))
         if task.shots >= len(items):
-            raise UserError(f"{path} has too few items for {quantity(task.shots, 'shot')}")
-        found.append(CoreItems(task, guessing[task.label], items, places, split.digest))
-    return found
-
-
-def measure(asked: list[CoreItems], model: GPT, tokenizer: Tokenizer, rt: Runtime) -> Result:
-    """The accuracy of each task, centered so that guessing has 0 and a model that solves all items
-    1, and the mean of all tasks. The processes share the work.
-
-    Raises UserError for a continuation that is longer than the model's context, and for a model
-    whose logits are not finite.
-    """
-    figures, block_size = {}, model.config.block_size
-    found: list[dict[str, Any]] = []
-    for each in asked:
-        label, rows = each.task.label, []
-        for number, place in enumerate(each.places):
-            row = encode(each.task, each.items, number, tokenizer)
+            few = f"{path} has too few items" if limit is None else f"limit={limit} is too small"
+            raise UserError(f"{few} for the {quantity(task.shots, 'shot')} of {task.label}")
+        rows = []
+        for number, place in enumerate(places):
+            row = encode(task, items, number, tokenizer)
             for sequence in row:
                 check(sequence, block_size - 1, place)
             rows.append([Sequence(one.ids[-block_size:], one.scored) for one in row])
+        found.append(CoreItems(task, guessing[task.label], items, places, rows, split.digest))
+    return found
+
+
+def measure(asked: list[CoreItems], model: GPT, rt: Runtime) -> Result:
+    """The accuracy of each task, centered so that guessing has 0 and a model that solves all items
+    1, and the mean of all tasks. The processes share the work.
+
+    Raises UserError for a model whose logits are not finite.
+    """
+    figures: dict[str, float] = {}
+    found: list[dict[str, Any]] = []
+    for each in asked:
+        label, rows = each.task.label, each.rows
         scores = likelihood.score(model, rows, rt, label)
         for item, place, row, choices in zip(each.items, each.places, rows, scores):
             values = [choice.log_likelihood for choice in choices]

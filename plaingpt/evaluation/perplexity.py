@@ -58,7 +58,7 @@ class EncodedText:
     task: str  # the name of its result
     path: str
     ids: np.ndarray
-    bytes_per_token: float
+    tokenizer: Tokenizer
     digest: str
 
 
@@ -68,7 +68,7 @@ def encoded(task: str, path: str, tokenizer: Tokenizer) -> EncodedText:
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     if len(ids) < 2:
         raise UserError(f"{path} has {quantity(len(ids), 'token')}: expected at least 2")
-    return EncodedText(task, path, ids, len(text.encode()) / len(ids), sha256_of(Path(path)))
+    return EncodedText(task, path, ids, tokenizer, sha256_of(Path(path)))
 
 
 def of_text(
@@ -82,7 +82,9 @@ def of_text(
     windows = list(islice(windows_of(len(text.ids), block_size, stride), max_windows))
     loss, tokens = loss_of(model, batches_of(text.ids, windows, rt), len(windows), rt)
     protocol = protocol_of(block_size, stride)
-    found = result_of(protocol, loss, tokens, text.bytes_per_token, {text.path: text.digest})
+    read = text.ids[: windows[-1][1]]
+    bytes_per_token = text.tokenizer.count_bytes(read) / len(read)
+    found = result_of(protocol, loss, tokens, bytes_per_token, {text.path: text.digest})
     return replace(found, task=text.task)
 
 

@@ -62,9 +62,9 @@ def run_sentences(plan: Plan) -> list[str]:
         tokens = plan.steps_left * plan.tokens_per_step
         lines.append(f"Left: {quantity(plan.steps_left, 'step')}, {quantity(tokens, 'token')}.")
     if plan.tasks:
-        times = quantity(plan.measuring.count(plan.done, plan.max_steps), "time")
+        times = quantity(plan.measuring.count(plan.done, plan.max_steps) + baseline(plan), "time")
         reads = quantity(plan.task_tokens, "token")
-        lines.append(f"Tasks: {', '.join(plan.tasks)}; {times} {reads}.")
+        lines.append(f"Tasks: {', '.join(plan.tasks)}; measured {times}, {reads} each.")
     if plan.patience < math.inf:
         so_far = f" ({plan.waited:,} so far)" if plan.waited else ""
         lines.append(f"Ends early after {without_better(int(plan.patience))}{so_far}.")
@@ -77,6 +77,11 @@ def run_sentences(plan: Plan) -> list[str]:
     return lines
 
 
+def baseline(plan: Plan) -> int:
+    """1 for a run that evaluates the model that it starts from, else 0."""
+    return int(plan.done == 0 and not plan.fresh)
+
+
 def without_better(evaluations: int) -> str:
     return f"{quantity(evaluations, 'evaluation')} without a better validation loss"
 
@@ -87,8 +92,8 @@ def time_sentence(plan: Plan, step_s: float, how: str) -> str:
 
     Evaluating a token takes a third as long as training on it: there is no backward pass.
     """
-    evaluations = plan.evaluation.count(plan.done, plan.max_steps)
-    measurements = plan.measuring.count(plan.done, plan.max_steps)
+    evaluations = plan.evaluation.count(plan.done, plan.max_steps) + baseline(plan)
+    measurements = plan.measuring.count(plan.done, plan.max_steps) + baseline(plan)
     tokens = evaluations * plan.eval_tokens + measurements * plan.task_tokens
     steps = plan.steps_left + tokens / plan.tokens_per_step / 3
     step = f"{1000 * step_s:,.0f} ms" if step_s < 10 else f"{step_s:,.0f} s"

@@ -145,7 +145,7 @@ def test_it_equals_a_plain_computation(bundle, tmp_path):
         (
             "eval_data/more/parity.jsonl",
             '{"query": "", "choices": ["a"], "gold": 0}',
-            "too few items for 2 shots",
+            "too few items for the 2 shots of parity",
         ),
     ],
 )
@@ -155,8 +155,15 @@ def test_a_bundle_that_is_damaged_is_one_line(bundle, tmp_path, file, content, m
     else:
         (bundle / file).write_text(content)
     with pytest.raises(UserError) as caught:
-        core.read(bundle, None)
+        core.read(bundle, None, Tokenizer.bytes(), 64)
     assert message in str(caught.value)
+
+
+def test_a_limit_below_the_shots_and_a_long_item_are_found_before_measuring(bundle):
+    with pytest.raises(UserError, match="limit=2 is too small for the 2 shots of parity"):
+        core.read(bundle, 2, Tokenizer.bytes(), 64)
+    with pytest.raises(UserError, match="the model's context is 3"):
+        core.read(bundle, None, Tokenizer.bytes(), 4)
 
 
 def test_it_needs_its_bundle(tmp_path, capsys):

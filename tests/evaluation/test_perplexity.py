@@ -152,3 +152,14 @@ def test_a_text_that_cannot_be_measured(checkpoint, tmp_path, content, settings,
         (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises((configurator.UserError, OSError), match=message):
         figures_of(checkpoint, text=str(tmp_path / "text.txt"), **settings)
+
+
+def test_bits_per_byte_are_those_of_the_tokens_that_are_read(checkpoint, tmp_path):
+    """The letter that ends the text, of three bytes, lies beyond the limit."""
+    path = tmp_path / "mixed.txt"
+    path.write_text("a" * 2 * BLOCK_SIZE + "\u20ac" * BLOCK_SIZE, encoding="utf-8")
+    one = figures_of(checkpoint, text=str(path), limit=1)
+    _, tokenizer = store.load(checkpoint)
+    ids = tokenizer.encode(path.read_text(encoding="utf-8"))[: BLOCK_SIZE + 1]
+    expected = one["loss"] / math.log(2) * len(ids) / len(tokenizer.decode(ids).encode())
+    assert one["bits_per_byte"] == pytest.approx(expected)

@@ -43,8 +43,12 @@ def test_an_early_end_is_said():
 def test_tasks_are_said_with_how_often_and_how_much_they_read():
     plan = replace(PLAN, tasks=("piqa (200 items)", "words (80 tokens)"), measuring=Every(20))
     plan = replace(plan, task_tokens=9_000, done=60)
-    said = "Tasks: piqa (200 items), words (80 tokens); 2 times 9,000 tokens."
+    said = "Tasks: piqa (200 items), words (80 tokens); measured 2 times, 9,000 tokens each."
     assert said in sentences(plan)
+    tuned = replace(plan, done=0, fresh=False)  # measured before its first step, too
+    often = plan.measuring.count(0, plan.max_steps)
+    assert f"measured {often + 1} times" in "\n".join(sentences(tuned))
+    assert f"measured {often} times" in "\n".join(sentences(replace(tuned, fresh=True)))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_figures_are_those_of_tools_eval(asking, capsys):
     last = train.train(replace(asking, task_limit=5, task_interval=7))
     out = capsys.readouterr().out
     sizes = "mine (5 items), gaps (1 item), piqa (5 items), words (80 tokens)"
-    assert f"Tasks: {sizes}; 3 times " in out
+    assert f"Tasks: {sizes}; measured 3 times, " in out
     known = records(asking.out_dir)
     assert [r["step"] for r in known if figures_of(r)] == [7, 14, 20]
     results = eval.score(
