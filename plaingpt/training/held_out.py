@@ -25,6 +25,7 @@ def evaluate(state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:
             measured["val_bpb"] = bits_per_byte(loss, bytes_per_token)
             text += f", {measured['val_bpb']:.4f} bits per byte"
         print(text)
-    if plan.measuring.due(state.step):
+    last = plan.finished(state.step, state.progress.waited)  # because of its patience, maybe
+    if last or plan.measuring.due(state.step):
         measured |= measure_tasks(state.model, data.tasks, state.step, rt)
     return measured

@@ -179,3 +179,10 @@ def test_shares_have_a_panel_of_their_own(tmp_path):
     assert height() == before
     records[-1] |= {"mine/acc": 0.5, "mine/acc_norm": 0.4, "piqa/acc": None}
     assert height() > before
+
+
+def test_a_run_that_ends_early_measures_its_tasks_at_the_end(asking):
+    ending = {"max_steps": 20, "eval_interval": 2, "patience": 1, "task_interval": 15}
+    train.train(replace(asking, learning_rate=100.0, **ending))
+    steps = [record["step"] for record in records(asking.out_dir) if figures_of(record)]
+    assert len(steps) == 1 and steps[0] < 15
