@@ -27,6 +27,7 @@ from plaingpt.text.group import POLL_SECONDS, Group
 from plaingpt.text.sources import Mark, Position, Unit
 
 FOLDER = "parts"  # in the folder of what is half prepared
+FAILED = ".failed"  # suffix of an empty file: the part beside it has an error
 PART_SECONDS = 5.0  # of encoding
 PART_TOKENS = 1 << 25  # at most, roughly
 UNITS_AHEAD = 2  # that each process may be ahead of process 0
@@ -111,6 +112,10 @@ class Parts:
         self.removed = [0] * len(streams)  # units of which no part is left
         group.units = [stream.position.unit()[0] for stream in streams]
         folder.mkdir(exist_ok=True)
+        if group.rank == 0:  # and no other encodes yet
+            for mark in folder.glob(f"*{FAILED}"):  # what an earlier run could not read
+                mark.with_suffix("").unlink(missing_ok=True)
+                mark.unlink()
 
     def path(self, source: int, unit: int, part: int | str) -> Path:
         number = part if isinstance(part, str) else f"{part:06d}"
@@ -175,7 +180,10 @@ class Parts:
         part = self.next_part(job.chunks, job.position)
         if self.group.is_done():
             return
-        write_part(self.path(source, job.unit, job.part), part)
+        path = self.path(source, job.unit, job.part)
+        if part.error:
+            path.with_suffix(FAILED).touch()
+        write_part(path, part)
         job.part, job.position, job.written = job.part + 1, part.after, job.written + 1
         if part.is_last:
             job.chunks = None

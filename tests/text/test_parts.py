@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -249,14 +250,37 @@ def test_a_part_that_is_missing_or_damaged_is_noticed(tmp_path, quick):
         parts.read_part(path)
 
 
-def test_a_dead_process_ends_process_0_with_a_line(corpus, tmp_path, quick):
-    """If it was encoding something; without torchrun nobody else ends the others."""
+@pytest.fixture
+def streams(corpus) -> list[documents.Stream]:
+    """One source, of one unit."""
     reading = documents.Reading("text", "text", "skip", Validation(0.0, 0, math.inf, math.inf))
     _, lines, _ = corpus[0].removeprefix("--sources=").split(",")
-    streams = documents.open_streams((lines,), (), reading)
+    return documents.open_streams((lines,), (), reading)
+
+
+def nothing(stream: documents.Stream) -> Iterator[encoding.Encoded]:
+    return iter(())
+
+
+def unreadable(stream: documents.Stream) -> Iterator[encoding.Encoded]:
+    raise UserError("no package to read this")
+    yield
+
+
+def test_what_could_not_be_read_is_tried_again_by_the_next_run(streams, tmp_path, quick):
+    first = Group(tmp_path, 0, 2, "x")
+    with first.beating(), pytest.raises(UserError, match="no package"):
+        next(parts.Parts(tmp_path / "parts", first, streams, (), unreadable).merged(streams[0]))
+    with first.beating():
+        made = parts.Parts(tmp_path / "parts", first, streams, (), nothing)
+        assert list(made.merged(streams[0])) == []
+
+
+def test_a_dead_process_ends_process_0_with_a_line(streams, tmp_path, quick):
+    """If it was encoding something; without torchrun nobody else ends the others."""
     first = Group(tmp_path, 0, 2, "x")
     with first.beating():
-        made = parts.Parts(tmp_path / "parts", first, streams, ("text",), lambda stream: iter(()))
+        made = parts.Parts(tmp_path / "parts", first, streams, (), nothing)
         made.claim_path(0, 0).write_text("1")
         with pytest.raises(UserError, match="process 1 of 2 has shown no sign of life"):
             next(made.merged(streams[0]))
