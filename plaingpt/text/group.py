@@ -22,6 +22,7 @@ FOLDER = ".group"  # in the data folder
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 120.0  # without a sign of life; network file systems show changes up to 60 s late
 POLL_SECONDS = 0.05  # between two looks at what others may have written
+ENDED = "process 0 has ended: its own message says why"
 
 
 Stage = Literal["starting", "encoding", "done"]
@@ -104,15 +105,18 @@ class Group:
             )
 
     def is_done(self) -> bool:
-        """Whether process 0 needs no more parts."""
+        """Whether process 0 needs no more parts. Raises UserError if it ended before."""
         beat = self.look(0)
+        if beat is None and not self.folder.exists():
+            raise UserError(ENDED)
         return beat is not None and beat.stage == "done"
 
-    def merging(self, sources: int) -> Sequence[int]:
-        """By source, the unit that process 0 is putting in place."""
+    def merging(self) -> Sequence[int]:
+        """By source, the unit that process 0 is putting in place; empty if it cannot be read."""
+        if self.rank == 0:
+            return self.units
         beat = self.look(0)
-        found = self.units if self.rank == 0 else beat.units if beat else ()
-        return found or [0] * sources
+        return beat.units if beat else ()
 
     def wait_for_first(self, is_prepared: Callable[[], bool]) -> bool:
         """Wait until process 0 is encoding, or the folder `is_prepared`; return whether it encodes.
@@ -134,8 +138,14 @@ class Group:
 
     def wait_for_others(self) -> None:
         """In process 0: wait until all others know that it is done, or show no sign of life."""
-        for rank in range(1, self.size):
-            with contextlib.suppress(UserError):
-                while not ((beat := self.look(rank)) and beat.stage == "done"):
-                    self.check(rank)
-                    time.sleep(POLL_SECONDS)
+
+        def is_awaited(rank: int) -> bool:
+            try:
+                self.check(rank)
+            except UserError:
+                return False
+            beat, _ = self.seen[rank]
+            return beat is None or beat.stage != "done"
+
+        while any([is_awaited(rank) for rank in range(1, self.size)]):  # a list: look at all
+            time.sleep(POLL_SECONDS)

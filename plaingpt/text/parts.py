@@ -1,7 +1,7 @@
 """
 What the processes of a group do: each encodes some of the sources into files, `parts`, and
 process 0 puts these together, in the order of the sources and by the same rules as if it had
-encoded everything itself. So nothing of the result depends on the number of processes.
+encoded everything itself. So the result does not depend on the number of processes.
 
 A process that is free claims the next unit of a source (see sources.py). A part holds what it
 encoded of that unit in a few seconds; the last one says so. After a restart, whoever claims the
@@ -23,7 +23,7 @@ from configurator import UserError
 from plaingpt.files import atomic_file
 from plaingpt.text.documents import ITEM, Stream
 from plaingpt.text.encoding import Encoded, Encoder
-from plaingpt.text.group import POLL_SECONDS, Group
+from plaingpt.text.group import ENDED, POLL_SECONDS, Group
 from plaingpt.text.sources import Mark, Position, Unit
 
 FOLDER = "parts"  # in the folder of what is half prepared
@@ -128,15 +128,25 @@ class Parts:
     # --- encoding
 
     def help(self) -> None:
-        """In processes other than 0: encode until process 0 is done."""
-        while not self.group.is_done():
-            if not self.work():
-                self.group.check(0)
-                time.sleep(POLL_SECONDS)
+        """In processes other than 0: encode until process 0 is done.
+
+        Raises UserError if process 0 ends or dies before.
+        """
+        try:
+            while not self.group.is_done():
+                if not self.work():
+                    self.group.check(0)
+                    time.sleep(POLL_SECONDS)
+        except FileNotFoundError:
+            if self.folder.exists() and self.group.folder.exists():
+                raise
+            raise UserError(ENDED) from None  # it removes both
 
     def work(self) -> bool:
         """Encode for some seconds, and write a part; False if there is nothing to do for now."""
-        merging = self.group.merging(len(self.jobs))
+        merging = self.group.merging()
+        if not merging:
+            return False
         order = [
             (job.stream.all_val, job.written if job.stream.is_weighed else 0, source)
             for source, job in enumerate(self.jobs)
@@ -166,7 +176,10 @@ class Parts:
         job = self.jobs[source]
         job.part, job.position = 0, Position()
         while (path := self.path(source, job.unit, job.part)).exists():
-            known = read_part(path)
+            try:
+                known = read_part(path)
+            except FileNotFoundError:  # process 0 needs this unit no longer
+                return False
             if known.is_last:
                 return False
             job.part, job.position = job.part + 1, known.after
@@ -253,8 +266,8 @@ class Parts:
     def check_claim(self, source: int, unit: int) -> None:
         """Raises UserError if the process that encodes a unit has died."""
         rank = self.claim_path(source, unit).read_text()
-        if rank:  # it is about to write its name
-            self.group.check(int(rank))
+        for each in [int(rank)] if rank else range(self.group.size):  # empty: it may have died then
+            self.group.check(each)
 
     def remove_saved(self, source: int) -> None:
         """Remove the parts of units that will not be needed again, even after a kill."""

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -222,6 +223,14 @@ def test_a_process_that_no_longer_beats_is_named(tmp_path, quick):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_dead_are_waited_for_together(tmp_path, quick):
+    first = Group(tmp_path, 0, 20, "x")
+    with first.beating():
+        began = time.monotonic()
+        first.wait_for_others()
+    assert 0.3 <= time.monotonic() - began < 3.0  # 5.7 one after another
+
+
 def test_process_0_is_waited_for_until_it_encodes(tmp_path, quick):
     first, second = (Group(tmp_path, rank, 2, "x") for rank in range(2))
     stale = tmp_path / group.FOLDER
@@ -276,14 +285,62 @@ def test_what_could_not_be_read_is_tried_again_by_the_next_run(streams, tmp_path
         assert list(made.merged(streams[0])) == []
 
 
-def test_a_dead_process_ends_process_0_with_a_line(streams, tmp_path, quick):
+@pytest.mark.parametrize("name", ["1", ""])  # it may die between making and writing its claim
+def test_a_dead_process_ends_process_0_with_a_line(streams, tmp_path, quick, name):
     """If it was encoding something; without torchrun nobody else ends the others."""
     first = Group(tmp_path, 0, 2, "x")
     with first.beating():
         made = parts.Parts(tmp_path / "parts", first, streams, (), nothing)
-        made.claim_path(0, 0).write_text("1")
+        made.claim_path(0, 0).write_text(name)
         with pytest.raises(UserError, match="process 1 of 2 has shown no sign of life"):
             next(made.merged(streams[0]))
+
+
+@pytest.mark.parametrize("removed", ["all", "parts"])
+def test_the_others_end_with_a_line_when_process_0_has_ended(streams, tmp_path, quick, removed):
+    """It removes the folder of parts first, and then its own."""
+    first, second = (Group(tmp_path, rank, 2, "x") for rank in range(2))
+
+    def ended(stream: documents.Stream) -> Iterator[encoding.Encoded]:
+        shutil.rmtree(tmp_path / "parts")
+        if removed == "all":
+            shutil.rmtree(first.folder)
+        return iter(())
+
+    first.folder.mkdir()
+    first.units = [0]
+    first.beat()
+    made = parts.Parts(tmp_path / "parts", second, streams, (), ended)
+    with pytest.raises(UserError, match="process 0 has ended"):
+        made.help()
+    assert not (tmp_path / "parts").exists()
+
+
+def test_process_0_whose_beat_cannot_be_read_decides_nothing(streams, tmp_path, quick):
+    second = Group(tmp_path, 1, 2, "x")
+    second.folder.mkdir()
+    made = parts.Parts(tmp_path / "parts", second, streams, (), nothing)
+    assert made.work() is False
+    with pytest.raises(UserError, match="process 0 of 2 has shown no sign of life"):
+        made.help()
+
+
+def test_a_part_may_be_removed_while_another_process_looks_for_it(streams, tmp_path, monkeypatch):
+    """Process 0 has then put all of its unit in place."""
+    first = Group(tmp_path, 0, 2, "x")
+    with first.beating():
+        made = parts.Parts(tmp_path / "parts", first, streams, (), nothing)
+        assert made.work()
+        made.claim_path(0, 0).unlink()
+        made.jobs[0] = parts.Job(streams[0], made.jobs[0].units)
+        really_read = parts.read_part
+
+        def read(path: Path) -> parts.Part:
+            path.unlink()
+            return really_read(path)
+
+        monkeypatch.setattr(parts, "read_part", read)
+        assert made.work() is False
 
 
 def test_without_the_others_process_0_encodes_everything(corpus, alone, tmp_path):
