@@ -68,7 +68,7 @@ from pathlib import Path
 
 from configurator import UserError
 from plaingpt.checkpoint.folders import step_folders
-from plaingpt.environment import rank_and_size
+from plaingpt.environment import rank_and_size, restartable
 from plaingpt.files import Settings, write_json
 from plaingpt.locks import locked
 from plaingpt.prompts import read_prompt
@@ -226,6 +226,8 @@ def problems_of(cfg: PrepareConfig) -> Iterator[str]:
     """Problems that no `Range` can express."""
     if cfg.val_sources and cfg.val_fraction not in (0, PrepareConfig.val_fraction):
         yield "val_fraction does not combine with val_sources: leave it out"
+    if cfg.overwrite and restartable():  # a restart could not tell what to replace
+        yield f"--overwrite does not combine with --max-restarts: remove {cfg.data_dir}"
 
 
 def reading_of(cfg: PrepareConfig) -> Reading:

@@ -291,7 +291,7 @@ def check_settings(cfg: TrainConfig) -> None:
         problems.append("resuming deletes nothing, so it does not combine with overwrite")
     if Path(cfg.init_from).is_file():
         problems.append(f"init_from={cfg.init_from} is a file, not a folder")
-    if cfg.overwrite and runtime.restartable():
+    if cfg.overwrite and environment.restartable():
         problems.append(f"--overwrite does not combine with --max-restarts: remove {cfg.out_dir}")
     configurator.validate(cfg, problems)
 
@@ -312,7 +312,7 @@ def settings_so_far(cfg: TrainConfig) -> dict[str, Any]:
 
 def restarted(cfg: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, bool]:
     """Under --max-restarts, whether out_dir holds this very run; the settings then resume it."""
-    history = folders.read_starts(Path(cfg.out_dir)) if runtime.restartable() else ()
+    history = folders.read_starts(Path(cfg.out_dir)) if environment.restartable() else ()
     same_run = bool(history) and history[-1].settings == given
     if same_run and folders.step_folders(cfg.out_dir):
         print(f"{cfg.out_dir} already holds this run: resuming it")

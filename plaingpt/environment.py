@@ -37,6 +37,11 @@ def rank_and_size() -> tuple[int, int]:
     return rank, size
 
 
+def restartable() -> bool:
+    """Whether torchrun starts the processes again when one has died (--max-restarts)."""
+    return from_environment("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
+
+
 def from_environment(name: str, default: int | None = None, least: int = 0) -> int:
     """A number that torchrun sets. Raises UserError if it is missing or makes no sense."""
     text = os.environ.get(name)

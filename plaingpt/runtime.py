@@ -127,11 +127,6 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
     )
 
 
-def restartable() -> bool:
-    """Whether torchrun starts the processes again when one has died (--max-restarts)."""
-    return from_environment("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
-
-
 def join(device: torch.device) -> None:
     """Form a process group with the rest of the run: NCCL between GPUs, gloo between CPUs."""
     if device.type == "mps":

@@ -370,6 +370,13 @@ def test_overwrite_replaces_all_shards(run, target):
     assert len(documents_of(target, "train")) == 2
 
 
+def test_overwrite_and_restarts_do_not_combine(run, target, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ValueError, match="--overwrite does not combine with --max-restarts"):
+        run(overwrite=True)
+    run()
+
+
 def test_leftovers_of_a_killed_run_are_removed(run, target):
     (target / dataset.PARTIAL).mkdir(parents=True)
     (target / dataset.PARTIAL / "train_000000.bin").write_bytes(b"half")
