@@ -147,5 +147,5 @@ class Group:
             beat, _ = self.seen[rank]
             return beat is None or beat.stage != "done"
 
-        while any([is_awaited(rank) for rank in range(1, self.size)]):  # a list: look at all
+        while [rank for rank in range(1, self.size) if is_awaited(rank)]:
             time.sleep(POLL_SECONDS)
