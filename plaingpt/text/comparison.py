@@ -47,18 +47,18 @@ def lines_of(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def visible(token: bytes) -> str:
-    """The text of a token, with marks for white space and escapes for other bytes and signs that
-    cannot be seen."""
+    """The text of a token, with marks for white space and escapes for other bytes and for
+    characters that cannot be seen."""
     text = token.decode(errors="backslashreplace")
     return "".join(
-        MARKS.get(sign) or (sign if sign.isprintable() else escape(sign)) for sign in text
+        MARKS.get(each) or (each if each.isprintable() else escape(each)) for each in text
     )
 
 
-def escape(sign: str) -> str:
-    return sign.encode("unicode_escape").decode()
+def escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a text takes: signs of East Asia take two."""
-    return sum(2 if east_asian_width(sign) in "WF" else 1 for sign in text)
+    """How many columns of a terminal a text takes: East Asian characters take two."""
+    return sum(2 if east_asian_width(each) in "WF" else 1 for each in text)

@@ -165,5 +165,5 @@ def hub_hash(hub: HubDataset) -> str:
     """Changes whenever the files of a dataset of the hub change."""
     try:
         return hub_builder(hub).hash
-    except Exception as error:  # hub_stream reports what is wrong
+    except Exception as error:  # hub_streams reports what is wrong
         return type(error).__name__

@@ -6,9 +6,10 @@ Where text comes from: a source string → local files, or a dataset of the hub 
     hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]    a dataset of the Hugging Face hub, streamed
     SOURCE=0.3                                   any of them, with a weight for mixing
 
-An item is a `TextFile` (one document, however large, read in pieces) or a `Row` (a record of a
-.jsonl, .json, .csv or .parquet file or of the hub). Files may be compressed (.gz, .bz2, .xz, .zst,
-…). Memory holds one item at a time, except for a JSON file that is one array.
+An item is a `TextFile` (one document, however large, read in pieces) or a record of a .jsonl,
+.json, .csv or .parquet file or of the hub; records are read in batches, `Rows`. Files may be
+compressed (.gz, .bz2, .xz, .zst, …). Memory holds a piece or a batch at a time, except for a JSON
+file that is one array.
 """
 
 import difflib
