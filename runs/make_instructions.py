@@ -85,7 +85,8 @@ def described(module: str, name: str, thing: Any) -> Iterator[Documented]:
 
 
 def first_sentence(docstring: str) -> str:
-    """In one line; "" if there is none. Some docstrings begin with a signature."""
+    """The first sentence, on one line, after the signature with which some docstrings begin; "" for
+    a docstring without one."""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
         if not re.match(r"[\w.]+\(", paragraph):
             text = " ".join(paragraph.split())
