@@ -231,11 +231,10 @@ def run(
         clock.start()
         rt.seed_step(cfg.seed, state.step)
         lr = plan.learning_rate.at(state.step)
-        loss, norm = optimizer_step(state, next(coming), lr, plan, rt)
+        loss, norm, stopping = optimizer_step(state, next(coming), lr, plan, rt)
         clock.stop()
         state.count(loss, math.isfinite(loss + norm))
         step = state.step
-        stopping = rt.stopping()  # asked once per step: a signal may arrive at any time
         if state.skipped_in_a_row:
             report_skipped(cfg, state, loss, norm)
 
@@ -327,11 +326,13 @@ def restarted(cfg: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, boo
 
 def optimizer_step(
     state: TrainState, batch: Batch, lr: float, plan: Plan, rt: Runtime
-) -> tuple[float, float]:
-    """Accumulate the gradient of a batch and update once; return the loss and the gradient's norm.
+) -> tuple[float, float, bool]:
+    """Accumulate the gradient of a batch and update once; return the loss, the gradient's norm, and
+    whether any process has been asked to stop.
 
     The loss is the mean over all targets of all processes whose mask is 1. A step whose loss or
-    gradient is not finite changes nothing.
+    gradient is not finite changes nothing. The device decides that, so that it never idles while
+    the host reads a figure: all are read together, once everything is queued.
     """
     x, y, mask = batch  # this process's
     counted = x.numel() * rt.world_size if mask is None else rt.sum(mask.sum()).clamp(min=1)
@@ -346,21 +347,19 @@ def optimizer_step(
         # DDP and FSDP average gradients over the processes; the sum is wanted here.
         state.scaler.scale(micro_loss * rt.world_size).backward()
         loss += micro_loss.detach()
-    mean_loss = rt.sum(loss).item()
+    mean_loss, stops = rt.sum(torch.stack((loss, loss.new_full((), len(rt.stop)))))
 
     for each in state.optimizers:
         state.scaler.unscale_(each)  # type: ignore[arg-type]
     parameters = [parameter for each in state.optimizers for parameter in each.parameters()]
-    total_norm = torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip)
-    norm = parallel.full_tensor(total_norm).item()
-    usable = math.isfinite(mean_loss + norm)
+    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip))
     optim.set_learning_rate(state.optimizers, lr)
     for each in state.optimizers:
-        if usable:
-            state.scaler.step(each)  # type: ignore[arg-type]
+        each.step(usable=(mean_loss + norm).isfinite())
         each.zero_grad()
     state.scaler.update()
-    return mean_loss, norm
+    mean_loss, norm, stops = torch.stack((mean_loss, norm, stops)).tolist()
+    return mean_loss, norm, stops > 0
 
 
 def report_skipped(cfg: TrainConfig, state: TrainState, loss: float, norm: float) -> None:

@@ -109,7 +109,7 @@ def test_the_optimizer_has_the_adapters_alone(name, moments):
     optim.set_learning_rate(optimizers, 0.01)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model(IDX, IDX).backward()
-    optimizers[0].step()
+    optimizers[0].step(torch.tensor(True))
     changed = {
         name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
     }

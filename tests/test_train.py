@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import masked_copy, write_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from model import GPT
@@ -121,8 +122,8 @@ def test_a_line_has_the_mean_loss_since_the_line_before(cfg, tmp_path, monkeypat
     real = train.optimizer_step
 
     def never_finite_in_step_9(state, *rest):
-        loss, norm = real(state, *rest)
-        return (math.nan if state.step == 8 else loss), norm
+        loss, *others = real(state, *rest)
+        return math.nan if state.step == 8 else loss, *others
 
     monkeypatch.setattr(train, "optimizer_step", never_finite_in_step_9)
     each, mean = replace(cfg, out_dir=str(tmp_path / "each")), tmp_path / "mean"
@@ -153,9 +154,9 @@ def test_evaluating_sampling_and_saving_more_often_change_no_loss(cfg, tmp_path)
 
 class SGD(optim.Optimizer):
     @torch.no_grad()
-    def step(self):
+    def step(self, usable):
         for parameter in self.parameters():
-            parameter -= parameter.grad
+            parameter -= usable * parameter.grad
 
 
 def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
@@ -170,10 +171,41 @@ def test_micro_steps_give_the_gradient_of_the_whole_batch(cfg):
         plan = make_plan(vars(plain), Start(model), None, micro, rt, Device("cpu", "cpu"))
         state = make_state(Start(model), Tokenizer.bytes(), plan, rt)
         state.optimizers = [SGD(model.parameters())]
-        loss, _ = train.optimizer_step(state, (x, y, mask), 1.0, plan, rt)
+        loss, *_ = train.optimizer_step(state, (x, y, mask), 1.0, plan, rt)
         weights.append((torch.tensor(loss), *model.parameters()))
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
+
+
+WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host needs before it can go on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_host_waits_for_the_device_once_per_step(cfg, optimizer, masked, monkeypatch):
+    plain = replace(cfg, optimizer=optimizer)
+    rt = runtime.start("cpu", "float32")
+    model = fresh_model(plain).init_weights(0)
+    plan = make_plan(vars(plain), Start(model), None, 2, rt, Device("cpu", "cpu"))
+    state = make_state(Start(model), Tokenizer.bytes(), plan, rt)
+    ids = torch.randint(257, (4, 16))
+    batch = (ids, ids.clone(), torch.ones(4, 16) if masked else None)
+    readings, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda each: readings.append(1) or real(each))
+    with Waits() as waits:
+        train.optimizer_step(state, batch, 1.0, plan, rt)
+    assert waits.count == 0 and len(readings) == 1
+    assert len(state.optimizers) == (2 if optimizer == "muon" else 1)
 
 
 def test_the_loss_goes_down(cfg, tmp_path):
@@ -301,7 +333,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(cfg, tmp_path, monkeyp
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run_with_a_hint(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "optimizer_step", lambda *args: (math.nan, 1.0))
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: (math.nan, 1.0, False))
     words = r"20 steps in a row .* lower --learning_rate.*"
     with pytest.raises(ValueError, match=words + "nothing has been saved$"):
         train.train(replace(cfg, out_dir=str(tmp_path / "unsaved"), save_interval=30))
@@ -314,7 +346,7 @@ def test_no_good_checkpoint_is_pruned_while_steps_are_skipped(cfg, tmp_path, mon
 
     def finite_three_times(*args):
         calls.append(args)
-        return real(*args) if len(calls) <= 3 else (math.nan, 1.0)
+        return real(*args) if len(calls) <= 3 else (math.nan, 1.0, False)
 
     monkeypatch.setattr(train, "optimizer_step", finite_three_times)
     run = replace(cfg, out_dir=str(tmp_path), save_interval=1, keep_checkpoints=1, max_steps=10)
@@ -517,7 +549,7 @@ def test_a_run_without_a_finite_step_is_saved_and_goes_on(cfg, tmp_path, monkeyp
     """state.json holds no NaN, no such loss is the best, and no optimizer state is no error."""
     run = replace(cfg, out_dir=str(tmp_path), eval_interval=1)
     really = train.optimizer_step
-    monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, really(*a)[1]))
+    monkeypatch.setattr(train, "optimizer_step", lambda *a: (math.nan, *really(*a)[1:]))
     monkeypatch.setattr(held_out, "validation_loss", lambda *_: (math.nan, 0))
     monkeypatch.setattr(train.optim, "optimizer_state", lambda *_: {})
     train.train(replace(run, max_steps=1))

@@ -38,8 +38,9 @@ class Optimizer:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def step(self) -> None:
-        """Update the parameters that have a gradient."""
+    def step(self, usable: Tensor) -> None:
+        """Update the parameters that have a gradient if `usable`, a single bool that stays on the
+        device; else change nothing."""
         raise NotImplementedError
 
 
@@ -57,7 +58,8 @@ class AdamW(Optimizer):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, usable: Tensor) -> None:
+        unusable = usable.logical_not().float()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -68,13 +70,14 @@ class AdamW(Optimizer):
                         "exp_avg_sq": torch.zeros_like(p),
                     }
             adamw(
-                parameters,
-                [p.grad for p in parameters],
-                [self.state[p]["exp_avg"] for p in parameters],
-                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [local_shard(p) for p in parameters],
+                [local_shard(p.grad) for p in parameters],
+                [local_shard(self.state[p]["exp_avg"]) for p in parameters],
+                [local_shard(self.state[p]["exp_avg_sq"]) for p in parameters],
                 [],
                 [self.state[p]["step"] for p in parameters],
                 fused=True,
+                found_inf=unusable,  # type: ignore[arg-type]  # if 1, the kernel returns at once
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -102,22 +105,24 @@ class Muon(Optimizer):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, usable: Tensor) -> None:
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for parameters in shapes.values():
-                self._step_shape(parameters, group)
+                self._step_shape(parameters, group, usable)
 
-    def _step_shape(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_shape(self, parameters: list[Tensor], group: dict[str, Any], usable: Tensor) -> None:
         for p in parameters:
             if p not in self.state:
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         mine, averages = [local_shard(g) for g in grads], [local_shard(b) for b in buffers]
+        for gradient, average in zip(mine, averages):
+            torch.where(usable, gradient, average, out=gradient)  # the average then stays the same
         torch._foreach_lerp_(averages, mine, 1 - group["momentum"])
         torch._foreach_lerp_(mine, averages, group["momentum"])  # Nesterov's
         stack = torch.stack(mine).bfloat16()
@@ -131,9 +136,10 @@ class Muon(Optimizer):
         else:
             updates = at_owners(update, stack, parameters[0].size(0))
         weights = [local_shard(p) for p in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        torch._foreach_add_(weights, list(updates.to(mine[0].dtype)), alpha=scale)
+        lr = usable * group["lr"]
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        scale = -0.2 * math.sqrt(max(rows, columns)) * lr
+        torch._foreach_add_(weights, list(updates.to(mine[0].dtype) * scale))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

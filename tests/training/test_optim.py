@@ -9,6 +9,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from plaingpt.training import optim
 
+YES, NO = torch.tensor(True), torch.tensor(False)
 SHAPE = GPTConfig(vocab_size=61, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -44,7 +45,7 @@ def test_muon_is_torchs(weight_decay):
     for step in range(5):
         give_gradients(ours, step)
         give_gradients(theirs, step)
-        one.step()
+        one.step(YES)
         other.step()
     for mine, torchs, before in zip(ours, theirs, start):
         moved = (torchs - before).norm()
@@ -59,11 +60,11 @@ def test_adamw_is_torchs():
     settings = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
     one, other = optim.AdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
     for step in range(5):
-        for each, parameters in ((one, ours), (other, theirs)):
+        for parameters in (ours, theirs):
             give_gradients(parameters, step)
             parameters[0].grad = None if step == 2 else parameters[0].grad
-            each.step()
-            each.zero_grad()
+        one.step(YES)
+        other.step()
     assert all(torch.equal(mine, torchs) for mine, torchs in zip(ours, theirs))
     assert all(
         torch.equal(one.state[mine][key], value)
@@ -81,8 +82,8 @@ def test_parts_are_matrices_of_their_own():
         give_gradients([whole], step)
         for part, gradient in zip(parts, whole.grad.split(16)):
             part.grad = gradient * 1000  # the size of a gradient does not matter
-        one.step()
-        three.step()
+        one.step(YES)
+        three.step(YES)
     torch.testing.assert_close(whole, torch.cat(parts), atol=2e-3, rtol=0)
 
 
@@ -99,8 +100,26 @@ def test_an_orthogonalized_matrix_has_singular_values_near_one(shape):
 def test_a_zero_gradient_moves_nothing():
     (parameter,) = [nn.Parameter(torch.ones(4, 8))]
     parameter.grad = torch.zeros(4, 8)
-    optim.Muon([parameter], lr=0.1).step()
+    optim.Muon([parameter], lr=0.1).step(YES)
     assert torch.equal(parameter, torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.Muon])
+@pytest.mark.parametrize("when", [0, 2])
+def test_an_unusable_gradient_changes_nothing(kind, when):
+    ours, theirs = matrices(), matrices()
+    one, other = (kind(each, lr=0.1, weight_decay=0.1) for each in (ours, theirs))
+    for step in range(4):
+        if step == when:
+            for parameter in ours:
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            one.step(NO)
+        for each, parameters in ((one, ours), (other, theirs)):
+            give_gradients(parameters, step)
+            each.step(YES)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs))
+    for mine, wanted in zip(one.state.values(), other.state.values()):
+        assert all(torch.equal(mine[key], value) for key, value in wanted.items())
 
 
 def test_a_parameter_without_gradient_is_left_alone():
@@ -109,7 +128,7 @@ def test_a_parameter_without_gradient_is_left_alone():
     ours[0].grad = None
     before = [parameter.detach().clone() for parameter in ours]
     muon = optim.Muon(ours, lr=0.1, weight_decay=0.1)
-    muon.step()
+    muon.step(YES)
     equal = [torch.equal(now, then) for now, then in zip(ours, before)]
     assert equal == [True] + [False] * 5
     assert ours[0] not in muon.state
@@ -190,7 +209,7 @@ def train_steps(model, optimizers, steps):
         tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(step))
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         for each in optimizers:
-            each.step()
+            each.step(YES)
             each.zero_grad()
 
 
