@@ -36,7 +36,7 @@ def mean_loss(
     `stoppable`, all processes must have the same number of batches."""
     was_training = model.training
     model.eval()
-    total, counted = torch.zeros(2, dtype=torch.float64)
+    sums = []
     for batch in batches:
         if stoppable and rt.stopping():
             model.train(was_training)
@@ -44,10 +44,9 @@ def mean_loss(
         x, y, mask = (part.to(rt.device) for part in batch)
         with rt.autocast():
             loss = model(x, y, mask)
-        total += (loss * mask.sum()).cpu()
-        counted += mask.sum().cpu()
+        sums.append(torch.stack((loss * mask.sum(), mask.sum())))
     model.train(was_training)
-    total, counted = rt.sum(total), rt.sum(counted)
+    total, counted = rt.sum(torch.stack(sums).cpu().double().sum(0))  # the device waits only here
     return (total / counted).item(), int(counted)
 
 

@@ -141,8 +141,8 @@ def validation_batches(
 
     Without `max_tokens` every token but the first is the target of exactly one window: the last
     window reaches back to be full, and its mask excludes the targets counted before. Processes take
-    turns at the batches, all the same number of times; a process that has none left gets a window
-    whose mask is all zeros.
+    turns at the batches, all the same number of times. All batches have the same shape: rows for
+    which no window is left have a mask of zeros.
 
     Raises UserError if the split holds less than one window.
     """
@@ -151,14 +151,15 @@ def validation_batches(
     windows = math.ceil(targets / block_size)
     chosen = windows if max_tokens is None else min(windows, max(1, max_tokens // block_size))
     numbers = np.arange(chosen) * windows // chosen
-    for first in range(0, chosen, batch_size * world_size):
-        here = first + rank * batch_size
-        wanted = numbers[here : here + batch_size] * block_size
-        exhausted = not len(wanted)
-        wanted = numbers[:1] * block_size if exhausted else wanted
-        starts = np.minimum(wanted, targets - block_size)
+    rows = min(batch_size, chosen)
+    for first in range(0, chosen, rows * world_size):
+        here = first + rank * rows
+        wanted = numbers[here : here + rows] * block_size
+        starts = np.zeros(rows, np.int64)
+        starts[: len(wanted)] = np.minimum(wanted, targets - block_size)
         x, y, mask = windows_at(split, starts, block_size)
         mask = torch.ones(y.shape) if mask is None else mask
-        for row, repeated in enumerate(wanted - starts):
-            mask[row, : block_size if exhausted else repeated] = 0
+        mask[len(wanted) :] = 0
+        for row, repeated in enumerate(wanted - starts[: len(wanted)]):
+            mask[row, :repeated] = 0
         yield x, y, mask

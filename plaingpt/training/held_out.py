@@ -15,7 +15,7 @@ def evaluate(state: TrainState, plan: Plan, data: Data, rt: Runtime) -> Record:
     measured: Record = {}
     if plan.evaluation.due(state.step):
         micro, split, first = plan.micro_batch_size, data.held_out, state.step == 0
-        loss, counted = validation_loss(state.model, split, data.eval_tokens, micro, rt, first)
+        loss, counted = validation_loss(state.fast_model, split, data.eval_tokens, micro, rt, first)
         if first and not counted:
             return {}
         state.count_evaluation(loss)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from msgspec.structs import replace
@@ -26,7 +26,8 @@ from plaingpt.training.start import Start
 @dataclass
 class TrainState:
     model: GPT
-    step_model: Callable[..., Tensor]  # the model as a step calls it: compiled, or wrapped by DDP
+    fast_model: GPT  # the same, compiled where that pays: for evaluations
+    step_model: Callable[..., Tensor]  # that one as a step calls it: wrapped by DDP, if need be
     tokenizer: Tokenizer
     adapter: lora.Adapter | None  # with LoRA: what trains and is saved, in place of the weights
     optimizers: list[Optimizer]
@@ -78,12 +79,12 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
         if start.optimizer["scaler"]:  # {} if the run had another dtype
             scaler.load_state_dict(start.optimizer["scaler"])
         start.optimizer.clear()  # it is up to twice as large as the model
-    step_model = maybe_compiled(model, plan, rt)
-    if rt.world_size > 1 and not plan.sharded:
-        step_model = parallel.average_gradients(step_model, rt)
+    fast_model = maybe_compiled(model, plan, rt)
+    averaging = rt.world_size > 1 and not plan.sharded
     return TrainState(
         model,
-        step_model,
+        fast_model,
+        parallel.average_gradients(fast_model, rt) if averaging else fast_model,
         tokenizer,
         start.adapter,
         optimizers,
@@ -94,12 +95,12 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
     )
 
 
-def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> Callable[..., Tensor]:
-    """The model as a training step calls it, tried once; "auto" compiles on GPUs.
+def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
+    """The model as steps and evaluations call it, tried once; "auto" compiles on GPUs.
 
     It is tried with what a step gives it, and outside of DDP: otherwise the first step would
-    compile again, and in pieces. Evaluation and sampling keep the plain module, because their
-    shapes vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
+    compile again, and in pieces. Tasks and samples keep the plain module, because their shapes
+    vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
     says what failed and trains without it.
     """
     if plan.compile is False or (plan.compile == "auto" and not worth_compiling(rt)):
@@ -118,7 +119,7 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> Callable[..., Tensor]
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     model.zero_grad(set_to_none=True)
     if not rt.any(bool(reason)):
-        return compiled
+        return cast(GPT, compiled)  # it has the attributes of the model
     reason = reason or "in another process"
     if plan.compile is True:
         raise UserError(f"--compile=true does not work here ({reason})")

@@ -185,7 +185,8 @@ def test_validation_counts_every_target_once(shard_folder, tokens, batch_size):
     split = split_of(shard_folder(train=[], val=[positions(tokens)]), "val")
     found = list(batches.validation_batches(split, batch_size, 8, None))
     for x, y, mask in found:
-        assert x.shape == y.shape == mask.shape and x.shape[1] == 8 and len(x) <= batch_size
+        assert x.shape == y.shape == mask.shape == found[0][0].shape
+        assert x.shape[1] == 8 and len(x) <= batch_size
         assert torch.equal(y, x + 1)
     assert sorted(counted(found)) == list(range(1, tokens))
 
@@ -207,6 +208,7 @@ def test_processes_share_validation_and_see_as_many_batches(shard_folder, world_
         for rank in range(world_size)
     ]
     assert len({len(share) for share in shares}) == 1
+    assert len({x.shape for share in shares for x, _, _ in share}) == 1
     assert sorted(target for share in shares for target in counted(share)) == list(range(1, 100))
 
 
