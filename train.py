@@ -68,7 +68,7 @@ class TrainConfig:
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
     epochs: PositiveFloat | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
-    learning_rate: PositiveFloat = 0.01  # at its peak
+    learning_rate: PositiveFloat | None = None  # at its peak; None: by optimizer and n_embd
     min_lr: NonNegativeFloat = 0.0  # at the last step
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up
     schedule: ScheduleName = "wsd"  # cosine, or wsd: constant, then down to min_lr
@@ -77,7 +77,7 @@ class TrainConfig:
     embedding_lr_scale: PositiveFloat = 1.5  # with muon: AdamW's multiple of learning_rate
     momentum: FractionBelow1 = 0.9  # Muon's momentum
     beta1: FractionBelow1 = 0.9  # AdamW's beta1
-    beta2: FractionBelow1 = 0.95  # AdamW's beta2
+    beta2: FractionBelow1 = 0.99  # AdamW's beta2; 0.95 is common for batches of many tokens
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0: no limit
     stride: PositiveInt | None = None  # tokens between the starts of windows; None: block_size
     # watching
@@ -204,6 +204,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     data.try_reading(start.step)
     start = load_weights(start, asdict(cfg))
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
+    cfg = replace(cfg, learning_rate=plan.learning_rate.peak)  # a resumed run keeps it
     state = make_state(start, dataset.tokenizer, plan, rt)
     log, stopping = None, rt.stopping()
     if rt.is_main and not stopping:  # once it begins, --overwrite removes the old checkpoints
@@ -275,8 +276,6 @@ def run(
 
 def check_settings(cfg: TrainConfig) -> None:
     problems = [*tasks.problems_of(cfg.tasks)]
-    if cfg.min_lr > cfg.learning_rate:
-        problems.append(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     if cfg.lora_rank and not cfg.lora_targets:
         problems.append("lora_targets is empty")
     if cfg.lora_rank and cfg.init_from == "scratch":

@@ -29,6 +29,7 @@ learning_rate = 2.5e-4
 warmup_steps = 700
 schedule = "cosine"
 weight_decay = 0.1
+beta2 = 0.95
 
 eval_interval = 250
 eval_tokens = 20 * 524_288

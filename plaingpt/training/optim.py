@@ -14,6 +14,7 @@ from configurator import UserError
 from plaingpt.training.parallel import at_owners, divided, local_shard, sharded_as
 
 OptimizerName = Literal["muon", "adamw"]
+MEASURED_WIDTH = 192  # up to which the default learning rates were measured
 
 
 class Optimizer:
@@ -197,6 +198,21 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
         muon = Muon(groups, 0.0, momentum=config.momentum, weight_decay=config.weight_decay)
         optimizers.append(muon)
     return [each for each in optimizers if each.parameters()]
+
+
+def default_learning_rate(name: OptimizerName, n_embd: int, gentle: bool) -> tuple[float, str]:
+    """The peak for a model of this width, and a phrase that says where it comes from; `gentle` is
+    for trained weights, which should keep what they know.
+
+    Muon's 0.01 is the best 128 wide. At one rate, the spectral norm of its updates grows with
+    sqrt(n_embd); it should not depend on the width (arXiv 2310.17813). AdamW's 0.002 is the best
+    from 64 to 192 wide; beyond, 0.4 / n_embd is close to GPT-3's rates (arXiv 2005.14165).
+    """
+    rate = 0.01 * math.sqrt(128 / n_embd) if name == "muon" else min(0.002, 0.4 / n_embd)
+    source = "measured" if n_embd <= MEASURED_WIDTH else f"derived from {MEASURED_WIDTH} wide"
+    if gentle:
+        rate, source = rate / 10, f"a tenth of a new model's ({source})"
+    return float(f"{rate:.2g}"), source
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:

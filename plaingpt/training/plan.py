@@ -12,7 +12,7 @@ from plaingpt.lora import LoRAConfig
 from plaingpt.runtime import Runtime
 from plaingpt.training.data import Data
 from plaingpt.training.devices import Device
-from plaingpt.training.optim import OptimizerConfig
+from plaingpt.training.optim import OptimizerConfig, default_learning_rate
 from plaingpt.training.schedule import Every, LearningRate
 from plaingpt.training.start import Settings, Start
 
@@ -53,6 +53,7 @@ class Plan:
     epochs: float  # passes over the data; 0: no data yet
     eval_tokens: int  # per evaluation; 0: no data yet
     learning_rate: LearningRate
+    rate_source: str  # where its peak comes from
     evaluation: Every
     patience: float  # evaluations without a better loss that end the run; inf: no limit
     tasks: tuple[str, ...]  # each with its size; none without data
@@ -109,6 +110,13 @@ def make_plan(
     if settings["epochs"] is not None and data:
         steps.append(max(1, math.ceil(settings["epochs"] * windows / settings["batch_size"])))
     max_steps = min(steps, default=1500)
+    fresh = settings["init_from"] == "scratch"
+    peak, source = settings["learning_rate"], "given"
+    if peak is None:
+        gentle = not fresh and start.adapter is None
+        peak, source = default_learning_rate(settings["optimizer"], config.n_embd, gentle)
+    if settings["min_lr"] > peak:
+        raise UserError(f"min_lr={settings['min_lr']} is above learning_rate={peak} ({source})")
     held_out = len(data.held_out) if data else 0
     evaluation = Every(settings["eval_interval"], last=max_steps)
     tasks = data.tasks if data else []
@@ -138,18 +146,19 @@ def make_plan(
         done=start.step,
         waited=start.progress.waited,
         max_steps=max_steps,
-        fresh=settings["init_from"] == "scratch",
+        fresh=fresh,
         split_tokens=len(data.batches.split) if data else 0,
         epochs=max_steps * settings["batch_size"] / windows if data else 0.0,
         eval_tokens=min(settings["eval_tokens"] or held_out, held_out),
         learning_rate=LearningRate(
             max_steps,
-            peak=settings["learning_rate"],
+            peak=peak,
             min_lr=settings["min_lr"],
             warmup_steps=settings["warmup_steps"],
             schedule=settings["schedule"],
             decay_fraction=settings["decay_fraction"],
         ),
+        rate_source=source,
         evaluation=evaluation,
         patience=settings["patience"] or math.inf,
         tasks=tuple(map(str, tasks)),

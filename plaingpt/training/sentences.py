@@ -24,8 +24,9 @@ def sentences(plan: Plan) -> list[str]:
         f"{quantity(plan.micro_batch_size, 'sequence')}.",
         *run_sentences(plan),
         f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
-        f"on {plan.device.name} in {str(plan.dtype).removeprefix('torch.')}, "
-        f"{plan.optimizer.name}.",
+        f"on {plan.device.name} in {str(plan.dtype).removeprefix('torch.')}.",
+        f"Optimizer: {plan.optimizer.name}, learning rate {plan.learning_rate.peak:g}, "
+        f"{plan.rate_source}.",
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {available:.0f} GiB of {plan.device.name}." if available else "."),
     ]

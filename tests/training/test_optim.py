@@ -292,3 +292,21 @@ def test_a_damaged_moment_is_named(key, change, message):
     model = GPT(SHAPE)
     with pytest.raises(ValueError, match=f"the saved {key} of {name} {message}"):
         optim.load_optimizer_state(model, build(model, "adamw"), state)
+
+
+# --- the default learning rate
+
+
+@pytest.mark.parametrize(
+    "name, n_embd, gentle, rate, source",
+    [
+        ("muon", 128, False, 0.01, "measured"),
+        ("muon", 768, False, 0.0041, "derived from 192 wide"),
+        ("muon", 128, True, 0.001, "a tenth of a new model's (measured)"),
+        ("adamw", 64, False, 0.002, "measured"),
+        ("adamw", 768, False, 0.00052, "derived from 192 wide"),
+        ("adamw", 1600, True, 0.000025, "a tenth of a new model's (derived from 192 wide)"),
+    ],
+)
+def test_the_default_learning_rate_follows_from_the_width(name, n_embd, gentle, rate, source):
+    assert optim.default_learning_rate(name, n_embd, gentle) == (rate, source)

@@ -58,6 +58,19 @@ def test_settings_of_none_become_numbers():
     assert not plan.sampling.due(1500) and plan.saving.due(50) and plan.saving.due(1500)
 
 
+def test_the_learning_rate_is_the_one_given_or_that_of_the_width():
+    for changes, peak, source in (
+        ({}, 0.01, "measured"),
+        ({"n_embd": 768}, 0.0041, "derived from 192 wide"),
+        ({"n_embd": 768, "learning_rate": 0.5}, 0.5, "given"),
+        ({"init_from": "out/a"}, 0.001, "a tenth of a new model's (measured)"),
+    ):
+        plan = plan_of(replace(CFG, **changes))
+        assert (plan.learning_rate.peak, plan.rate_source) == (peak, source)
+    with pytest.raises(ValueError, match=r"min_lr=0.02 is above learning_rate=0.01 \(measured\)"):
+        plan_of(replace(CFG, min_lr=0.02))
+
+
 def test_the_divisors_of_a_huge_number_are_found_at_once():
     assert divisors(24) == [24, 12, 8, 6, 4, 3, 2, 1]
     assert divisors(10**8)[:3] == [10**8, 5 * 10**7, 25 * 10**6]
