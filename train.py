@@ -316,7 +316,8 @@ def restarted(cfg: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, boo
         print(f"{cfg.out_dir} already holds this run: resuming it")
         cfg = replace(cfg, init_from="resume", resume=False)
         saved = settings_so_far(cfg)  # a run that began with a checkpoint was never given its shape
-        cfg = replace(cfg, **{name: saved[name] for name in (*SHAPE, "vocab_multiple")})
+        kept = {*SHAPE, "vocab_multiple", *(name for name in given if given[name] is None)}
+        cfg = replace(cfg, **{name: saved[name] for name in kept & saved.keys()})
     return cfg, same_run
 
 

@@ -488,6 +488,25 @@ def test_a_restart_keeps_what_a_resumed_run_was_told(cfg, tmp_path, monkeypatch)
     assert max(record["lr"] for record in records(tmp_path)[4:]) <= 0.002
 
 
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_run_goes_on_with_the_learning_rate_that_it_chose(cfg, tmp_path, monkeypatch, restarts):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    constant = replace(cfg, learning_rate=None, warmup_steps=0, decay_fraction=0.0)
+    run = replace(constant, out_dir=str(tmp_path), max_steps=6, save_interval=3)
+    really = train.save
+    monkeypatch.setattr(train, "save", lambda *args: really(*args) or 1 / 0)  # dies after step 3
+    with pytest.raises(ZeroDivisionError):
+        train.train(run)
+    monkeypatch.setattr(train, "save", really)
+    if restarts:
+        train.train(run)
+    else:
+        assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 7))
+    rates = {record["lr"] for record in records(tmp_path)}
+    assert rates == {optim.default_learning_rate("muon", cfg.n_embd, gentle=False)[0]}
+
+
 def test_the_context_is_the_checkpoints_unless_said_otherwise(cfg, tmp_path):
     first = replace(cfg, out_dir=str(tmp_path / "first"), max_steps=2, block_size=24)
     train.train(first)
