@@ -166,6 +166,8 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     micro = micro_batch_size(cfg.batch_size, cfg.micro_batch_size, rt.world_size)
     given = asdict(cfg)
     cfg, same_run = restarted(cfg, given)
+    if resumes(asdict(cfg)) and cfg.learning_rate is None:  # it keeps the one that it chose
+        cfg = replace(cfg, learning_rate=settings_so_far(cfg)["learning_rate"])
 
     # what the run starts from: fresh weights, a checkpoint, or its own newest one
     out_dir, dataset = Path(cfg.out_dir), None
@@ -204,7 +206,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     data.try_reading(start.step)
     start = load_weights(start, asdict(cfg))
     cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
-    cfg = replace(cfg, learning_rate=plan.learning_rate.peak)  # a resumed run keeps it
+    cfg = replace(cfg, learning_rate=plan.learning_rate.peak)  # for resuming
     state = make_state(start, dataset.tokenizer, plan, rt)
     log, stopping = None, rt.stopping()
     if rt.is_main and not stopping:  # once it begins, --overwrite removes the old checkpoints
@@ -316,8 +318,7 @@ def restarted(cfg: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, boo
         print(f"{cfg.out_dir} already holds this run: resuming it")
         cfg = replace(cfg, init_from="resume", resume=False)
         saved = settings_so_far(cfg)  # a run that began with a checkpoint was never given its shape
-        kept = {*SHAPE, "vocab_multiple", *(name for name in given if given[name] is None)}
-        cfg = replace(cfg, **{name: saved[name] for name in kept & saved.keys()})
+        cfg = replace(cfg, **{name: saved[name] for name in (*SHAPE, "vocab_multiple")})
     return cfg, same_run
 
 

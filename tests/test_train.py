@@ -525,7 +525,7 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given(cfg, tmp_path, caps
     resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--max_steps=6", "--dropout=0"]
     assert train.main(resume) == 0
     err = capsys.readouterr().err
-    assert "learning_rate = 0.003 (default 0.01, the resumed run)" in err
+    assert "learning_rate = 0.003 (default None, the resumed run)" in err
     first_start, resumed = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert (first_start["step"], resumed["step"]) == (0, 4)
     settings = resumed["settings"]
