@@ -1,5 +1,5 @@
 """
-Sequences per step and learning rate, for the same 1.2 million tokens.
+Sequences per step and learning rate, for the same 0.6 million tokens.
 
     python -m tools.experiment experiments/batch_and_rate.py
 """
@@ -10,8 +10,8 @@ variants = {
     f"{batch}_at_{rate}": {
         "batch_size": batch,
         "learning_rate": rate,
-        "max_steps": 4800 // batch,
-        "eval_interval": 1200 // batch,
+        "max_steps": 2400 // batch,
+        "eval_interval": 600 // batch,
     }
     for batch in (8, 4, 16)
     for rate in (0.01, 0.005, 0.02)

@@ -1,5 +1,5 @@
 """
-Dropout on little text: 4 and 12 epochs of 200,000 tokens.
+Dropout on little text: 2 and 8 epochs of 200,000 tokens.
 
     python -m tools.experiment experiments/dropout_epochs.py
 """
@@ -16,7 +16,7 @@ variants = {
         "max_steps": 98 * epochs,  # of 2,048 tokens
         "eval_interval": 98 * epochs // 4,
     }
-    for epochs in (4, 12)
+    for epochs in (2, 8)
     for dropout in (0.0, 0.1, 0.2)
 }
 seeds = (1, 2, 3)

@@ -1,5 +1,5 @@
 """
-Six sizes of GPT-2, from 0.15 to 5 million parameters, after the same 0.8 million tokens, and what
+Six sizes of GPT-2, from 0.15 to 5 million parameters, after the same 0.6 million tokens, and what
 their losses promise for 124 million.
 
     python -m tools.experiment experiments/size.py
@@ -8,7 +8,7 @@ their losses promise for 124 million.
 import textwrap
 
 setup = ("python prepare.py",)
-base = {"data_dir": "data/stdlib", "max_steps": 400, "eval_interval": 100}
+base = {"data_dir": "data/stdlib", "max_steps": 300, "eval_interval": 75}
 variants = {  # layers × width
     "1x32": {"n_layer": 1, "n_head": 1, "n_embd": 32},
     "1x64": {"n_layer": 1, "n_head": 1, "n_embd": 64},

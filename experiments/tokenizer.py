@@ -1,6 +1,6 @@
 """
 Bytes, BPEs of 1,024, 4,096 and 16,384 tokens, and GPT-2's own tokenizer: the same model after the
-same amount of text, about 1.8 MB, in bits per byte.
+same amount of text, about 0.9 MB, in bits per byte.
 
     python -m tools.experiment experiments/tokenizer.py
 
@@ -15,7 +15,7 @@ setup = (
     "python prepare.py --vocab_size=16384 --data_dir=data/stdlib_16k",
     "python prepare.py --tokenizer=gpt2 --data_dir=data/stdlib_gpt2",
 )
-_text = 1.8e6  # bytes
+_text = 0.9e6  # bytes
 _step = 2048  # tokens
 
 

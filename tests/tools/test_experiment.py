@@ -229,7 +229,7 @@ def test_an_experiment_in_processes_of_its_own(tmp_path, write, capfd):
     write({"one": {"max_steps": 2, "data_dir": "made"}}, f"setup = ({setup!r},)", seeds=(5,))
     assert experiment.main(["tiny.py"]) == 0
     out = capfd.readouterr().out
-    assert f"+ {setup}\n" in out and "\none_5: loss 5." in out and "; 0 runs left\n" in out
+    assert f"+ {setup}\n" in out and "\none_5: loss 4." in out and "; 0 runs left\n" in out
     [result] = recorded().values()
     assert (result.steps, result.tokens) == (2, 256) and result.device.startswith("cpu, ")
     assert "step 2/2 | loss 5." in Path("out/experiments/tiny/one_5.log").read_text()
