@@ -26,14 +26,12 @@ from configurator import (
     PositiveFloat,
     PositiveInt,
     Range,
-    UserError,
 )
 from plaingpt import environment
 from tools import bench_sample
 from tools.bench_sample import SampleBench
 
-WARMUP_STEPS = 3  # of each training, which do not count
-Steps = Annotated[int, Range("at least 4", lambda value: value > WARMUP_STEPS)]
+Steps = Annotated[int, Range("at least 4", lambda value: value >= 4)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import statistics
 import tempfile
@@ -89,19 +86,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 
-from model import GPTConfig
 from plaingpt import runtime
-from plaingpt.checkpoint import folders, hugging_face
-from plaingpt.checkpoint.folders import RunStart
 from plaingpt.text import sources
 from plaingpt.text.documents import PART, Reading, hash_records, open_streams, read_items
 from plaingpt.text.encoding import default_threads
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.text.validation import Validation
-from plaingpt.training import devices, log, run_folder, timing
 from plaingpt.wording import byte_size, quantity
+from tools import bench_train
 from tools.processes import output_of
 
 REPO = Path(__file__).parents[1]
@@ -231,102 +224,16 @@ def measure_prepare(
 # --- train
 
 
-def bench_train(cfg: TrainBench) -> Table:
-    """Measure train.py on made-up ids, a matrix product alone, and nanoGPT if cfg names it.
+def measure_training(cfg: TrainBench) -> Table:
+    """Measure train.py on made-up ids, its parts, and nanoGPT if cfg names it.
 
     Raises UserError for settings out of range, and if a training fails.
     """
     configurator.validate(cfg)
-    ours, theirs, products, peaks = [], [], [], []
-    with tempfile.TemporaryDirectory(dir=cfg.folder) as name:
-        data_dir, out_dir = Path(name) / "data", Path(name) / "out"
-        write_ids(data_dir)
-        for _ in range(cfg.repeats):
-            records = measure_train(cfg, data_dir, out_dir)
-            speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
-            ours.append(typical("train.py", speeds))
-            peaks.append(records[-1]["peak_mem_gib"])
-            start = folders.read_starts(out_dir)[-1]
-            config = hugging_face.read_config(folders.find(out_dir))
-            device, dtype = torch.device(start.device), getattr(torch, start.dtype[6:])
-            products.append(timing.product_flops(device, dtype) / 1e12)
-            if cfg.nanogpt:
-                theirs.append(measure_nanogpt(cfg.nanogpt, data_dir, config, start))
-    tflops = [config.flops_per_token() * tokens / 1e12 for tokens in ours]
-    promised = devices.device_of(device).peak_flops
-    table = {
-        "train.py, tokens/s": ours,
-        "nanoGPT, tokens/s": theirs,
-        "ratio": [mine / other for mine, other in zip(ours, theirs)],
-        "train.py, TFLOP/s": tflops,
-        "matrix product alone, TFLOP/s": products,
-        "ratio to it": [step / product for step, product in zip(tflops, products)],
-        "MFU by the data sheet, %": [t * 1e14 / promised for t in tflops] if promised else [],
-        "peak memory of train.py, GiB": [peak for peak in peaks if peak],
-    }
-    return {label: values for label, values in table.items() if values}
-
-
-def write_ids(data_dir: Path) -> None:
-    """Write shards of random bytes, under the names that nanoGPT looks for."""
-    data_dir.mkdir()
-    Tokenizer.bytes().save(data_dir)
-    for name, tokens in (("train", 2**22), ("val", 2**14)):
-        ids = np.random.default_rng(0).integers(256, size=tokens)
-        ids.astype("<u2").tofile(data_dir / f"{name}.bin")
-
-
-def measure_train(cfg: TrainBench, data_dir: Path, out_dir: Path) -> list[log.Record]:
-    """The metrics of a training in a process of its own, with a vocabulary of GPT-2's size."""
-    try:
-        arguments = shlex.split(cfg.settings)
-    except ValueError as error:
-        raise UserError(f"settings={cfg.settings!r}: {error}") from None
-    arguments += [f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--overwrite"]
-    arguments += ["--vocab_multiple=50304", f"--max_steps={cfg.steps}", "--log_interval=1"]
-    arguments += [f"--eval_interval={cfg.steps}", "--eval_tokens=1", "--sample_interval=0"]
-    output_of("train.py", [sys.executable, "train.py", *arguments], REPO)
-    return run_folder.read_records(out_dir / "metrics.jsonl")
-
-
-def measure_nanogpt(folder: str, data_dir: Path, config: GPTConfig, start: RunStart) -> float:
-    """Tokens/s of nanoGPT on the same shape and batch, with its own dtype and loop; compiled on
-    GPUs."""
-    settings: dict[str, Any] = dict(start.settings)
-    micro = settings["micro_batch_size"] or settings["batch_size"]
-    cuda = start.device.startswith("cuda")
-    given = {
-        "dataset": data_dir,
-        "out_dir": data_dir.parent / "nanogpt",
-        "device": start.device,
-        "compile": cuda,
-        "batch_size": micro,
-        "gradient_accumulation_steps": settings["batch_size"] // micro,
-        "block_size": config.block_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "bias": config.bias,
-        "max_iters": settings["max_steps"],
-        "eval_iters": 1,
-        "log_interval": 1,
-    }
-    arguments = [f"--{name}={value}" for name, value in given.items()]
-    printed = output_of("nanoGPT", [sys.executable, "train.py", *arguments], folder)
-    times = [float(ms) / 1000 for ms in re.findall(r"^iter .* time ([\d.]+)ms", printed, re.M)]
-    return settings["batch_size"] * config.block_size / typical("nanoGPT", times)
+    return bench_train.measure(cfg.settings, cfg.steps, cfg.repeats, cfg.nanogpt, cfg.folder)
 
 
 # --- all
-
-
-def typical(name: str, values: list[float]) -> float:
-    """The median after the warm-up. Raises UserError if `name` reported too few steps."""
-    if len(values) <= WARMUP_STEPS:
-        raise UserError(
-            f"{name} reported {quantity(len(values), 'step')}; {WARMUP_STEPS} are only warm-up"
-        )
-    return statistics.median(values[WARMUP_STEPS:])
 
 
 def report(command: str, cfg: Any, table: Table) -> None:
@@ -356,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: say what to measure: python -m tools.bench {names}", file=sys.stderr)
         return 2
     measures: dict[str, Callable[[Any], Table]]
-    measures = {"prepare": bench_prepare, "train": bench_train, "sample": bench_sample.measure}
+    measures = {"prepare": bench_prepare, "train": measure_training, "sample": bench_sample.measure}
     return configurator.command(
         SETTINGS[name], lambda cfg: report(name, cfg, measures[name](cfg)), arguments[1:]
     )

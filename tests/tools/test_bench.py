@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools import bench
+from tools import bench, bench_train
 
 
 @pytest.mark.parametrize("documents", ["txt", "tiny"])
@@ -32,7 +32,7 @@ for step, ms in enumerate((90, 80, 70, 50, 40, 60)):
 """
 
 
-def test_training_is_measured_beside_a_product_and_nanogpt(tmp_path, capsys):
+def test_training_is_measured_beside_its_parts_and_nanogpt(tmp_path, capsys):
     output, nanogpt = tmp_path / "bench.json", tmp_path / "nanogpt"
     nanogpt.mkdir()
     (nanogpt / "train.py").write_text(NANOGPT)
@@ -42,9 +42,13 @@ def test_training_is_measured_beside_a_product_and_nanogpt(tmp_path, capsys):
     assert bench.main(["train", *arguments]) == 0
     table = json.loads(output.read_text())["table"]
     (mine,), (other,) = table["train.py, tokens/s"], table["nanoGPT, tokens/s"]
-    assert other == pytest.approx(4 * 32 / 0.05) and table["ratio"] == [mine / other]
-    assert 0 < table["ratio to it"][0] < 1
-    assert "matrix product alone" in capsys.readouterr().out
+    assert other == pytest.approx(4 * 32 / 0.05) and table["ratio to nanoGPT"] == [mine / other]
+    assert 0 < table["ratio to products and attention"][0] < 1
+    assert 0 < table["ratio to a matrix product"][0] < 1
+    assert 0 < table["of these, attention, %"][0] < 100
+    for part in ("a micro-step", "an update by AdamW", "an update by Muon"):
+        assert table[f"{part}, ms"][0] > 0
+    assert "products and attention, tokens/s" in capsys.readouterr().out
     assert bench.main(["train", "--settings=--n_layer=no", "--repeats=1"]) == 2
     assert "error: train.py failed: error: " in capsys.readouterr().err
 
@@ -67,3 +71,19 @@ def test_bad_settings_are_one_line(capsys, arguments, message):
 def test_the_benchmark_must_be_named(capsys):
     assert bench.main([]) == bench.main(["nothing"]) == 2
     assert "python -m tools.bench prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "products"),
+        ("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize96x64x32", "products"),
+        ("triton_per_fused_native_layer_norm_3", "generated kernels"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::multi_tensor_apply_kernel", "others"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel, kind):
+    assert bench_train.kind_of(kernel) == kind
