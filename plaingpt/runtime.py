@@ -135,9 +135,14 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         rank, world_size = from_environment("RANK"), from_environment("WORLD_SIZE")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = rendezvous(rank, world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        store, on_gpu = rendezvous(rank, world_size), device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if on_gpu else None,  # NCCL then connects now, and not in a step
+        )
 
 
 def rendezvous(rank: int, world_size: int) -> dist.Store:
