@@ -12,6 +12,7 @@ import torch
 from plaingpt.runtime import Runtime
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training.batches import Batch
+from plaingpt.training.devices import MACHINE
 from plaingpt.training.memory import memory_gib
 from plaingpt.training.plan import Plan, divisors
 from plaingpt.training.start import Start
@@ -22,6 +23,12 @@ TRIAL_S = 1.0  # of work in a measured step, at the speed of matrix products
 LONGEST_S = 4.0  # beyond which a single sequence is not tried
 # nanoGPT's 4 days for 300 billion tokens on 8 A100s are 30% of their peak; llm.c reports up to 60%.
 PEAK_SHARE = 0.4
+# of a link's nominal speed: NCCL reaches 370 of NVLink's 450 GB/s (NVIDIA/nccl-tests, issue 212)
+LINK_SHARE = 0.8
+# What an operation between machines takes beside its bytes: 64 MiB go at 150 GB/s between 16
+# machines with 8 H100s (NVIDIA/nccl, issue 1469).
+DELAY_S = 0.5e-3
+BUCKET = 25 * 2**20  # bytes of gradients that DDP averages in one operation
 Step = Callable[[TrainState, Batch, float, Plan, Runtime], Any]
 
 
@@ -86,8 +93,47 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 def nominal_seconds(plan: Plan) -> tuple[float, str]:
     """The seconds of a step on known devices, and a phrase that says how they were found."""
     peak = plan.device.peak_flops or math.nan
+    compute_s = plan.flops_per_step / (peak * PEAK_SHARE * plan.world_size)
     how = (
         f"at {PEAK_SHARE:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {plan.device.name}: an "
         "assumption (nanoGPT reaches about 30%, llm.c up to 60%)"
     )
-    return plan.flops_per_step / (peak * PEAK_SHARE * plan.world_size), how
+    if plan.world_size == 1:
+        return compute_s, how
+    size, operations = sent(plan)
+    sending_s = size / (LINK_SHARE * (plan.device.link or math.nan))
+    sending_s += operations * DELAY_S * (plan.world_size > MACHINE)
+    waiting_s = max(0, sending_s - hidden(plan, compute_s))
+    how += (
+        f"; in each, a process sends {size / 1e9:.3g} GB and waits {1000 * waiting_s:.3g} ms for "
+        f"it, an efficiency of {compute_s / (compute_s + waiting_s):.0%} (docs/scaling.md)"
+    )
+    return compute_s + waiting_s, how
+
+
+def sent(plan: Plan) -> tuple[int, int]:
+    """The bytes that each process sends in a step, and in how many operations.
+
+    DDP averages the gradients: 2(W-1)/W of their size. FSDP gathers the weights of the blocks twice
+    in each micro-step, the other weights once, and scatters the gradients: (W-1)/W each. All of
+    them are in float32; Muon's updates are in bfloat16.
+    """
+    sizes, processes = plan.sizes, plan.world_size
+    numbers, operations = 2 * sizes.trained, math.ceil(4 * sizes.trained / BUCKET)
+    if plan.sharded:
+        numbers = plan.micro_steps * (sizes.total + sizes.matrices + sizes.trained)
+        operations = plan.micro_steps * (3 * plan.config.n_layer + 2)
+    if plan.optimizer.name == "muon":
+        numbers += sizes.trained_matrices // (processes if plan.sharded else 1)
+    return 4 * numbers * (processes - 1) // processes, operations
+
+
+def hidden(plan: Plan, compute_s: float) -> float:
+    """The seconds of a step's arithmetic during which a process can send.
+
+    FSDP sends all the time. DDP sends during the last backward pass, two thirds of its micro-step,
+    unless that is compiled: all of its gradients are then ready at the end.
+    """
+    if plan.sharded:
+        return compute_s
+    return 0.0 if plan.compile else compute_s * 2 / 3 / plan.micro_steps

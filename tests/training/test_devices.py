@@ -68,6 +68,23 @@ def test_devices_to_plan_for(text, count, name, dtype):
 
 
 @pytest.mark.parametrize(
+    "text, gigabytes",
+    [
+        ("H100", 450),
+        ("8xH100", 450),
+        ("9xH100", 400),  # eight adapters of 50 GB/s
+        ("512xH100", 400),
+        ("512xA100", 300),
+        ("2xRTX 4090", 32),
+        ("16xRTX 4090", 32),
+    ],
+)
+def test_the_link_between_machines_may_be_slower_than_within(text, gigabytes):
+    _, device = devices.planned_devices(text, "auto")
+    assert device.link == gigabytes * 1e9
+
+
+@pytest.mark.parametrize(
     "text", ["8xH1000", "0xH100", "00xH100", "", "8x", "cpu", "-1xH100", "8xH100\n8"]
 )
 def test_unknown_devices_are_refused_with_those_that_are_known(text):

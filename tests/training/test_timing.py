@@ -74,9 +74,52 @@ def test_real_steps_are_timed(monkeypatch):
     assert how == "as measured here" and 0 < seconds < 5
 
 
-def test_known_devices_are_planned_by_their_data_sheets():
-    _, device = devices.planned_devices("8xA100", "auto")
-    plan = replace(plan_of(CFG, 8), device=device)
+# --- by data sheets: GPT-2 124M, which has 124,475,904 parameters, 84,934,656 in blocks' matrices
+
+SMALL = replace(CFG, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_multiple=64)
+SMALL = replace(SMALL, batch_size=512, micro_batch_size=1, optimizer="adamw")
+
+
+def planned(text, **changes):
+    """The seconds of a step on known devices, those of its arithmetic, and the phrase."""
+    rt, device = devices.planned_devices(text, "auto")
+    plan = replace(plan_of(replace(SMALL, **changes), rt.world_size), device=device)
     seconds, how = timing.nominal_seconds(plan)
-    assert seconds == pytest.approx(plan.flops_per_step / (8 * 0.4 * 312e12))
-    assert "40% of the 312 TFLOP/s of each A100" in how
+    return seconds, plan.flops_per_step / (rt.world_size * 0.4 * device.peak_flops), how
+
+
+def test_one_known_device_has_nothing_to_send():
+    seconds, compute, how = planned("A100")
+    assert seconds == pytest.approx(compute)
+    assert "40% of the 312 TFLOP/s of each A100" in how and "sends" not in how
+
+
+@pytest.mark.parametrize(
+    "text, changes, waiting",
+    [
+        # 7/4 of the gradients, 4 bytes each, at 80% of 450 GB/s
+        ("8xH100", {}, 0.871331328 / 360),
+        # without a compiled backward pass, two thirds of the last of 64 micro-steps hide it
+        ("8xRTX 4090", {"compile": False}, 0.871331328 / 25.6 - 0.84865 / 64 * 2 / 3),
+        ("8xH100", {"compile": False, "micro_batch_size": 64}, 0),
+        # 511/256 of the gradients at 80% of 400 GB/s, and 19 buckets of 25 MiB
+        ("512xH100", {}, 0.993862 / 320 + 19 * 0.0005),
+        # 2 bytes of each matrix, there and back
+        ("8xH100", {"optimizer": "muon"}, (0.871331328 + 3.5 * 0.084934656) / 360),
+    ],
+)
+def test_processes_wait_for_the_averages_of_their_gradients(text, changes, waiting):
+    seconds, compute, how = planned(text, **changes)
+    assert seconds - compute == pytest.approx(waiting, rel=2e-3, abs=1e-9)
+    assert f"and waits {1000 * (seconds - compute):.3g} ms for it" in how
+    assert f"an efficiency of {compute / seconds:.0%}" in how
+
+
+def test_fsdp_sends_more_but_while_it_computes():
+    # 8 micro-steps: 7/8 of 4 bytes, of all parameters twice and of the blocks' matrices once
+    seconds, compute, how = planned("8xH100", fsdp=True, micro_batch_size=8)
+    assert seconds == pytest.approx(compute) and "sends 9.35 GB and waits 0 ms" in how
+    # one micro-step: 511/512 of 4 bytes each, and 38 operations
+    seconds, compute, how = planned("512xH100", fsdp=True)
+    assert seconds == pytest.approx(1.332937 / 320 + 38 * 0.0005, rel=1e-4) and seconds > compute
+    assert "sends 1.33 GB" in how
