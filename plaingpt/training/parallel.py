@@ -89,14 +89,11 @@ def divided(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     if not dist.is_initialized():
         return function(stack)
     processes, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(stack) // processes)
-    mine = stack[rank * share : (rank + 1) * share]
-    results = stack.new_zeros(processes * share, *stack.shape[1:])
-    padded = stack.new_zeros(share, *stack.shape[1:])
-    if len(mine):
-        padded[: len(mine)] = function(mine)
-    dist.all_gather_into_tensor(results, padded)
-    return results[: len(stack)]
+    results = torch.zeros_like(stack)
+    if rank < len(stack):
+        results[rank::processes] = function(stack[rank::processes])
+    dist.all_reduce(results)  # gathering takes equal parts: W results, even if W is far above n
+    return results
 
 
 def at_owners(function: Callable[[Tensor], Tensor], shards: Tensor, rows: int) -> Tensor:

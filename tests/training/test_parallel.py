@@ -151,6 +151,18 @@ def share_matrices(rank: int, port: int) -> None:
         torch.testing.assert_close(shards, expected[:, first : first + heights[rank]])
 
 
+def test_shared_results_take_no_more_to_send_with_more_processes(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 512)
+    monkeypatch.setattr(dist, "all_reduce", lambda results: sizes.append(len(results)))
+    stack = torch.ones(4, 2, 3)
+    for rank, mine in ((1, [0, 2, 0, 0]), (4, [0, 0, 0, 0])):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert parallel.divided(lambda matrices: 2 * matrices, stack)[:, 0, 0].tolist() == mine
+    assert sizes == [4, 4]
+
+
 def compile_for_ddp(rank: int, port: int) -> None:
     from torch._dynamo.testing import CompileCounter
 
