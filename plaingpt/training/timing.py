@@ -23,7 +23,7 @@ TRIAL_S = 1.0  # of work in a measured step, at the speed of matrix products
 LONGEST_S = 4.0  # beyond which a single sequence is not tried
 # nanoGPT's 4 days for 300 billion tokens on 8 A100s are 30% of their peak; llm.c reports up to 60%.
 PEAK_SHARE = 0.4
-# of a link's nominal speed: NCCL reaches 370 of NVLink's 450 GB/s (NVIDIA/nccl-tests, issue 212)
+# NCCL reaches 370 of NVLink's nominal 450 GB/s (NVIDIA/nccl-tests, issue 212).
 LINK_SHARE = 0.8
 # What an operation between machines takes beside its bytes: 64 MiB go at 150 GB/s between 16
 # machines with 8 H100s (NVIDIA/nccl, issue 1469).
@@ -105,8 +105,8 @@ def nominal_seconds(plan: Plan) -> tuple[float, str]:
     sending_s += operations * DELAY_S * (plan.world_size > MACHINE)
     waiting_s = max(0, sending_s - hidden(plan, compute_s))
     how += (
-        f"; in each, a process sends {size / 1e9:.3g} GB and waits {1000 * waiting_s:.3g} ms for "
-        f"it, an efficiency of {compute_s / (compute_s + waiting_s):.0%} (docs/scaling.md)"
+        f"; in a step, each process sends {size / 1e9:.3g} GB and waits {1000 * waiting_s:.3g} ms "
+        f"for it: an efficiency of {compute_s / (compute_s + waiting_s):.0%} (docs/scaling.md)"
     )
     return compute_s + waiting_s, how
 
@@ -131,8 +131,8 @@ def sent(plan: Plan) -> tuple[int, int]:
 def hidden(plan: Plan, compute_s: float) -> float:
     """The seconds of a step's arithmetic during which a process can send.
 
-    FSDP sends all the time. DDP sends during the last backward pass, two thirds of its micro-step,
-    unless that is compiled: all of its gradients are then ready at the end.
+    FSDP is assumed to send all the time. DDP sends during the last backward pass, two thirds of a
+    micro-step, unless that is compiled: all of its gradients are then ready at the end.
     """
     if plan.sharded:
         return compute_s

@@ -111,7 +111,7 @@ def test_one_known_device_has_nothing_to_send():
 def test_processes_wait_for_the_averages_of_their_gradients(text, changes, waiting):
     seconds, compute, how = planned(text, **changes)
     assert seconds - compute == pytest.approx(waiting, rel=2e-3, abs=1e-9)
-    assert f"and waits {1000 * (seconds - compute):.3g} ms for it" in how
+    assert f"and waits {1000 * (seconds - compute):.3g} ms for it: " in how
     assert f"an efficiency of {compute / seconds:.0%}" in how
 
 
