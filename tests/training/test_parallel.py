@@ -1,5 +1,6 @@
 """Runs of several processes, which torchrun starts on this machine's CPU with gloo."""
 
+import functools
 import json
 import os
 import re
@@ -178,9 +179,35 @@ def compile_for_ddp(rank: int, port: int) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("work, count", [(share_matrices, 3), (compile_for_ddp, 1)])
+def compile_sharded(rank: int, port: int) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    address, really = f"tcp://127.0.0.1:{port}", torch.compile
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=1)
+    rt = runtime.Runtime(torch.device("cpu"), torch.float32)
+    plan = SimpleNamespace(compile=True, micro_batch_size=2, masked=False)
+    counts = []
+    for layers in (2, 10):  # beyond 8 versions of a function, torch.compile gives up
+        counter = CompileCounter()
+        torch.compile = functools.partial(really, backend=counter)
+        model = test_model.tiny(n_layer=layers)
+        parallel.shard(model, rt)
+        step_model = maybe_compiled(model, plan, rt)
+        counts.append(counter.frame_count)
+        for seed in range(2):
+            x, y = (test_model.tokens(2, 16, seed=2 * seed + n) for n in range(2))
+            step_model(x, y, None).backward()
+        assert counter.frame_count == counts[-1]
+        torch._dynamo.reset()
+    assert counts[0] == counts[1] > 1
+
+
+@pytest.mark.parametrize(
+    "work, count", [(share_matrices, 3), (compile_for_ddp, 1), (compile_sharded, 1)]
+)
 def test_in_processes(work, count):
-    """Matrices are shared out whatever their number and height; DDP compiles a model once."""
+    """Matrices are shared out whatever their number and height. DDP compiles a model once, FSDP one
+    block for all."""
     port = free_port()
     processes = [workers.context.Process(target=work, args=(rank, port)) for rank in range(count)]
     for process in processes:
