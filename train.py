@@ -68,7 +68,7 @@ class TrainConfig:
     max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
     epochs: PositiveFloat | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
-    learning_rate: PositiveFloat | None = None  # at its peak; None: by optimizer and n_embd
+    learning_rate: PositiveFloat | None = None  # peak; None: follows from optimizer and n_embd
     min_lr: NonNegativeFloat = 0.0  # at the last step
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up
     schedule: ScheduleName = "wsd"  # cosine, or wsd: constant, then down to min_lr
@@ -205,8 +205,8 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     # do it
     data.try_reading(start.step)
     start = load_weights(start, asdict(cfg))
-    cfg = replace(cfg, **shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size))
-    cfg = replace(cfg, learning_rate=plan.learning_rate.peak)  # for resuming
+    shape = shape_of(start, asdict(cfg), dataset.tokenizer.vocab_size)
+    cfg = replace(cfg, learning_rate=plan.learning_rate.peak, **shape)
     state = make_state(start, dataset.tokenizer, plan, rt)
     log, stopping = None, rt.stopping()
     if rt.is_main and not stopping:  # once it begins, --overwrite removes the old checkpoints
@@ -332,8 +332,8 @@ def optimizer_step(
     whether any process has been asked to stop.
 
     The loss is the mean over all targets of all processes whose mask is 1. A step whose loss or
-    gradient is not finite changes nothing. The device decides that, so that it never idles while
-    the host reads a figure: all are read together, once everything is queued.
+    gradient is not finite changes nothing. The device decides that, so a GPU never idles while the
+    host reads a number: the figures are read together, after everything is queued.
     """
     x, y, mask = batch  # this process's
     counted = x.numel() * rt.world_size if mask is None else rt.sum(mask.sum()).clamp(min=1)
@@ -355,12 +355,13 @@ def optimizer_step(
     parameters = [parameter for each in state.optimizers for parameter in each.parameters()]
     norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip))
     optim.set_learning_rate(state.optimizers, lr)
+    usable = (mean_loss + norm).isfinite()
     for each in state.optimizers:
-        each.step(usable=(mean_loss + norm).isfinite())
+        each.step(usable)
         each.zero_grad()
     state.scaler.update()
     mean_loss, norm, stops = torch.stack((mean_loss, norm, stops)).tolist()
-    return mean_loss, norm, stops > 0
+    return mean_loss, norm, stops > 0 or (rt.world_size == 1 and bool(rt.stop))
 
 
 def report_skipped(cfg: TrainConfig, state: TrainState, loss: float, norm: float) -> None:

@@ -5,7 +5,7 @@ GPT-2 124M from scratch, with the batch, schedule and learning rate of llm.c's r
     python train.py config/gpt2_124m.py
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
-Hardware: GPUs with 24 GB or more by the plan's estimate, any number that divides the batch; with
+Hardware: GPUs with 24 GB or more (the plan's estimate); any number that divides the batch. With
 less memory, halve micro_batch_size until it fits.
 Tokens: 19,073 steps of 524,288 = 10.0 billion, one pass over 10B tokens of FineWeb in data/fineweb.
 Expect: llm.c reports a validation loss of 3.28 to 3.29 after about 90 minutes on 8 A100s; this file

@@ -17,5 +17,8 @@ variants = {
     },
     "adamw": _adamw,
     "adamw_twice_the_steps": {**_adamw, "max_steps": 1200, "eval_interval": 300},
+    "adamw_beta2_0.95": {**_adamw, "beta2": 0.95},
+    "adamw_0.001": {**_adamw, "learning_rate": 0.001},
+    "adamw_0.004": {**_adamw, "learning_rate": 0.004},
 }
 seeds = (1, 2, 3)

@@ -141,7 +141,7 @@ def join(device: torch.device) -> None:
             store=store,
             rank=rank,
             world_size=world_size,
-            device_id=device if on_gpu else None,  # NCCL then connects now, and not in a step
+            device_id=device if on_gpu else None,  # connect NCCL now rather than in the first step
         )
 
 

@@ -87,14 +87,16 @@ def test_the_loss_and_its_gradient_are_those_of_a_cpu(dtype, compiled, tolerance
 
 def losses(cfg: train.TrainConfig, out_dir) -> np.ndarray:
     train.train(replace(cfg, out_dir=str(out_dir)))
-    return np.array([r["loss"] for r in run_folder.read_records(out_dir / "metrics.jsonl")])
+    found = [r["loss"] for r in run_folder.read_records(out_dir / "metrics.jsonl")]
+    assert None not in found  # a step that was not finite
+    return np.array(found)
 
 
 @pytest.mark.parametrize(
     "changes, tolerance",
     [
-        ({}, 1e-3),
-        ({"optimizer": "adamw"}, 1e-3),
+        ({}, 1e-2),  # Muon's bf16 turns the last bit of a gradient into 0.002
+        ({"optimizer": "adamw"}, 1e-4),
         ({"dtype": "bfloat16"}, 5e-2),
         ({"dtype": "float16"}, 5e-2),
     ],
@@ -107,10 +109,15 @@ def test_a_run_learns_as_on_a_cpu(cfg, tmp_path, changes, tolerance):
     assert np.abs(there - losses(replace(cfg, **plain), tmp_path / "cpu")).max() < tolerance
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_a_resumed_run_ends_like_a_whole_one(cfg, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize(
+    "optimizer, dtype, tolerance",
+    [("adamw", "float32", 1e-4), ("muon", "float32", 1e-2), ("muon", "bfloat16", 2e-2)],
+)
+def test_a_resumed_run_ends_like_a_whole_one(cfg, tmp_path, optimizer, dtype, tolerance):
     """Not bit for bit: the order of a GPU's sums varies."""
-    cfg = replace(cfg, dtype=dtype, decay_fraction=0.0, dropout=0.1, save_interval=10)
+    cfg = replace(
+        cfg, optimizer=optimizer, dtype=dtype, decay_fraction=0.0, dropout=0.1, save_interval=10
+    )
     parts = replace(cfg, out_dir=str(tmp_path / "parts"))
     losses(cfg, tmp_path / "whole")
     train.train(replace(parts, max_steps=10))
@@ -125,11 +132,9 @@ def state_of(cfg: train.TrainConfig, rt: Runtime, sharded: bool = False):
     """A fresh state for SHAPE, and the plan of its steps."""
     start = Start(GPT(SHAPE).init_weights(1))
     plan = make_plan(vars(cfg), start, None, 4, rt, Device(str(DEVICE), DEVICE.type))
-    if not sharded:
-        return make_state(start, Tokenizer.bytes(), plan, rt), plan
-    parallel.shard(start.model, rt)
-    state = make_state(start, Tokenizer.bytes(), plan, rt)
-    return state, plan
+    if sharded:
+        parallel.shard(start.model, rt)
+    return make_state(start, Tokenizer.bytes(), plan, rt), plan
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="counts what only CUDA reports")
@@ -146,7 +151,7 @@ def test_a_step_waits_for_the_gpu_once(cfg, optimizer):
             train.optimizer_step(state, (x, y, None), 0.01, plan, rt)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_compiled_run_compiles_steps_and_evaluations_once(cfg, tmp_path, monkeypatch):

@@ -35,10 +35,10 @@ from tools.processes import output_of
 REPO = Path(__file__).parents[1]
 WARMUP_STEPS = 3  # of each training, which do not count
 CALLS = 7  # of each part, of which the first two do not count
-KINDS = {  # of a GPU's kernels, by words in their names
+KINDS = {  # of a GPU's kernels, by words in their names; the first that fits counts
+    "generated kernels": ("triton",),
     "attention": ("flash", "fmha", "sdpa", "cudnn"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
-    "generated kernels": ("triton",),
     "copies": ("memcpy", "memset"),
 }
 
@@ -46,8 +46,8 @@ KINDS = {  # of a GPU's kernels, by words in their names
 def measure(
     settings: str, steps: int, repeats: int, nanogpt: str | None, folder: str | None
 ) -> dict[str, list[float]]:
-    """The figures of train.py with these settings, of its parts, and of nanoGPT, whose folder is
-    `nanogpt`, by label: one per repeat. `folder` is for the data and the runs.
+    """Figures by label, one per repeat: train.py with these settings, its parts, and nanoGPT from
+    the folder `nanogpt`. `folder` is for the data and the runs.
 
     Raises UserError if a training fails.
     """
@@ -77,6 +77,7 @@ def ratios(row: dict[str, float], config: GPTConfig, peak_flops: float | None) -
     ours = row["train.py, tokens/s"]
     flops = config.flops_per_token() * ours
     found = {"ratio to products and attention": ours / row["products and attention, tokens/s"]}
+    found["train.py, TFLOP/s"] = flops / 1e12
     found["ratio to a matrix product"] = flops / 1e12 / row["matrix product alone, TFLOP/s"]
     if "nanoGPT, tokens/s" in row:
         found["ratio to nanoGPT"] = ours / row["nanoGPT, tokens/s"]
@@ -167,6 +168,7 @@ def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str,
     ids = torch.randint(config.vocab_size, (sequences, config.block_size), device=rt.device)
 
     def micro_step() -> None:
+        model.zero_grad()
         with rt.autocast():
             loss = step_model(ids, ids.clone())
         loss.backward()
@@ -205,8 +207,8 @@ def seconds(rt: Runtime, function: Callable[..., Any], *arguments: Any) -> float
 
 
 def wait(rt: Runtime) -> None:
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize(rt.device)
+    if rt.device.type != "cpu":
+        torch.accelerator.synchronize(rt.device)
 
 
 def products_seconds(config: GPTConfig, tokens: int, rt: Runtime) -> float:

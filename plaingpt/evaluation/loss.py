@@ -9,7 +9,7 @@ from torch import Tensor
 from model import GPT
 from plaingpt.runtime import Runtime
 from plaingpt.text.shards import Split
-from plaingpt.training.batches import validation_batches
+from plaingpt.training.batches import on_device, validation_batches
 
 
 def validation_loss(
@@ -41,12 +41,12 @@ def mean_loss(
         if stoppable and rt.stopping():
             model.train(was_training)
             return math.nan, 0
-        x, y, mask = (part.to(rt.device) for part in batch)
+        x, y, mask = (on_device(part, rt) for part in batch)
         with rt.autocast():
             loss = model(x, y, mask)
         sums.append(torch.stack((loss * mask.sum(), mask.sum())))
     model.train(was_training)
-    total, counted = rt.sum(torch.stack(sums).cpu().double().sum(0))  # the device waits only here
+    total, counted = rt.sum(torch.stack(sums).cpu().double().sum(0))  # the host waits only here
     return (total / counted).item(), int(counted)
 
 

@@ -151,7 +151,7 @@ def validation_batches(
     windows = math.ceil(targets / block_size)
     chosen = windows if max_tokens is None else min(windows, max(1, max_tokens // block_size))
     numbers = np.arange(chosen) * windows // chosen
-    rows = min(batch_size, chosen)
+    rows = min(batch_size, math.ceil(chosen / world_size))
     for first in range(0, chosen, rows * world_size):
         here = first + rank * rows
         wanted = numbers[here : here + rows] * block_size

@@ -11,7 +11,7 @@ from plaingpt.runtime import Runtime
 
 # Dense bf16 matrix products in TFLOP/s, memory in GB, and the speed of the link to the other GPUs
 # of a machine in GB/s, one way, from the vendors' data sheets. The link is NVLink or Infinity
-# Fabric where these join eight GPUs, else PCIe.
+# Fabric where it connects all eight GPUs, else PCIe.
 KNOWN = {
     "A100": (312, 80, 300),
     "A100 40GB": (312, 40, 300),
@@ -89,7 +89,7 @@ def planned_devices(text: str, dtype: DType) -> tuple[Runtime, Device]:
         raise UserError("plan_for knows the speed of 16-bit products only: use --dtype=auto")
     tflops, gigabytes, link = KNOWN[name]
     count = int(words[1] or 1)
-    if count > MACHINE:  # a ring enters each machine once, through the adapters of all its GPUs
+    if count > MACHINE:  # a ring crosses between machines once, over all their adapters
         link = min(link, MACHINE * NETWORK)
     best = torch.float16 if name in FP16_ONLY else torch.bfloat16
     rt = Runtime(

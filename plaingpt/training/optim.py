@@ -14,7 +14,6 @@ from configurator import UserError
 from plaingpt.training.parallel import at_owners, divided, local_shard, sharded_as
 
 OptimizerName = Literal["muon", "adamw"]
-MEASURED_WIDTH = 192  # up to which the default learning rates were measured
 
 
 class Optimizer:
@@ -78,7 +77,7 @@ class AdamW(Optimizer):
                 [],
                 [self.state[p]["step"] for p in parameters],
                 fused=True,
-                found_inf=unusable,  # type: ignore[arg-type]  # if 1, the kernel returns at once
+                found_inf=unusable,  # at 1, the kernel changes nothing
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -140,7 +139,7 @@ class Muon(Optimizer):
         lr = usable * group["lr"]
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         scale = -0.2 * math.sqrt(max(rows, columns)) * lr
-        torch._foreach_add_(weights, list(updates.to(mine[0].dtype) * scale))
+        torch._foreach_add_(weights, list(updates.to(mine[0].dtype).mul_(scale)))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -204,14 +203,18 @@ def default_learning_rate(name: OptimizerName, n_embd: int, gentle: bool) -> tup
     """The peak for a model of this width, and a phrase that says where it comes from; `gentle` is
     for trained weights, which should keep what they know.
 
-    Muon's 0.01 is the best 128 wide. At one rate, the spectral norm of its updates grows with
-    sqrt(n_embd); it should not depend on the width (arXiv 2310.17813). AdamW's 0.002 is the best
-    from 64 to 192 wide; beyond, 0.4 / n_embd is close to GPT-3's rates (arXiv 2005.14165).
+    Muon's 0.01 was the best rate measured at width 128. At a fixed rate, the spectral norm of its
+    updates grows with sqrt(n_embd); it should not depend on the width (arXiv 2310.17813). AdamW's
+    0.002 was the best from 64 to 192; beyond, 0.4 / n_embd is close to GPT-3's rates (arXiv
+    2005.14165).
     """
-    rate = 0.01 * math.sqrt(128 / n_embd) if name == "muon" else min(0.002, 0.4 / n_embd)
-    source = "measured" if n_embd <= MEASURED_WIDTH else f"derived from {MEASURED_WIDTH} wide"
+    if name == "muon":
+        rate, measured = 0.01 * math.sqrt(128 / n_embd), n_embd == 128
+    else:
+        rate, measured = min(0.002, 0.4 / n_embd), n_embd <= 192
+    source = "measured" if measured else "derived from the width"
     if gentle:
-        rate, source = rate / 10, f"a tenth of a new model's ({source})"
+        rate, source = rate / 10, f"a tenth of a new model's, {source}"
     return float(f"{rate:.2g}"), source
 
 
@@ -237,7 +240,7 @@ def load_optimizer_state(
     Raises UserError if `saved` belongs to other parameters, shapes or another optimizer, or is
     damaged.
     """
-    if not saved:  # from before the first finite step
+    if not saved:  # older versions had no state before the first finite step
         return
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     foreign = sorted(set(saved) - set(names.values()))

@@ -92,7 +92,7 @@ def divided(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     results = torch.zeros_like(stack)
     if rank < len(stack):
         results[rank::processes] = function(stack[rank::processes])
-    dist.all_reduce(results)  # gathering takes equal parts: W results, even if W is far above n
+    dist.all_reduce(results)  # all_gather pads to equal parts: W results, even if W is far above n
     return results
 
 

@@ -53,7 +53,7 @@ class Plan:
     epochs: float  # passes over the data; 0: no data yet
     eval_tokens: int  # per evaluation; 0: no data yet
     learning_rate: LearningRate
-    rate_source: str  # where its peak comes from
+    rate_source: str  # where its peak comes from; "": it was given
     evaluation: Every
     patience: float  # evaluations without a better loss that end the run; inf: no limit
     tasks: tuple[str, ...]  # each with its size; none without data
@@ -111,12 +111,12 @@ def make_plan(
         steps.append(max(1, math.ceil(settings["epochs"] * windows / settings["batch_size"])))
     max_steps = min(steps, default=1500)
     fresh = settings["init_from"] == "scratch"
-    peak, source = settings["learning_rate"], "given"
+    peak, source = settings["learning_rate"], ""
     if peak is None:
         gentle = not fresh and start.adapter is None
         peak, source = default_learning_rate(settings["optimizer"], config.n_embd, gentle)
     if settings["min_lr"] > peak:
-        raise UserError(f"min_lr={settings['min_lr']} is above learning_rate={peak} ({source})")
+        raise UserError(f"min_lr={settings['min_lr']} is above learning_rate={peak}")
     held_out = len(data.held_out) if data else 0
     evaluation = Every(settings["eval_interval"], last=max_steps)
     tasks = data.tasks if data else []

@@ -25,8 +25,8 @@ def sentences(plan: Plan) -> list[str]:
         *run_sentences(plan),
         f"Compute: {plan.max_steps * plan.flops_per_step:.3g} floating-point operations, "
         f"on {plan.device.name} in {str(plan.dtype).removeprefix('torch.')}.",
-        f"Optimizer: {plan.optimizer.name}, learning rate {plan.learning_rate.peak:g}, "
-        f"{plan.rate_source}.",
+        f"Optimizer: {plan.optimizer.name}, learning rate {plan.learning_rate.peak:g}"
+        + (f" ({plan.rate_source})." if plan.rate_source else "."),
         f"Memory: about {needed:.1f} GiB"
         + (f" of the {available:.0f} GiB of {plan.device.name}." if available else "."),
     ]

@@ -26,8 +26,8 @@ from plaingpt.training.start import Start
 @dataclass
 class TrainState:
     model: GPT
-    fast_model: GPT  # the same, compiled where that pays: for evaluations
-    step_model: Callable[..., Tensor]  # that one as a step calls it: wrapped by DDP, if need be
+    fast_model: GPT  # the model, compiled where that pays; evaluations use it
+    step_model: Callable[..., Tensor]  # fast_model, wrapped in DDP if there are several processes
     tokenizer: Tokenizer
     adapter: lora.Adapter | None  # with LoRA: what trains and is saved, in place of the weights
     optimizers: list[Optimizer]
@@ -98,9 +98,9 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
 def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     """The model as steps and evaluations call it, tried once; "auto" compiles on GPUs.
 
-    It is tried with what a step gives it, and outside of DDP: otherwise the first step would
-    compile again, and in pieces. Tasks and samples keep the plain module, because their shapes
-    vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
+    It is tried with what a step and an evaluation give it, and outside of DDP: otherwise the first
+    step would compile again, and in pieces. Tasks and samples keep the plain module, because their
+    shapes vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
     says what failed and trains without it.
     """
     if plan.compile is False or (plan.compile == "auto" and not worth_compiling(rt)):
@@ -113,10 +113,14 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     try:
         with rt.autocast():
             compiled(tokens, tokens.clone(), mask).backward()
+            with torch.no_grad():
+                model.eval()
+                compiled(tokens, tokens.clone(), torch.ones(shape, device=rt.device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    model.train()
     model.zero_grad(set_to_none=True)
     if not rt.any(bool(reason)):
         return cast(GPT, compiled)  # it has the attributes of the model

@@ -25,8 +25,8 @@ LONGEST_S = 4.0  # beyond which a single sequence is not tried
 PEAK_SHARE = 0.4
 # NCCL reaches 370 of NVLink's nominal 450 GB/s (NVIDIA/nccl-tests, issue 212).
 LINK_SHARE = 0.8
-# What an operation between machines takes beside its bytes: 64 MiB go at 150 GB/s between 16
-# machines with 8 H100s (NVIDIA/nccl, issue 1469).
+# The fixed cost of an operation between machines, on top of its bytes: 64 MiB move at 150 GB/s
+# between 16 machines with 8 H100s (NVIDIA/nccl, issue 1469).
 DELAY_S = 0.5e-3
 BUCKET = 25 * 2**20  # bytes of gradients that DDP averages in one operation
 Step = Callable[[TrainState, Batch, float, Plan, Runtime], Any]

@@ -81,6 +81,7 @@ def test_the_benchmark_must_be_named(capsys):
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "products"),
         ("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize96x64x32", "products"),
         ("triton_per_fused_native_layer_norm_3", "generated kernels"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_clone_2", "generated kernels"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::multi_tensor_apply_kernel", "others"),
     ],

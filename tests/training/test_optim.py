@@ -301,11 +301,11 @@ def test_a_damaged_moment_is_named(key, change, message):
     "name, n_embd, gentle, rate, source",
     [
         ("muon", 128, False, 0.01, "measured"),
-        ("muon", 768, False, 0.0041, "derived from 192 wide"),
-        ("muon", 128, True, 0.001, "a tenth of a new model's (measured)"),
+        ("muon", 768, False, 0.0041, "derived from the width"),
+        ("muon", 128, True, 0.001, "a tenth of a new model's, measured"),
         ("adamw", 64, False, 0.002, "measured"),
-        ("adamw", 768, False, 0.00052, "derived from 192 wide"),
-        ("adamw", 1600, True, 0.000025, "a tenth of a new model's (derived from 192 wide)"),
+        ("adamw", 768, False, 0.00052, "derived from the width"),
+        ("adamw", 1600, True, 0.000025, "a tenth of a new model's, derived from the width"),
     ],
 )
 def test_the_default_learning_rate_follows_from_the_width(name, n_embd, gentle, rate, source):
