@@ -170,7 +170,7 @@ def compile_for_ddp(rank: int, port: int) -> None:
     address, counter, really = f"tcp://127.0.0.1:{port}", CompileCounter(), torch.compile
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=1)
     torch.compile = lambda model, **settings: really(model, backend=counter, **settings)
-    model, rt = test_model.tiny(), runtime.Runtime(torch.device("cpu"), torch.float32)
+    model, rt = test_model.tiny().train(), runtime.Runtime(torch.device("cpu"), torch.float32)
     plan = SimpleNamespace(compile=True, micro_batch_size=2, masked=False)
     step_model = parallel.average_gradients(maybe_compiled(model, plan, rt), rt)
     for seed in range(3):
@@ -190,7 +190,7 @@ def compile_sharded(rank: int, port: int) -> None:
     for layers in (2, 10):  # beyond 8 versions of a function, torch.compile gives up
         counter = CompileCounter()
         torch.compile = functools.partial(really, backend=counter)
-        model = test_model.tiny(n_layer=layers)
+        model = test_model.tiny(n_layer=layers).train()
         parallel.shard(model, rt)
         step_model = maybe_compiled(model, plan, rt)
         counts.append(counter.frame_count)
