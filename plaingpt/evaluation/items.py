@@ -58,7 +58,8 @@ def unknown(names: Iterable[str], others: Iterable[str]) -> Iterator[str]:
                 yield f"{name} is not a file"
         elif name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            listed = f"expected a .jsonl file or one of {', '.join(known)}"
+            kinds = ", ".join((*SUFFIXES, *TEXT_SUFFIXES))
+            listed = f"expected a file ({kinds}) or one of {', '.join(known)}"
             yield f"unknown task {name!r}; " + (f"did you mean {close[0]!r}?" if close else listed)
 
 

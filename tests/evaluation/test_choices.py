@@ -391,7 +391,7 @@ def test_a_record_of_another_layout_names_its_line(folder, tmp_path, name, chang
     [
         (["--tasks=helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
         (["--tasks=lambada"], "unknown task 'lambada'; did you mean 'lambada_openai'?"),
-        (["--tasks=xyz"], "unknown task 'xyz'; expected a .jsonl file or one of perplexity, an"),
+        (["--tasks=xyz"], "unknown task 'xyz'; expected a file (.jsonl, "),
         (["--tasks=nowhere.jsonl"], "nowhere.jsonl is not a file"),
         (["--tasks=piqa", "--stride=3"], "text and stride are for --tasks=perplexity"),
         (["--tasks=perplexity", "--shots=3"], "shots and task_dir are for tasks that have items"),

@@ -138,7 +138,7 @@ def test_a_model_that_is_not_finite_has_no_figures_and_trains_on(asking, monkeyp
     "tasks, content, message",
     [
         (("helaswag",), "", "unknown task 'helaswag'; did you mean 'hellaswag'?"),
-        (("perplexity",), "", "unknown task 'perplexity'; expected a .jsonl file or one of an"),
+        (("perplexity",), "", "unknown task 'perplexity'; expected a file (.jsonl, "),
         (("nowhere.jsonl",), "", "nowhere.jsonl is not a file"),
         (("nowhere.txt",), "", "nowhere.txt is not a file"),
         (("piqa", "{here}/piqa.jsonl"), "", "2 tasks are named piqa: their figures need names"),
