@@ -26,6 +26,7 @@ max_steps = 225
 learning_rate = 0.02
 embedding_lr_scale = 0.3
 momentum = 0.8
+beta2 = 0.95
 grad_clip = 0.0
 
 eval_interval = 225
