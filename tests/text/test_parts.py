@@ -36,8 +36,11 @@ from plaingpt.text.validation import Validation
 LIMITS = {"BEAT_SECONDS": 0.05, "DEAD_SECONDS": 60.0, "POLL_SECONDS": 0.005}
 
 
-def work(rank: int, size: int, arguments: list[str], output: str, fatal: int = 0) -> None:
-    """In a process of its own: prepare.py in small pieces; it dies before its part `fatal`."""
+def work(
+    rank: int, size: int, arguments: list[str], output: str, last: int = 0, dies: bool = False
+) -> None:
+    """In a process of its own: prepare.py in small pieces. Before its part `last` it dies (unless
+    it is process 0, once that has saved how far it got), or waits to be killed."""
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     small()
@@ -47,7 +50,12 @@ def work(rank: int, size: int, arguments: list[str], output: str, fatal: int = 0
     def write(path, part):
         nonlocal written
         written += 1
-        if written == fatal:
+        if written == last:
+            end = time.monotonic() + 5
+            while not dies or (rank and time.monotonic() < end):
+                time.sleep(0.01)
+                if dies and [*Path(output).rglob("progress.json")]:
+                    break
             os._exit(9)
         really_write(path, part)
 
@@ -71,12 +79,15 @@ def small() -> None:
 
 def run(folder: Path, size: int, arguments: list[str], fatal: tuple[int, int] = (0, 0)) -> list:
     """Prepare in `size` processes, of which number fatal[0] dies before its part fatal[1]; the
-    others are then killed, as torchrun does. Returns their exit codes."""
+    others, which wait before their sixth part, are then killed, as torchrun does. Returns their
+    exit codes."""
     words = [*arguments, f"--data_dir={folder}"]
     started = []
     for rank in range(size):
-        last = fatal[1] if rank == fatal[0] else 0
-        process = workers.context.Process(target=work, args=(rank, size, words, str(folder), last))
+        dies = rank == fatal[0]
+        last = fatal[1] if dies or not fatal[1] else 6
+        place = (rank, size, words, str(folder), last, dies)
+        process = workers.context.Process(target=work, args=place)
         process.start()
         started.append(process)
     if fatal[1]:
