@@ -113,6 +113,16 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return {"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_of(path)}
 
 
+def write_words(folder: Path, train: int, val: int) -> None:
+    """A data folder of that many random words in bytes, whose next byte can be learned."""
+    rng = np.random.default_rng(0)
+    words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
+    for name, count in (("train", train), ("val", val)):
+        text = b"".join(words[i] for i in rng.integers(4, size=count))
+        write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
+    Tokenizer.bytes().save(folder)
+
+
 def positions(count: int, start: int = 0) -> np.ndarray:
     """Tokens that are their own positions."""
     return np.arange(start, start + count, dtype=np.uint16)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import free_port, write_shard
+from conftest import free_port, write_words
 
 import train
 from model import GPT, GPTConfig
@@ -34,12 +34,7 @@ SHAPE = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=64)
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory) -> train.TrainConfig:
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
-    for name, count in (("train", 9000), ("val", 200)):
-        text = b"".join(words[i] for i in rng.integers(4, size=count))
-        write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
-    Tokenizer.bytes().save(folder)
+    write_words(folder, 9000, 200)
     return train.TrainConfig(
         data_dir=str(folder),
         n_layer=2,

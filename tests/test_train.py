@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import masked_copy, write_shard
+from conftest import masked_copy, write_shard, write_words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -39,12 +39,7 @@ REPO = Path(__file__).parents[1]
 def cfg(tmp_path_factory) -> train.TrainConfig:
     """A run of a few milliseconds a step on bytes whose next one can be learned."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
-    for name, count in (("train", 900), ("val", 60)):
-        text = b"".join(words[i] for i in rng.integers(4, size=count))
-        write_shard(folder / f"{name}_000000.bin", np.frombuffer(text, np.uint8).astype("u2"))
-    Tokenizer.bytes().save(folder)
+    write_words(folder, 900, 60)
     return train.TrainConfig(
         data_dir=str(folder),
         n_layer=2,

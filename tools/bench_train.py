@@ -29,6 +29,7 @@ from plaingpt.runtime import Runtime
 from plaingpt.text.bpe import single_bytes
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import devices, log, optim, run_folder, timing
+from plaingpt.training.state import worth_compiling
 from plaingpt.wording import quantity
 from tools.processes import output_of
 
@@ -58,17 +59,16 @@ def measure(
         for _ in range(repeats):
             records = measure_train(settings, steps, data_dir, out_dir)
             speeds = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
-            rows.append({"train.py, tokens/s": typical("train.py", speeds)})
+            row = {"train.py, tokens/s": typical("train.py", speeds)}
             start = folders.read_starts(out_dir)[-1]
             config = hugging_face.read_config(folders.find(out_dir))
             if nanogpt:
-                speed = measure_nanogpt(nanogpt, data_dir, config, start)
-                rows[-1] |= {"nanoGPT, tokens/s": speed}
+                row["nanoGPT, tokens/s"] = measure_nanogpt(nanogpt, data_dir, config, start)
             rt = Runtime(torch.device(start.device), getattr(torch, start.dtype[6:]))
-            rows[-1] |= parts_of_a_step(config, micro_of(start), rt)
+            row |= parts_of_a_step(config, micro_of(start), rt)
             if peak := records[-1]["peak_mem_gib"]:
-                rows[-1] |= {"peak memory of train.py, GiB": peak}
-            rows[-1] |= ratios(rows[-1], config, devices.device_of(rt.device).peak_flops)
+                row["peak memory of train.py, GiB"] = peak
+            rows.append(row | ratios(row, config, devices.device_of(rt.device).peak_flops))
     return {label: [row[label] for row in rows] for label in rows[0]}
 
 
@@ -164,7 +164,7 @@ def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str,
     products = products_seconds(config, tokens, rt)
     attention = attention_seconds(config, sequences, rt)
     model = rt.place(GPT(config).init_weights(0))
-    step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
+    step_model = torch.compile(model, dynamic=False) if worth_compiling(rt) else model
     ids = torch.randint(config.vocab_size, (sequences, config.block_size), device=rt.device)
 
     def micro_step() -> None:

@@ -159,11 +159,8 @@ def in_batches(groups: Iterator[Group], rt: Runtime) -> Iterator[list[Group]]:
 def score_batch(model: GPT, batch: list[Group], rt: Runtime) -> Tensor:
     """Log-likelihood, and 1 or 0 for greedy, of each row: (R, 2)."""
     ids, positions, branches = [], [], []  # of each tree
-    scored, targets, counts = (
-        [],
-        [],
-        [],
-    )  # places in the batch, what follows there, how many per row
+    # places in the batch, what follows there, how many per row
+    scored, targets, counts = [], [], []
     longest = batch[0].length
     for item, group in enumerate(batch):
         P = group.prefix
