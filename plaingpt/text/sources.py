@@ -2,7 +2,7 @@
 Where text comes from: a source string → local files, or a dataset of the hub → items, in order.
 
     stdlib                                       the source files of the Python that runs this
-    novel.txt  talks.jsonl.gz  notes/  books/*.txt   a file, a folder, a pattern
+    novel.txt  talks.jsonl.gz  notes/  src/**/*.py   a file, a folder, a pattern
     hf:OWNER/NAME[:CONFIG][@REVISION][#SPLIT]    a dataset of the Hugging Face hub, streamed
     SOURCE=0.3                                   any of them, with a weight for mixing
 
@@ -29,9 +29,9 @@ from plaingpt.files import Count
 from plaingpt.text import records
 from plaingpt.text.hub import BrokenStream, HubDataset, Shard, hub_shards, parse_address
 from plaingpt.text.records import RECORD_SUFFIXES, Row, Rows
-from plaingpt.text.text_files import TextFile, codec_of, is_text, suffix
+from plaingpt.text.text_files import TEXT_SUFFIXES, TextFile, codec_of, is_text, suffix
 
-KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read
+KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read, of a folder as well
 UNIT = 1 << 26  # bytes of files that are read together; saved positions count units: do not change
 T = TypeVar("T")
 WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
@@ -194,7 +194,8 @@ def find_source(text: str) -> Source:
         paths, others = stdlib_paths(), []
     else:
         found = find_paths(text)
-        paths = [path for path in found if suffix(path) in KINDS and os.path.isfile(path)]
+        kinds = KINDS | TEXT_SUFFIXES.intersection([suffix(text)])
+        paths = [path for path in found if suffix(path) in kinds and os.path.isfile(path)]
         others = sorted({*found} - {*paths})  # of other kinds, broken links, pipes
         if not paths:
             raise UserError(f"source {text!r} {nothing_read(text, others)}")
@@ -233,10 +234,11 @@ def nothing_read(text: str, others: list[str]) -> str:
             "convert it to one of these, plain text with a name that ends in .txt"
         )
     if others:
-        return (
-            f"matches {counted_suffixes(others)}, but no file of these kinds: {kinds}; "
-            "convert them to one of these, plain text with names that end in .txt"
-        )
+        said = f"matches {counted_suffixes(others)}, but no file of these kinds: {kinds}"
+        if named := sorted(TEXT_SUFFIXES.intersection(map(suffix, others))):
+            pattern = os.path.join(text if os.path.isdir(text) else "FOLDER", f"**/*{named[0]}")
+            return f"{said}; name the others by a pattern, {pattern!r}"
+        return f"{said}; convert them to one of these, plain text with names that end in .txt"
     said = f"matches no file of these kinds: {kinds}"
     if "://" in text:
         return f"{said}; download it first, or write hf:OWNER/NAME for a dataset of the hub"

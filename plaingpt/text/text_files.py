@@ -13,7 +13,8 @@ from typing import IO
 from configurator import UserError
 from plaingpt.text import cutting
 
-TEXT_SUFFIXES = {".txt", ".py"}
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".tex"}
+TEXT_SUFFIXES |= {".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".sh"}
 CONVERT = "convert it, for example with iconv -f windows-1252 -t utf-8"
 MAX_LINE = 1 << 28  # of a file of records: a line is held in memory
 COMPRESSED = {  # suffix → module; not zstandard, to which a file that was cut off looks whole

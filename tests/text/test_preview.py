@@ -160,6 +160,11 @@ def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
     line = say("--sources=scans")
     assert "matches 2 .pdf, 1 .png, but no file of these kinds: .csv" in line
     assert "convert them to one of these, plain text with names that end in .txt" in line
+    (tmp_path / "scans" / "4.py").write_text("x = 1\n" * 9)
+    assert "name the others by a pattern, 'scans/**/*.py'" in say("--sources=scans")
+    assert prepare.main(["--sources=scans/**/*.py", "--tokenizer=bytes", "--data_dir=code"]) == 0
+    assert "1 document" in capsys.readouterr().out
+    (tmp_path / "scans" / "4.py").unlink()
     (tmp_path / "scans" / "4.txt").write_text("some text\n" * 9)
     assert prepare.main(["--sources=scans", "--tokenizer=bytes"]) == 0
     out, err = capsys.readouterr()
