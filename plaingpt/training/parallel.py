@@ -22,18 +22,25 @@ from plaingpt.runtime import Runtime
 def shard(model: GPT, rt: Runtime) -> None:
     """Leave each process its part of every weight, and so of every gradient and moment (FSDP2).
 
-    A block's weights are gathered while it computes. They stay float32 and are cast by autocast, as
-    in a single process, so that the losses agree to rounding.
+    A block's weights are gathered while it computes, in `gathered_dtype`. Everything else stays
+    float32 and is cast by autocast, as in a single process, so that the losses agree to rounding.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if rt.device.type == "cpu":
         cpu.speed_up(model)
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
+    policy = MixedPrecisionPolicy(gathered_dtype(rt), torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # the embeddings and the last LayerNorm
+
+
+def gathered_dtype(rt: Runtime) -> torch.dtype:
+    """What the weights of a block are sent and used in: half the bytes where autocast would cast
+    them anyway. On a CPU, a LayerNorm does not take bf16 weights with float32 input."""
+    return rt.dtype if rt.device.type == "cuda" else torch.float32
 
 
 def average_gradients(step_model: Any, rt: Runtime) -> DistributedDataParallel:

@@ -116,16 +116,18 @@ def sent(plan: Plan) -> tuple[int, int]:
 
     DDP averages the gradients: 2(W-1)/W of their size. FSDP gathers the weights of the blocks twice
     in each micro-step, the other weights once, and scatters the gradients: (W-1)/W each. All of
-    them are in float32; Muon's updates are in bfloat16.
+    them are in float32, but the gathered blocks in the plan's dtype and Muon's updates in bfloat16.
     """
     sizes, processes = plan.sizes, plan.world_size
-    numbers, operations = 2 * sizes.trained, math.ceil(4 * sizes.trained / BUCKET)
+    size, operations = 4 * 2 * sizes.trained, math.ceil(4 * sizes.trained / BUCKET)
     if plan.sharded:
-        numbers = plan.micro_steps * (sizes.total + sizes.matrices + sizes.trained)
+        blocks = 2 * sizes.matrices * plan.dtype.itemsize
+        others = 4 * (sizes.total - sizes.matrices)
+        size = plan.micro_steps * (blocks + others + 4 * sizes.trained)
         operations = plan.micro_steps * (3 * plan.config.n_layer + 2)
     if plan.optimizer.name == "muon":
-        numbers += sizes.trained_matrices // (processes if plan.sharded else 1)
-    return 4 * numbers * (processes - 1) // processes, operations
+        size += 4 * sizes.trained_matrices // (processes if plan.sharded else 1)
+    return size * (processes - 1) // processes, operations
 
 
 def hidden(plan: Plan, compute_s: float) -> float:

@@ -202,12 +202,41 @@ def compile_sharded(rank: int, port: int) -> None:
     assert counts[0] == counts[1] > 1
 
 
+def gather_in_bf16(rank: int, port: int) -> None:
+    """What happens on GPUs, whose autocast takes bf16 weights for a LayerNorm."""
+    address, really = f"tcp://127.0.0.1:{port}", torch.nn.functional.layer_norm
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.nn.functional.layer_norm = lambda x, shape, weight, bias, eps: really(
+        x, shape, weight.float(), bias.float(), eps
+    )
+    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16, rank=rank, world_size=2)
+    x, y = (test_model.tokens(2, 16, seed=n) for n in range(2))
+    used: set[torch.dtype] = set()
+    found = []
+    for parallel.gathered_dtype in (lambda rt: torch.float32, lambda rt: torch.bfloat16):
+        model = test_model.tiny().train()
+        parallel.shard(model, rt)
+        norm = model.transformer.h[1].ln_2
+        norm.register_forward_hook(lambda norm, given, out: used.add(norm.weight.dtype))
+        with rt.autocast():
+            loss = model(x[rank:], y[rank:])
+        loss.backward()
+        gradients = [parallel.full_tensor(p.grad) for p in model.parameters()]
+        assert {g.dtype for g in gradients} == {torch.float32}
+        found.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+    assert used == {torch.float32, torch.bfloat16}
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert abs(loss - other_loss) < 0.005
+    assert 0 < (gradient - other_gradient).norm() < 0.02 * gradient.norm()
+
+
 @pytest.mark.parametrize(
-    "work, count", [(share_matrices, 3), (compile_for_ddp, 1), (compile_sharded, 1)]
+    "work, count",
+    [(share_matrices, 3), (compile_for_ddp, 1), (compile_sharded, 1), (gather_in_bf16, 2)],
 )
 def test_in_processes(work, count):
     """Matrices are shared out whatever their number and height. DDP compiles a model once, FSDP one
-    block for all."""
+    block for all. What FSDP gathers in bf16 gives the same losses and gradients to rounding."""
     port = free_port()
     processes = [workers.context.Process(target=work, args=(rank, port)) for rank in range(count)]
     for process in processes:
