@@ -43,10 +43,15 @@ def gathered_dtype(rt: Runtime) -> torch.dtype:
     return rt.dtype if rt.device.type == "cuda" else torch.float32
 
 
-def average_gradients(step_model: Any, rt: Runtime) -> DistributedDataParallel:
-    """The model as a module whose backward pass averages gradients over the processes (DDP)."""
+def average_gradients(step_model: Any, together: bool, rt: Runtime) -> DistributedDataParallel:
+    """The model as a module whose backward pass averages gradients over the processes (DDP): all of
+    them in one operation if they come `together`, as from a compiled pass, where nothing is left to
+    compute meanwhile."""
     devices = [rt.device] if rt.device.type == "cuda" else None
-    return DistributedDataParallel(step_model, device_ids=devices, gradient_as_bucket_view=True)
+    size = sum(p.nbytes for p in step_model.parameters()) // 2**20 + 1 if together else None
+    return DistributedDataParallel(
+        step_model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=size
+    )
 
 
 def share_gradients(step_model: Callable[..., Tensor], share: bool) -> None:

@@ -80,11 +80,13 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
             scaler.load_state_dict(start.optimizer["scaler"])
         start.optimizer.clear()  # it is up to twice as large as the model
     fast_model = maybe_compiled(model, plan, rt)
-    averaging = rt.world_size > 1 and not plan.sharded
+    step_model: Callable[..., Tensor] = fast_model
+    if rt.world_size > 1 and not plan.sharded:
+        step_model = parallel.average_gradients(fast_model, fast_model is not model, rt)
     return TrainState(
         model,
         fast_model,
-        parallel.average_gradients(fast_model, rt) if averaging else fast_model,
+        step_model,
         tokenizer,
         start.adapter,
         optimizers,

@@ -119,7 +119,8 @@ def sent(plan: Plan) -> tuple[int, int]:
     them are in float32, but the gathered blocks in the plan's dtype and Muon's updates in bfloat16.
     """
     sizes, processes = plan.sizes, plan.world_size
-    size, operations = 4 * 2 * sizes.trained, math.ceil(4 * sizes.trained / BUCKET)
+    size = 4 * 2 * sizes.trained
+    operations = 1 if plan.compile else math.ceil(size / 2 / BUCKET)
     if plan.sharded:
         blocks = 2 * sizes.matrices * plan.dtype.itemsize
         others = 4 * (sizes.total - sizes.matrices)

@@ -172,11 +172,13 @@ def compile_for_ddp(rank: int, port: int) -> None:
     torch.compile = lambda model, **settings: really(model, backend=counter, **settings)
     model, rt = test_model.tiny().train(), runtime.Runtime(torch.device("cpu"), torch.float32)
     plan = SimpleNamespace(compile=True, micro_batch_size=2, masked=False)
-    step_model = parallel.average_gradients(maybe_compiled(model, plan, rt), rt)
+    step_model = parallel.average_gradients(maybe_compiled(model, plan, rt), True, rt)
     for seed in range(3):
         x, y = (test_model.tokens(2, 16, seed=2 * seed + n) for n in range(2))
         step_model(x, y, None).backward()
     assert counter.frame_count == 2  # steps and evaluations
+    buckets = step_model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    assert buckets == str(sum(p.nbytes for p in model.parameters()))
 
 
 def compile_sharded(rank: int, port: int) -> None:
