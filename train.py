@@ -126,6 +126,7 @@ from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size
 from plaingpt.training.run_folder import RunLog, begin_run, check_out_dir, claimed, describe_start
 from plaingpt.training.samples import print_samples
+from plaingpt.training.saving import Saver
 from plaingpt.training.sentences import sentences, time_sentence, without_better
 from plaingpt.training.start import (
     SHAPE,
@@ -136,7 +137,7 @@ from plaingpt.training.start import (
     saved_settings,
     shape_of,
 )
-from plaingpt.training.state import TrainState, make_state, write_checkpoint
+from plaingpt.training.state import TrainState, make_state, snapshot_of
 from plaingpt.training.timing import nominal_seconds, step_seconds
 
 MAX_BAD_STEPS = 20  # consecutive non-finite steps before the run gives up
@@ -226,6 +227,7 @@ def run(
         record = {"step": 0, **evaluate(state, plan, data, rt)}
         if log and "val_loss" in record:
             log.add(record)
+    saver = Saver(log, cfg.keep_checkpoints, rt) if log else None
     clock = Clock(plan.max_steps - state.step)
     coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
     stopping, finished = rt.stopping(), False
@@ -262,7 +264,9 @@ def run(
         finished = plan.finished(step, state.progress.waited)
         if finished or stopping or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
-            save(cfg, state, losses, data, log, rt)
+            save(cfg, state, losses, data, saver, rt)
+    if saver:
+        saver.wait()
     if finished and state.step < plan.max_steps:
         print(f"step {state.step}: ending early after {without_better(state.progress.waited)}")
     elif stopping:
@@ -384,7 +388,12 @@ def how_to_resume(out_dir: str) -> str:
 
 
 def save(
-    cfg: TrainConfig, state: TrainState, losses: Record, data: Data, log: RunLog | None, rt: Runtime
+    cfg: TrainConfig,
+    state: TrainState,
+    losses: Record,
+    data: Data,
+    saver: Saver | None,
+    rt: Runtime,
 ) -> None:
     about = {
         **{name: finite(loss) for name, loss in losses.items()},
@@ -392,11 +401,10 @@ def save(
         "versions": runtime.versions(),
         "settings": asdict(cfg),
     }
-    write_checkpoint(state, Path(cfg.out_dir), about, rt)
-    if log:
-        log.name_best()
-        if not state.skipped_in_a_row:  # a checkpoint before the trouble may still be needed
-            folders.prune(Path(cfg.out_dir), cfg.keep_checkpoints)
+    snapshot = snapshot_of(state, about, rt)
+    if saver and snapshot:
+        # a checkpoint before the trouble may still be needed
+        saver.save(snapshot, prune=not state.skipped_in_a_row)
 
 
 def main(argv: list[str] | None = None) -> int:

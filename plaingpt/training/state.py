@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -138,10 +137,11 @@ def worth_compiling(rt: Runtime) -> bool:
     return rt.device.type == "cuda"
 
 
-def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt: Runtime) -> None:
-    """Write a checkpoint, from all processes: each may hold a part of the tensors.
+def snapshot_of(state: TrainState, about: dict[str, Any], rt: Runtime) -> store.Snapshot | None:
+    """What a checkpoint holds, put together by all processes, each of which may hold a part of the
+    tensors; None in all but the main one. On a CPU the tensors are the model's own.
 
-    `about` holds the other fields of state.json. Raises OSError if it cannot be written.
+    `about` holds the other fields of state.json.
     """
     model = state.model
     tensors = lora.adapter_tensors(model.weights()) if state.adapter else model.weights()
@@ -151,7 +151,7 @@ def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt
         for name, moments in optim.optimizer_state(model, state.optimizers).items()
     }
     if not rt.is_main:
-        return
+        return None
     optimizer = {"parameters": parameters, "scaler": state.scaler.state_dict()}
     saved = State(
         step=state.step,
@@ -160,8 +160,4 @@ def write_checkpoint(state: TrainState, out_dir: Path, about: dict[str, Any], rt
         progress=state.progress,
         **about,
     )
-    snapshot = store.Snapshot(
-        model.config, weights, state.tokenizer, optimizer, saved, state.adapter
-    )
-    folder = store.save(out_dir, snapshot)
-    print(f"step {state.step}: saved {folder}")
+    return store.Snapshot(model.config, weights, state.tokenizer, optimizer, saved, state.adapter)
