@@ -211,6 +211,17 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
+class CrossEntropy(nn.Module):
+    """The loss, in float32. A module, so that plaingpt/cpu.py can put a faster one in its place."""
+
+    def forward(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean over the rows of `logits` (N, V) and `targets` (N,) where `mask` (N,) is 1."""
+        if mask is None:
+            return F.cross_entropy(logits.float(), targets)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none") * mask
+        return losses.sum() / mask.sum().clamp(min=1)
+
+
 class GPT(nn.Module):
     """The network. Its weights are undefined until init_weights draws them or a checkpoint is
     loaded. They have the names of `transformers.GPT2LMHeadModel`, which stores the matrices of the
@@ -222,6 +233,7 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = CrossEntropy()
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -280,8 +292,5 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer(idx, cache))
         if targets is None:
             return logits
-        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-        if mask is None:
-            return F.cross_entropy(logits, targets)
-        losses = F.cross_entropy(logits, targets, reduction="none") * mask.flatten()
-        return losses.sum() / mask.sum().clamp(min=1)
+        mask = None if mask is None else mask.flatten()
+        return self.loss(logits.flatten(0, 1), targets.flatten(), mask)

@@ -1,6 +1,5 @@
 """The matrices and blocks of a model, computed on a CPU by plaingpt/kernels.py."""
 
-import numba
 import numpy as np
 import torch
 import torch.nn as nn
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from model import Block, KVCache, Linear
 from plaingpt import kernels
-from plaingpt.kernels import TILE, BlockWeights, Matrix
+from plaingpt.kernels import TILE, BlockWeights, Matrix, use_threads
 
 LEVELS = 127  # of an int8 on either side of 0
 
@@ -73,12 +72,6 @@ class CompiledBlock(Block):
         rows = x.reshape(B * T, C).contiguous().numpy()
         y = kernels.block(self.weights, rows, positions.numpy(), entries.numpy())
         return torch.from_numpy(y).view(B, T, C)
-
-
-def use_threads() -> None:
-    """Use as many threads as PyTorch. Numba keeps a separate count for each calling thread."""
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(torch.get_num_threads(), most))
 
 
 def gain_and_bias(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,5 @@
 """
-CPU-only speed-ups: blocked attention, bf16 GELU, memory reuse, bf16 detection.
+CPU-only speed-ups: blocked attention, bf16 GELU, the loss, memory reuse, bf16 detection.
 
 `speed_up` puts the fast layers in place once a model is built or loaded, as `lora.add` does with
 adapters: they have no weights of their own. docs/benchmarks.md has the measurements.
@@ -14,10 +14,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, Attention
+from model import GPT, Attention, CrossEntropy
 
 BLOCK = 256  # queries in a block of attention
 LONGEST = 1024  # tokens up to which blocks are faster than the flash kernel
+LARGE = 1024  # ids from which a loss of our own saves more time than importing Numba takes
 
 
 def speed_up(model: GPT) -> None:
@@ -27,6 +28,8 @@ def speed_up(model: GPT) -> None:
             model.set_submodule(name, BlockedAttention())
         elif isinstance(layer, nn.GELU):
             model.set_submodule(name, GELU(approximate="tanh"))
+        elif isinstance(layer, CrossEntropy) and model.config.vocab_size >= LARGE:
+            model.set_submodule(name, CompiledCrossEntropy())
 
 
 class BlockedAttention(Attention):
@@ -79,6 +82,18 @@ class SigmoidGELU(torch.autograd.Function):
         linear, cubic = SigmoidGELU.linear, SigmoidGELU.cubic
         slope = torch.addcmul(linear, x, x, value=3 * cubic).mul_(x)  # x·du/dx
         return (1 - gate).mul_(slope).add_(1).mul_(gate).mul_(grad)
+
+
+class CompiledCrossEntropy(CrossEntropy):
+    """The loss and its gradient in one pass by Numba, four times as fast as PyTorch's passes."""
+
+    def forward(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(logits, targets, mask)
+        from plaingpt.cross_entropy import cross_entropy  # imports Numba: half a second
+
+        weights = torch.ones(len(targets)) if mask is None else mask.float()
+        return cross_entropy(logits, targets, weights / weights.sum().clamp(min=1))
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+import torch
 from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import event
@@ -68,6 +70,15 @@ def jit(options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
         return njit(**options)(function)
 
     return decorate
+
+
+def use_threads() -> None:
+    """Use as many threads as PyTorch. Numba has a count of its own for each calling thread, and the
+    first call that starts its threads changes PyTorch's count if both use the same OpenMP."""
+    count, most = torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS  # type: ignore
+    numba.set_num_threads(min(count, most))
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 class Announcement(event.Listener):
@@ -224,8 +235,8 @@ def exp(x):
     """e^x = 2^(n + f) by eight terms of the series of 2^f: unlike math.exp, LLVM can do that for
     several numbers at a time."""
     x = max(min(x, f32(88)), f32(-87)) * LOG2_E
-    n = math.floor(x + f32(0.5))
-    f = x - f32(n)
+    n = np.floor(x + f32(0.5))
+    f = x - n
     series = f32(1) + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * (C6 + f * C7))))))
     power = (np.int32(n) + np.int32(127)) << np.int32(23)  # the bits of 2^n
     return series * float_of_bits(power)  # type: ignore[call-arg]

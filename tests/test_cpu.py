@@ -7,7 +7,7 @@ import torch
 from test_model import tiny, tokens
 from torch.nn import functional as F
 
-from model import Attention
+from model import Attention, CrossEntropy
 from plaingpt import cpu
 
 
@@ -44,6 +44,60 @@ def test_the_gelu_of_bf16_is_gelu():
     assert torch.equal(
         cpu.GELU(approximate="tanh")(x.float()), F.gelu(x.float(), approximate="tanh")
     )
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_compiled_loss_is_the_loss(dtype, rounding, masked):
+    logits = 4 * torch.randn(70, 1500)
+    logits[3, :] = -1e4
+    logits[5, 7] = 300.0
+    targets = torch.randint(1500, (70,))
+    mask = (torch.rand(70) < 0.5).float() if masked else None
+    plain, fast = (logits.to(dtype).requires_grad_() for _ in range(2))
+    expected = CrossEntropy()(plain, targets, mask)
+    (3 * expected).backward()
+    loss = cpu.CompiledCrossEntropy()(fast + 0, targets, mask)
+    (3 * loss).backward()
+    assert loss.dtype == torch.float32 and fast.grad.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    size = plain.grad.float().abs().max().item()
+    torch.testing.assert_close(fast.grad, plain.grad, rtol=rounding, atol=rounding * size)
+    with torch.no_grad():
+        unscaled = cpu.CompiledCrossEntropy()(logits.to(dtype), targets, mask)
+    assert torch.equal(unscaled, loss)
+
+
+def test_the_compiled_loss_has_the_same_bits_with_any_number_of_threads():
+    logits, targets = torch.randn(200, 1100).bfloat16(), torch.randint(1100, (200,))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ours = logits.clone().requires_grad_()
+        loss = cpu.CompiledCrossEntropy()(ours + 0, targets, None)
+        loss.backward()
+        assert torch.get_num_threads() == threads
+        found.append((loss.item(), ours.grad))
+    torch.set_num_threads(before)
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("broken", [float("nan"), -float("nan"), float("inf")])
+def test_the_compiled_loss_shows_what_is_not_finite(dtype, broken):
+    logits = torch.zeros(2, 1100, dtype=dtype)
+    logits[1, 1000] = broken
+    ours = logits.requires_grad_()
+    loss = cpu.CompiledCrossEntropy()(ours + 0, torch.tensor([1, 2]), None)
+    loss.backward()
+    assert loss.isnan() and ours.grad[1].isnan().all() and ours.grad[0].isfinite().all()
+
+
+def test_a_small_vocabulary_keeps_the_plain_loss():
+    for size, kind in ((1023, CrossEntropy), (1024, cpu.CompiledCrossEntropy)):
+        model = tiny(vocab_size=size)
+        cpu.speed_up(model)
+        assert type(model.loss) is kind
 
 
 def test_a_sped_up_model_has_the_same_weights_and_logits():

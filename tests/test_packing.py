@@ -138,5 +138,5 @@ def test_as_many_threads_as_pytorch_has(monkeypatch):
 
     for threads, expected in ((1, 1), (1000, numba.config.NUMBA_NUM_THREADS)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        compiled.use_threads()
+        kernels.use_threads()
         assert numba.get_num_threads() == expected
