@@ -65,7 +65,7 @@ class TrainConfig:
     # the steps and the optimizer
     batch_size: PositiveInt = 8  # sequences per step, over all processes
     micro_batch_size: PositiveInt | None = None  # sequences a device takes at once; None: its share
-    max_steps: PositiveInt | None = None  # optimizer steps; None: 1500, or what epochs asks for
+    max_steps: PositiveInt | None = None  # optimizer steps; None: 1750, or what epochs asks for
     epochs: PositiveFloat | None = None  # passes over the data, if max_steps is not reached before
     optimizer: Literal["muon", "adamw"] = "muon"  # muon (with AdamW on embeddings) or adamw
     learning_rate: PositiveFloat | None = None  # peak; None: follows from optimizer and n_embd
@@ -175,7 +175,7 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
     if cfg.plan and not Path(cfg.data_dir).exists():
         print(f"{cfg.data_dir} does not exist yet; {command_for(Path(cfg.data_dir))} makes it.")
         if cfg.epochs and not cfg.max_steps:
-            print("Until then --epochs cannot be converted into steps; 1,500 are assumed.")
+            print("Until then --epochs cannot be converted into steps; 1,750 are assumed.")
     else:
         dataset = open_dataset(cfg.data_dir)
     start = open_start(asdict(cfg), asdict(TrainConfig()), dataset)

@@ -7,7 +7,7 @@ Teach a checkpoint to follow instructions: Alpaca's form; the loss covers only t
 
 Your own checkpoint, on data prepared with its tokenizer:
 
-    python prepare.py config/data_alpaca.py --sources=mine.json --tokenizer=out/stdlib/step_001500 \
+    python prepare.py config/data_alpaca.py --sources=mine.json --tokenizer=out/stdlib/step_001750 \
         --data_dir=data/mine
     python train.py config/finetune_instruct.py --init_from=out/stdlib --data_dir=data/mine \
         --learning_rate=3e-3 --epochs=10

@@ -2,7 +2,7 @@
 Continue training a plainGPT checkpoint with Hugging Face's own Trainer, on plainGPT's shards.
 
     pip install transformers accelerate
-    python examples/hf_trainer.py out/stdlib/step_001500 data/stdlib out/trainer 100
+    python examples/hf_trainer.py out/stdlib/step_001750 data/stdlib out/trainer 100
 
 Arguments: a checkpoint folder (ours or any GPT-2), a data folder, an output folder, steps.
 """

@@ -16,7 +16,7 @@ setup = (
     f'python -c "{_write_text}"',
     "python prepare.py --sources=data/topics.jsonl --tokenizer=data/stdlib --data_dir=data/topics "
     "--val_fraction=0.2",
-    "python train.py --out_dir=out/experiments/stdlib --keep_checkpoints=1",
+    "python train.py --out_dir=out/experiments/stdlib --keep_checkpoints=1 --max_steps=1500",
 )
 base = {
     "init_from": "out/experiments/stdlib",

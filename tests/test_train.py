@@ -752,7 +752,7 @@ def test_fine_tuning_is_planned_without_data_or_network(cfg, tmp_path, capsys, n
     capsys.readouterr()
     assert train.train(replace(plan, device="cpu", out_dir=str(tmp_path / "out"))) == {}
     out = capsys.readouterr().out
-    assert f"Model: {size} parameters" in out and "1,500 are assumed" in out
+    assert f"Model: {size} parameters" in out and "1,750 are assumed" in out
     assert train.train(replace(plan, lora_rank=4, device="cpu")) == {}
     assert "LoRA: " in capsys.readouterr().out
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configurator import UserError
-from model import GPT, Attention, GPTConfig
+from model import GPT, Attention, CrossEntropy, GPTConfig
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.checkpoint.folders import RunStart
 from plaingpt.cpu import BlockedAttention
@@ -178,6 +179,11 @@ def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str,
         "of these, attention, %": 100 * attention / (products + attention),
         "a micro-step, ms": 1e3 * seconds(rt, micro_step),
     }
+    if rt.device.type == "cpu":
+        logits = torch.randn(tokens, config.vocab_size, dtype=rt.dtype, requires_grad=True)
+        for label, loss in {"plainGPT": model.loss, "PyTorch": CrossEntropy()}.items():
+            spent = seconds(rt, differentiate, loss, logits, ids.flatten())
+            figures[f"the loss and its gradient by {label}, ms"] = 1e3 * spent
     kinds = kernels_by_kind(micro_step) if rt.device.type == "cuda" else {}
     figures |= {f"of it, {kind}, ms": ms for kind, ms in kinds.items()}
     names: dict[str, optim.OptimizerName] = {"AdamW": "adamw", "Muon": "muon"}
@@ -187,6 +193,11 @@ def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str,
         figures[f"an update by {label}, ms"] = 1e3 * seconds(rt, update, optimizers)
     peak = timing.product_flops(rt.device, rt.dtype)
     return figures | {"matrix product alone, TFLOP/s": peak / 1e12}
+
+
+def differentiate(loss: CrossEntropy, logits: Tensor, targets: Tensor) -> None:
+    logits.grad = None
+    loss(logits, targets, None).backward()
 
 
 def update(optimizers: list[optim.Optimizer]) -> None:

@@ -177,9 +177,9 @@ def draw_schedule() -> Figure:
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
     for schedule, warmup in lines:
-        rate = LearningRate(1500, 0.01, 0.0, warmup, schedule, decay_fraction=0.5)
+        rate = LearningRate(1750, 0.01, 0.0, warmup, schedule, decay_fraction=0.5)
         label = f"--schedule={schedule} --warmup_steps={warmup}"
-        axes.plot([rate.at(step) for step in range(1500)], label=label)
+        axes.plot([rate.at(step) for step in range(1750)], label=label)
     axes.set(xlabel="step", ylabel="learning rate")
     axes.legend()
     return figure

@@ -109,7 +109,7 @@ def make_plan(
     windows = data.batches.windows if data else 0
     if settings["epochs"] is not None and data:
         steps.append(max(1, math.ceil(settings["epochs"] * windows / settings["batch_size"])))
-    max_steps = min(steps, default=1500)
+    max_steps = min(steps, default=1750)
     fresh = settings["init_from"] == "scratch"
     peak, source = settings["learning_rate"], ""
     if peak is None:

@@ -54,8 +54,8 @@ def test_settings_of_none_become_numbers():
     for what in (plan.evaluation, plan.sampling, plan.saving):
         assert [step for step in range(1, 101) if what.due(step)] == [30, 60, 90, 100]
     plan = plan_of(replace(CFG, sample_interval=0, save_interval=50, grad_clip=0.0))
-    assert plan.max_steps == 1500 and plan.grad_clip == float("inf")
-    assert not plan.sampling.due(1500) and plan.saving.due(50) and plan.saving.due(1500)
+    assert plan.max_steps == 1750 and plan.grad_clip == float("inf")
+    assert not plan.sampling.due(1750) and plan.saving.due(50) and plan.saving.due(1750)
 
 
 def test_the_learning_rate_is_the_one_given_or_that_of_the_width():
