@@ -124,7 +124,7 @@ from plaingpt.training.held_out import evaluate
 from plaingpt.training.log import Clock, Record, console_line, finite, throughput
 from plaingpt.training.memory import check_fits
 from plaingpt.training.plan import Plan, make_plan, micro_batch_size
-from plaingpt.training.run_folder import RunLog, begin_run, check_out_dir, claimed, describe_start
+from plaingpt.training.run_folder import begin_run, check_out_dir, claimed, describe_start
 from plaingpt.training.samples import print_samples
 from plaingpt.training.saving import Saver
 from plaingpt.training.sentences import sentences, time_sentence, without_better
@@ -215,19 +215,20 @@ def begin(cfg: TrainConfig, rt: Runtime, device: Device) -> Record:
             adapters.keep_base(start.base, out_dir)
         now = describe_start(given, rt, start.step, dataset.fingerprint)
         log = begin_run(out_dir, now, start.source, cfg.tracker, dataset.statistics)
-    return run(cfg, state, plan, data, log, rt)
+    with Saver(log, cfg.keep_checkpoints, rt) as saver:
+        return run(cfg, state, plan, data, saver, rt)
 
 
 def run(
-    cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, log: RunLog | None, rt: Runtime
+    cfg: TrainConfig, state: TrainState, plan: Plan, data: Data, saver: Saver, rt: Runtime
 ) -> Record:
     """The training loop: from state.step to the end of the plan, or until a signal."""
     record: Record = {}
+    log = saver.log  # None in all but the main process
     if state.step == 0 and cfg.init_from != "scratch":  # the baseline for fine-tuning
         record = {"step": 0, **evaluate(state, plan, data, rt)}
         if log and "val_loss" in record:
             log.add(record)
-    saver = Saver(log, cfg.keep_checkpoints, rt) if log else None
     clock = Clock(plan.max_steps - state.step)
     coming = data.batches.ahead(range(state.step, plan.max_steps), rt)
     stopping, finished = rt.stopping(), False
@@ -258,15 +259,14 @@ def run(
         if evaluating:
             sound = sound and math.isfinite(record["val_loss"])
         if sound and plan.sampling.due(step):
-            samples = print_samples(state.model, state.tokenizer, data.prompts, cfg.seed, step)
+            samples = print_samples(state.model, state.tokenizer, data.prompts, cfg.seed, step, rt)
             if log:
                 log.add_samples(samples)
         finished = plan.finished(step, state.progress.waited)
         if finished or stopping or plan.saving.due(step):
             losses = {"loss": loss, "val_loss": record["val_loss"] if evaluating else None}
             save(cfg, state, losses, data, saver, rt)
-    if saver:
-        saver.wait()
+    saver.wait()
     if finished and state.step < plan.max_steps:
         print(f"step {state.step}: ending early after {without_better(state.progress.waited)}")
     elif stopping:
@@ -388,12 +388,7 @@ def how_to_resume(out_dir: str) -> str:
 
 
 def save(
-    cfg: TrainConfig,
-    state: TrainState,
-    losses: Record,
-    data: Data,
-    saver: Saver | None,
-    rt: Runtime,
+    cfg: TrainConfig, state: TrainState, losses: Record, data: Data, saver: Saver, rt: Runtime
 ) -> None:
     about = {
         **{name: finite(loss) for name, loss in losses.items()},
@@ -401,8 +396,9 @@ def save(
         "versions": runtime.versions(),
         "settings": asdict(cfg),
     }
+    saver.wait()  # memory may not hold two snapshots
     snapshot = snapshot_of(state, about, rt)
-    if saver and snapshot:
+    if snapshot:
         # a checkpoint before the trouble may still be needed
         saver.save(snapshot, prune=not state.skipped_in_a_row)
 

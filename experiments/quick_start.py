@@ -5,6 +5,6 @@ The quick start with three seeds: the figures of the README.
 """
 
 setup = ("python prepare.py",)
-base = {"data_dir": "data/stdlib", "max_steps": 1500, "eval_interval": 250}
+base = {"data_dir": "data/stdlib", "max_steps": 1750, "eval_interval": 250}
 variants = {"quick_start": {}}
 seeds = (1337, 1, 2)

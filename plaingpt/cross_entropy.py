@@ -1,8 +1,9 @@
 """
-The cross-entropy of logits and its gradient on a CPU, in one pass by Numba.
+The cross-entropy of logits and its gradient on a CPU, compiled by Numba.
 
-PyTorch copies the logits to float32 and goes over them six times, in memory. Here a row stays in
-the cache, and its gradient takes the place of its logits. docs/benchmarks.md has the measurements.
+PyTorch copies the logits to float32 and makes six passes over them in main memory. Here a row stays
+in the cache, and its gradient takes the place of its logits. docs/benchmarks.md has the
+measurements.
 
 Shapes: N rows, V logits in each.
 """
@@ -28,17 +29,20 @@ from plaingpt.kernels import (
     use_threads,
 )
 
-PARTS = 64  # of the rows, which threads take one by one
+PARTS = 64  # that the rows are divided into; a free thread takes the next
 SIGN, OTHERS = np.int32(31), np.int32(0x7FFFFFFF)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights (N,) · -log softmax(logits (N, V))[targets (N,)]. Destroys the logits,
-    which are bfloat16 or float32."""
-    return CrossEntropy.apply(logits, targets, weights)
+    """The sum of weights (N,) · -log softmax(logits (N, V))[targets (N,)], nan if it is not finite.
+    Overwrites the logits, which are bfloat16 or float32. Raises IndexError for targets outside
+    range(V)."""
+    if len(targets) and not 0 <= targets.min() <= targets.max() < logits.size(1):
+        raise IndexError(f"a target is outside range({logits.size(1)})")
+    return FusedLoss.apply(logits, targets, weights)
 
 
-class CrossEntropy(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         use_threads()
@@ -55,7 +59,7 @@ class CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient if grad == 1 else gradient * grad.to(gradient.dtype), None, None
+        return gradient if grad == 1 else gradient * grad, None, None
 
 
 @jit(PARALLEL)
@@ -84,7 +88,7 @@ def differentiate(x, target, weight):
     largest, total = maximum(x), f32(0)
     wanted = x[target] - largest
     for v in range(len(x)):
-        x[v] = exp(x[v] - largest)  # nan if a logit is not finite
+        x[v] = exp(x[v] - largest)  # nan if a logit is nan or inf
         total += x[v]
     x[target] -= total
     factor = weight / total

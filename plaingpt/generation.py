@@ -93,7 +93,8 @@ class Batch:
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.alternatives = alternatives
         check_memory(model, size, self.capacity)
-        self.ahead, stride = (AHEAD, STRIDE) if device.type == "cuda" else (1, 1)
+        recorded = device.type == "cuda" and not hasattr(model, "unshard")  # FSDP moves weights
+        self.ahead, stride = (AHEAD, STRIDE) if recorded else (1, 1)
         self.cache = KVCache(model, size, self.capacity, stride)
         self.recorded = None
         if self.ahead > 1:

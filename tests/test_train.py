@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from model import GPT
-from plaingpt import runtime
+from plaingpt import cpu, runtime
 from plaingpt.checkpoint import folders, hugging_face, store
 from plaingpt.text import dataset
 from plaingpt.text.tokenizer import Tokenizer
@@ -86,7 +86,11 @@ def assert_same_end(one: Path, other: Path) -> None:
 # --- exactness
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "micro_batch_size": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw", "micro_batch_size": 2}, {"vocab_multiple": cpu.LARGE}],
+    ids=["muon", "adamw", "compiled_loss"],
+)
 def test_7_steps_and_13_more_are_20_steps(cfg, tmp_path, monkeypatch, changes):
     cfg = replace(cfg, **changes)
     train.train(replace(cfg, out_dir=str(tmp_path / "whole")))

@@ -27,7 +27,7 @@ from plaingpt.checkpoint.hugging_face import (
     write_tensors,
 )
 from plaingpt.checksums import check_sum, write_sums
-from plaingpt.files import as_record, atomic_folder, remove_leftovers, size_of, write_json
+from plaingpt.files import as_record, atomic_folder, size_of, write_json
 from plaingpt.text.tokenizer import Tokenizer
 
 MAX_ENTRIES = 100_000  # in optimizer.pt; a model of MAX_LAYERS has fewer
@@ -62,7 +62,6 @@ def save(out_dir: Path, snapshot: Snapshot) -> Path:
     Raises OSError if the folder exists or the disk refuses the files, and leaves none of them
     behind.
     """
-    remove_leftovers(out_dir)
     folder = out_dir / f"step_{snapshot.state.step:06d}"
     if folder.exists():  # replacing it takes two renames, with a moment when neither is there
         raise OSError(f"could not save a checkpoint: {folder} already exists")

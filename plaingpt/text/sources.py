@@ -31,7 +31,7 @@ from plaingpt.text.hub import BrokenStream, HubDataset, Shard, hub_shards, parse
 from plaingpt.text.records import RECORD_SUFFIXES, Row, Rows
 from plaingpt.text.text_files import TEXT_SUFFIXES, TextFile, codec_of, is_text, suffix
 
-KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read, of a folder as well
+KINDS = RECORD_SUFFIXES | {".txt"}  # suffixes of files that are read without being named
 UNIT = 1 << 26  # bytes of files that are read together; saved positions count units: do not change
 T = TypeVar("T")
 WEIGHT = re.compile(r"(.+)=(-?(?:\d+(?:\.\d*)?|\.\d+))")
@@ -194,11 +194,11 @@ def find_source(text: str) -> Source:
         paths, others = stdlib_paths(), []
     else:
         found = find_paths(text)
-        kinds = KINDS | TEXT_SUFFIXES.intersection([suffix(text)])
+        kinds = KINDS if os.path.isdir(text) else KINDS | TEXT_SUFFIXES & {suffix(text)}
         paths = [path for path in found if suffix(path) in kinds and os.path.isfile(path)]
         others = sorted({*found} - {*paths})  # of other kinds, broken links, pipes
         if not paths:
-            raise UserError(f"source {text!r} {nothing_read(text, others)}")
+            raise UserError(f"source {text!r} {nothing_read(text, sorted(kinds), others)}")
     real = {os.path.realpath(path): os.path.abspath(path) for path in reversed(paths)}  # once each
     files = tuple(TextFile(path, os.path.getsize(path)) for path in sorted(real.values()))
     empty = tuple(file.path for file in files if not file.size)
@@ -223,23 +223,23 @@ def find_paths(text: str) -> list[str]:
     return sorted(path for path in found if not os.path.isdir(path))
 
 
-def nothing_read(text: str, others: list[str]) -> str:
-    """Why a source string leads to no file that can be read, and what to do about it."""
-    kinds = ", ".join(sorted(KINDS))
+def nothing_read(text: str, kinds: list[str], others: list[str]) -> str:
+    """Why a source string leads to no file of these kinds, and what to do about it."""
+    read = ", ".join(kinds)
     if os.path.lexists(text) and not os.path.isdir(text) and not os.path.isfile(text):
         return "is not a file but a pipe, a device or a broken link"
     if others == [text]:
         return (
-            f"is of an unsupported kind: only {kinds} files are read, compressed or not; "
+            f"is of an unsupported kind: only {read} files are read, compressed or not; "
             "convert it to one of these, plain text with a name that ends in .txt"
         )
     if others:
-        said = f"matches {counted_suffixes(others)}, but no file of these kinds: {kinds}"
-        if named := sorted(TEXT_SUFFIXES.intersection(map(suffix, others))):
-            pattern = os.path.join(text if os.path.isdir(text) else "FOLDER", f"**/*{named[0]}")
-            return f"{said}; name the others by a pattern, {pattern!r}"
+        said = f"matches {counted_suffixes(others)}, but no file of these kinds: {read}"
+        if texts := Counter(suffix(path) for path in others if is_text(path)).most_common(1):
+            pattern = os.path.join(text if os.path.isdir(text) else "FOLDER", f"**/*{texts[0][0]}")
+            return f"{said}; other text needs a pattern, such as {pattern!r}"
         return f"{said}; convert them to one of these, plain text with names that end in .txt"
-    said = f"matches no file of these kinds: {kinds}"
+    said = f"matches no file of these kinds: {read}"
     if "://" in text:
         return f"{said}; download it first, or write hf:OWNER/NAME for a dataset of the hub"
     parent = Path(text).parent

@@ -38,19 +38,19 @@ def shard(model: GPT, rt: Runtime) -> None:
 
 
 def gathered_dtype(rt: Runtime) -> torch.dtype:
-    """What the weights of a block are sent and used in: half the bytes where autocast would cast
-    them anyway. On a CPU, a LayerNorm does not take bf16 weights with float32 input."""
+    """The dtype in which a block's weights are gathered and used: half the bytes where autocast
+    would cast them anyway. On a CPU, a LayerNorm does not take bf16 weights with float32 input."""
     return rt.dtype if rt.device.type == "cuda" else torch.float32
 
 
 def average_gradients(step_model: Any, together: bool, rt: Runtime) -> DistributedDataParallel:
-    """The model as a module whose backward pass averages gradients over the processes (DDP): all of
-    them in one operation if they come `together`, as from a compiled pass, where nothing is left to
-    compute meanwhile."""
+    """The model as a module whose backward pass averages gradients over the processes (DDP);
+    `together`: in one all-reduce, for a compiled model, whose gradients are ready only at the end.
+    """
     devices = [rt.device] if rt.device.type == "cuda" else None
-    size = sum(p.nbytes for p in step_model.parameters()) // 2**20 + 1 if together else None
+    mib = sum(p.nbytes for p in step_model.parameters()) // 2**20 + 1 if together else None
     return DistributedDataParallel(
-        step_model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=size
+        step_model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=mib
     )
 
 
@@ -66,13 +66,16 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def unsharded(model: Any) -> Iterator[None]:
-    """Gather a sharded model, so that calls other than its own forward pass work."""
-    if is_sharded(model):
-        model.unshard()
-    yield
-    if is_sharded(model):
-        model.reshard()
+def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
+    """Gather a sharded model, so that calls other than its own forward pass work, under autocast as
+    its weights may be bf16."""
+    if not is_sharded(model):
+        yield
+        return
+    model.unshard()
+    with rt.autocast():
+        yield
+    model.reshard()
 
 
 def full_tensor(tensor: Any) -> Tensor:

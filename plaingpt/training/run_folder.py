@@ -29,6 +29,7 @@ from plaingpt.files import (
     parse_json,
     read_json,
     remove_folder,
+    remove_leftovers,
     write_json,
 )
 from plaingpt.locks import locked
@@ -145,6 +146,7 @@ def begin_run(
         earlier = records_until(start.step, source.parent / METRICS, Metrics)
         samples = records_until(start.step, source.parent / SAMPLES, Sample)
     out_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out_dir)
     running = None
     if tracker:
         name = f"{out_dir.name}-{starts[0].get('time', '')}"

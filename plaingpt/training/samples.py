@@ -9,6 +9,7 @@ from model import GPT
 from plaingpt.files import Count
 from plaingpt.generation import Batch, Text, write_in_order
 from plaingpt.prompts import read_prompts
+from plaingpt.runtime import Runtime
 from plaingpt.sampling import Sampling
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.questions import questions
@@ -51,7 +52,7 @@ def prompts_for(dataset: Dataset, path: str | None) -> list[Prompt]:
 
 
 def print_samples(
-    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], seed: int, step: int
+    model: GPT, tokenizer: Tokenizer, prompts: list[Prompt], seed: int, step: int, rt: Runtime
 ) -> list[Sample]:
     """Print (> prompt, | continuation) and return what the model writes after each prompt, with
     the same draws each time. Several are written side by side."""
@@ -62,7 +63,7 @@ def print_samples(
     longest = max(len(prompt.ids) for prompt in prompts) + SAMPLE_TOKENS
     samples = []
     model.eval()
-    with parallel.unsharded(model):  # a sharded model needs all processes
+    with parallel.unsharded(model, rt):  # a sharded model needs all processes
         batch = Batch(model, tokenizer, min(BATCH_SIZE, len(prompts)), longest)
         for prompt, text in zip(prompts, write_in_order(batch, texts)):
             samples.append(Sample(step, prompt.text, text.written))

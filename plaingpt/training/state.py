@@ -80,8 +80,9 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
         start.optimizer.clear()  # it is up to twice as large as the model
     fast_model = maybe_compiled(model, plan, rt)
     step_model: Callable[..., Tensor] = fast_model
+    compiled = fast_model is not model
     if rt.world_size > 1 and not plan.sharded:
-        step_model = parallel.average_gradients(fast_model, fast_model is not model, rt)
+        step_model = parallel.average_gradients(fast_model, compiled, rt)
     return TrainState(
         model,
         fast_model,

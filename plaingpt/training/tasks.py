@@ -83,7 +83,7 @@ def measure_tasks(model: GPT, tasks: list[Task], step: int, rt: Runtime) -> dict
         rt = replace(rt, rank=0, world_size=1)
     found: dict[str, float] = {}
     model.eval()
-    with parallel.unsharded(model):
+    with parallel.unsharded(model, rt):
         for task in tasks:
             began = time.perf_counter()
             try:

@@ -115,8 +115,8 @@ def sent(plan: Plan) -> tuple[int, int]:
     """The bytes that each process sends in a step, and in how many operations.
 
     DDP averages the gradients: 2(W-1)/W of their size. FSDP gathers the weights of the blocks twice
-    in each micro-step, the other weights once, and scatters the gradients: (W-1)/W each. All of
-    them are in float32, but the gathered blocks in the plan's dtype and Muon's updates in bfloat16.
+    in each micro-step, the other weights once, and scatters the gradients: (W-1)/W each. All are
+    float32 except the gathered blocks, in the plan's dtype, and Muon's updates, in bfloat16.
     """
     sizes, processes = plan.sizes, plan.world_size
     size = 4 * 2 * sizes.trained

@@ -161,10 +161,14 @@ def test_other_kinds_of_files_are_told_what_to_do(say, tmp_path, capsys):
     assert "matches 2 .pdf, 1 .png, but no file of these kinds: .csv" in line
     assert "convert them to one of these, plain text with names that end in .txt" in line
     (tmp_path / "scans" / "4.py").write_text("x = 1\n" * 9)
-    assert "name the others by a pattern, 'scans/**/*.py'" in say("--sources=scans")
+    (tmp_path / "scans" / "5.c").write_text("int x;\n" * 9)
+    (tmp_path / "scans" / "6.py").write_text("x = 2\n" * 9)
+    assert "other text needs a pattern, such as 'scans/**/*.py'" in say("--sources=scans")
     assert prepare.main(["--sources=scans/**/*.py", "--tokenizer=bytes", "--data_dir=code"]) == 0
-    assert "1 document" in capsys.readouterr().out
-    (tmp_path / "scans" / "4.py").unlink()
+    assert "2 documents" in capsys.readouterr().out
+    for name in ("4.py", "5.c", "6.py"):
+        (tmp_path / "scans" / name).unlink()
+    assert "no file of these kinds: .csv, .json, .jsonl, .parquet, .py" in say("--sources=*.py")
     (tmp_path / "scans" / "4.txt").write_text("some text\n" * 9)
     assert prepare.main(["--sources=scans", "--tokenizer=bytes"]) == 0
     out, err = capsys.readouterr()

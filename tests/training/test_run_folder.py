@@ -42,6 +42,13 @@ def begin(out_dir, step, source=None):
     return run_folder.begin_run(out_dir, start, source, None, {})
 
 
+def test_leftovers_of_a_killed_save_vanish(tmp_path):
+    (tmp_path / ".partial_step_000007").mkdir()
+    (tmp_path / ".partial_old_step_000003").mkdir()
+    begin(tmp_path, 8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
 def test_a_run_without_matplotlib_ends_before_its_first_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"matplotlib\.figure"):

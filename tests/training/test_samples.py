@@ -2,34 +2,37 @@
 
 import json
 
+import torch
+
 import prepare
 from model import GPT, GPTConfig
+from plaingpt.runtime import Runtime
 from plaingpt.text.dataset import open_dataset
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import samples
 from plaingpt.training.samples import Prompt, print_samples
 
-BYTES = Tokenizer.bytes()
+BYTES, RT = Tokenizer.bytes(), Runtime(torch.device("cpu"), torch.float32)
 
 
 def test_the_draws_are_the_same_each_time_and_differ_between_prompts(capsys):
     model = GPT(GPTConfig(257, block_size=16, n_layer=1, n_head=1, n_embd=8)).init_weights(0)
     prompts = [Prompt("two\nlines", list(b"two\nlines")), Prompt("", [256]), Prompt("", [256])]
-    first = print_samples(model, BYTES, prompts, seed=1, step=5)
+    first = print_samples(model, BYTES, prompts, seed=1, step=5, rt=RT)
     out = capsys.readouterr().out
     assert out.startswith("  > two\n  > lines\n  | ") and out.count("  > ") == 2
     assert model.training and {sample.step for sample in first} == {5}
     assert first[1].text != first[2].text
-    assert print_samples(model, BYTES, prompts, seed=1, step=5) == first
+    assert print_samples(model, BYTES, prompts, seed=1, step=5, rt=RT) == first
 
 
 def test_samples_do_not_depend_on_those_beside_them():
     """More prompts than fit side by side, some of which fill the context."""
     model = GPT(GPTConfig(257, block_size=64, n_layer=2, n_head=2, n_embd=32)).init_weights(0)
     prompts = [Prompt("", [97 + number] * (1 + 8 * number)) for number in range(10)]
-    together = print_samples(model, BYTES, prompts, seed=1, step=1)
+    together = print_samples(model, BYTES, prompts, seed=1, step=1, rt=RT)
     alone = [
-        print_samples(model, BYTES, [prompt], seed=1 + number, step=1)[0]
+        print_samples(model, BYTES, [prompt], seed=1 + number, step=1, rt=RT)[0]
         for number, prompt in enumerate(prompts)
     ]
     assert together == alone and len({sample.text for sample in alone}) == 10

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,29 @@ def test_only_a_cpu_is_waited_for():
     for device, background in (("cpu", False), ("cuda", True), ("mps", True)):
         rt = Runtime(torch.device(device), torch.float32)
         assert saving.Saver(None, 3, rt).in_background == background
+
+
+def test_a_run_that_fails_waits_for_its_checkpoint(cfg, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "Saver", InBackground)
+    really_step, really_save = train.optimizer_step, store.save
+    failing = threading.Event()
+
+    def step(state, *args):
+        if state.step == 9:
+            failing.set()
+            raise ArithmeticError
+        return really_step(state, *args)
+
+    def save(out_dir, snapshot):
+        assert failing.wait(30)
+        time.sleep(0.2)
+        return really_save(out_dir, snapshot)
+
+    monkeypatch.setattr(train, "optimizer_step", step)
+    monkeypatch.setattr(store, "save", save)
+    with pytest.raises(ArithmeticError):
+        train.train(replace(cfg, out_dir=str(tmp_path / "failing")))
+    assert folders.find(tmp_path / "failing").name == "step_000007"
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(cfg, tmp_path, monkeypatch):  # noqa: F811
