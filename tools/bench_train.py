@@ -23,9 +23,9 @@ from torch import Tensor
 
 from configurator import UserError
 from model import GPT, Attention, CrossEntropy, GPTConfig
+from plaingpt import cpu
 from plaingpt.checkpoint import folders, hugging_face
 from plaingpt.checkpoint.folders import RunStart
-from plaingpt.cpu import BlockedAttention
 from plaingpt.runtime import Runtime
 from plaingpt.text.bpe import single_bytes
 from plaingpt.text.tokenizer import Tokenizer
@@ -161,6 +161,7 @@ def typical(name: str, values: list[float]) -> float:
 
 def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str, float]:
     """What a micro-step of `sequences` full windows and an update consist of, in this process."""
+    cpu.keep_freed_memory()  # as train.py does
     tokens = sequences * config.block_size
     products = products_seconds(config, tokens, rt)
     attention = attention_seconds(config, sequences, rt)
@@ -241,7 +242,7 @@ def attention_seconds(config: GPTConfig, sequences: int, rt: Runtime) -> float:
     """The attention of all layers, forward and backward."""
     shape = (3, sequences, config.n_head, config.block_size, config.n_embd // config.n_head)
     qkv = torch.randn(shape, device=rt.device, dtype=rt.dtype, requires_grad=True)
-    attend = BlockedAttention() if rt.device.type == "cpu" else Attention()
+    attend = cpu.BlockedAttention() if rt.device.type == "cpu" else Attention()
 
     def both_ways() -> None:
         y = attend(*qkv.unbind(), None, 0.0)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from configurator import UserError
-from plaingpt.cpu import BLOCK, LONGEST
+from plaingpt.cpu import BLOCK, LARGE, LONGEST
 from plaingpt.training.plan import Plan, divisors
 
 PROCESS = 0.3 * 2**30  # bytes of Python, PyTorch and Matplotlib
+NUMBA = 0.12 * 2**30  # bytes, where it compiles the loss
 MARGIN = 1.5  # no measured run took less than two thirds of its estimate (docs/benchmarks.md)
 
 
@@ -65,7 +66,8 @@ def memory_gib(plan: Plan) -> float:
         activations += 2 * sizes.total  # copies of the weights, kept for the backward pass
     saving = 8 * sizes.trained if on_cpu else 0  # transposed, and as bytes
     most = max(gradients + max(activations, update), saving)
-    return (PROCESS * on_cpu + kept + most) / 2**30
+    process = (PROCESS + NUMBA * (plan.config.vocab_size >= LARGE)) * on_cpu
+    return (process + kept + most) / 2**30
 
 
 def activation_bytes_per_token(plan: Plan, half: bool) -> int:
@@ -73,13 +75,13 @@ def activation_bytes_per_token(plan: Plan, half: bool) -> int:
 
     In units of n_embd, a block keeps two LayerNorms (in and out), qkv, attention, and the MLP
     around its GELU; with activation checkpointing only its input, and the rest of one block at a
-    time. There are three copies of the logits, and on a CPU gaps between blocks of that size.
+    time. There are three copies of the logits; on a CPU only one, and gaps.
     """
     config = plan.config
     block = config.n_embd * (36 if half else 64)
     logits = 12 * config.vocab_size
     if plan.device.kind == "cpu":
-        logits = config.vocab_size * (20 if half else 24)
+        logits = config.vocab_size * (3 if half else 6)
         if config.block_size <= LONGEST:  # plaingpt/cpu.py's attention keeps its weights
             keys = (config.block_size + min(config.block_size, BLOCK)) // 2
             block += config.n_head * keys * (2 if half else 4)
