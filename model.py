@@ -102,7 +102,7 @@ class KVCache:
         """Store the keys and values (B, T, 2, H, D) of a layer; return all of them as k and v,
         (B, H, S, D)."""
         entries = self.entries[layer]
-        entries[self.rows, :, :, self.positions] = kv
+        entries[self.rows, :, :, self.positions] = kv.to(entries.dtype)  # autocast's may differ
         k, v = entries[: len(kv), :, :, : self.size].unbind(1)
         return k, v
 

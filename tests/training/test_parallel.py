@@ -25,7 +25,9 @@ from test_train import assert_same_end, cfg, records, same  # noqa: F401
 import train
 from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders, hugging_face, store
+from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import parallel
+from plaingpt.training.samples import Prompt, print_samples
 from plaingpt.training.state import maybe_compiled
 
 REPO = Path(__file__).parents[2]
@@ -216,7 +218,7 @@ def gather_in_bf16(rank: int, port: int) -> None:
     used: set[torch.dtype] = set()
     found = []
     for parallel.gathered_dtype in (lambda rt: torch.float32, lambda rt: torch.bfloat16):
-        model = test_model.tiny().train()
+        model = test_model.tiny(vocab_size=257).train()
         parallel.shard(model, rt)
         norm = model.transformer.h[1].ln_2
         norm.register_forward_hook(lambda norm, given, out: used.add(norm.weight.dtype))
@@ -226,6 +228,8 @@ def gather_in_bf16(rank: int, port: int) -> None:
         gradients = [parallel.full_tensor(p.grad) for p in model.parameters()]
         assert {g.dtype for g in gradients} == {torch.float32}
         found.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+        prompts = [Prompt("ab", [1, 2]), Prompt("", [60])]
+        assert len(print_samples(model, Tokenizer.bytes(), prompts, 1, 1, rt)) == 2
     assert used == {torch.float32, torch.bfloat16}
     (loss, gradient), (other_loss, other_gradient) = found
     assert abs(loss - other_loss) < 0.005
