@@ -18,6 +18,7 @@ from plaingpt.sampling import Sampling
 from plaingpt.text import templates
 from plaingpt.text.spelling import Speller
 from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.training.parallel import is_sharded
 from plaingpt.wording import quantity
 
 AHEAD = 16  # tokens that a GPU draws before the host looks at them
@@ -93,7 +94,7 @@ class Batch:
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.alternatives = alternatives
         check_memory(model, size, self.capacity)
-        recorded = device.type == "cuda" and not hasattr(model, "unshard")  # FSDP moves weights
+        recorded = device.type == "cuda" and not is_sharded(model)  # FSDP moves weights
         self.ahead, stride = (AHEAD, STRIDE) if recorded else (1, 1)
         self.cache = KVCache(model, size, self.capacity, stride)
         self.recorded = None

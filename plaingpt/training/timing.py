@@ -120,7 +120,7 @@ def sent(plan: Plan) -> tuple[int, int]:
     """
     sizes, processes = plan.sizes, plan.world_size
     size = 4 * 2 * sizes.trained
-    operations = 1 if plan.compile else math.ceil(size / 2 / BUCKET)
+    operations = 1 if plan.compile else math.ceil(4 * sizes.trained / BUCKET)
     if plan.sharded:
         blocks = 2 * sizes.matrices * plan.dtype.itemsize
         others = 4 * (sizes.total - sizes.matrices)
