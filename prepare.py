@@ -38,7 +38,7 @@ class PrepareConfig:
     max_record_tokens: PositiveInt | None = None  # longer records are bad; None: no limit
     # how much of it
     val_fraction: FractionBelow1 = 0.05  # share to validate on if val_sources is empty
-    val_tokens: PositiveInt | None = None  # limit on validation tokens; the rest is trained on
+    val_tokens: PositiveInt | None = None  # at most, of sources; the rest is trained on
     max_tokens: PositiveInt | None = None  # tokens to take from sources; None: all
     max_documents: PositiveInt | None = None  # documents to take from sources; None: all
     # tokens

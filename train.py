@@ -6,11 +6,11 @@ Train a GPT-2 on the shards that prepare.py made.
     python train.py config/gpt2_124m.py --plan                 # print the plan, and stop
     python train.py config/gpt2_124m.py --plan_for=8xH100      # the same for other devices
     python train.py --init_from=resume                         # continue from the newest checkpoint
-    python train.py config/finetune_instruct.py --lora_rank=16  # train adapters, not the weights
+    python train.py config/finetune_instruct.py --lora_rank=16 --learning_rate=5e-4  # adapters
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 
 Ctrl-C and SIGTERM finish the step, save and exit with status 0. The number of processes changes
-the losses by rounding only.
+the losses by rounding only, unless there is dropout, which each process draws for itself.
 """
 
 import contextlib

@@ -1,15 +1,13 @@
 """
 Tiny Shakespeare in bytes, at the size of nanoGPT's CPU recipe.
 
-    python prepare.py --sources=train.txt --val_sources=val.txt --tokenizer=bytes \
-        --data_dir=data/shakespeare
+    python prepare.py config/data_shakespeare.py --sources=input.txt
     python train.py config/shakespeare_cpu.py
     python sample.py --checkpoint=out/shakespeare --start "ROMEO:"
 
-Text: the first 90% of tiny Shakespeare in train.txt (1,003,854 bytes), the rest in val.txt
-(111,540 bytes), as nanoGPT splits it. Hardware: a laptop.
+Text: the first nine tenths of tiny Shakespeare; the last tenth is for validation. Hardware: a laptop.
 Tokens: 225 steps of 1,536 = 0.35 million.
-Expect: a validation loss of about 1.87 nats per byte over all of val.txt; see docs/benchmarks.md.
+Expect: a validation loss of about 1.87 nats per byte; docs/benchmarks.md compares it with nanoGPT.
 """
 
 data_dir = "data/shakespeare"
