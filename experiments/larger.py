@@ -1,6 +1,7 @@
 """
 Does Muon's advantage hold for a larger model and more text? 14 million parameters, and the sources
 of seven packages that requirements.txt installs, 130 MB: Muon with a third of AdamW's tokens.
+Runs of 500 steps find AdamW's rate.
 
     python -m tools.experiment experiments/larger.py
 
@@ -22,8 +23,13 @@ base = {
     "n_embd": 384,
     "batch_size": 16,
 }
+_adamw = {"optimizer": "adamw", "learning_rate": 0.001, "warmup_steps": 50}
+_short = {**_adamw, "max_steps": 500, "eval_interval": 250}
 variants = {
-    "adamw": {"optimizer": "adamw", "warmup_steps": 50, "max_steps": 3000, "eval_interval": 500},
+    "adamw": {**_adamw, "max_steps": 3000, "eval_interval": 500},
     "muon": {"max_steps": 1000, "eval_interval": 125},
+    "adamw_500_steps": _short,
+    "adamw_500_steps_0.0005": {**_short, "learning_rate": 0.0005},
+    "adamw_500_steps_0.002": {**_short, "learning_rate": 0.002},
 }
 seeds = (1, 2, 3)
