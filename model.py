@@ -189,7 +189,9 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
         self.config = config
+        # of training
         self.recompute = False  # activation checkpointing: run blocks again in the backward pass
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: the weights'
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of token ids `idx` (B, T); `cache` is read and extended.
@@ -202,6 +204,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens do not fit block_size={block_size}")
         positions = self.wpe.weight[:T] if cache is None else self.wpe(cache.reserve(B, T))
         x = self.wte(idx) + positions  # (B, T, C)
+        if self.training:
+            x = x.to(dtype=self.stream_dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             if self.recompute and self.training:

@@ -5,7 +5,7 @@ Tiny Shakespeare in bytes, at the size of nanoGPT's CPU recipe.
     python train.py config/shakespeare_cpu.py
     python sample.py --checkpoint=out/shakespeare --start "ROMEO:"
 
-Text: the first nine tenths of tiny Shakespeare; the last tenth is for validation. Hardware: a laptop.
+Text: nine tenths of tiny Shakespeare; the last tenth is for validation. Hardware: a laptop.
 Tokens: 225 steps of 1,536 = 0.35 million.
 Expect: a validation loss of about 1.87 nats per byte; docs/benchmarks.md compares it with nanoGPT.
 """

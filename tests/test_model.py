@@ -170,3 +170,20 @@ def test_a_gpu_computes_what_the_cpu_does():
     model, idx = tiny(), tokens(3, 16)
     expected = model(idx)
     torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_residual_stream_in_bf16_changes_little_and_only_training():
+    x, y, dtypes, found = tokens(2, 16), tokens(2, 16, seed=4), [], []
+    for dtype in (None, torch.bfloat16):
+        model = tiny().train()
+        model.transformer.stream_dtype = dtype
+        model.transformer.h[1].register_forward_hook(lambda *each: dtypes.append(each[2].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, y)
+            loss.backward()
+            model.eval()(x, y)
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert abs(loss - other_loss) < 0.005
+    assert 0 < (gradient - other_gradient).norm() < 0.02 * gradient.norm()

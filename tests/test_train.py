@@ -761,6 +761,19 @@ def test_fine_tuning_is_planned_without_data_or_network(cfg, tmp_path, capsys, n
     assert "LoRA: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "device, dtype, wanted",
+    [
+        ("cuda", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, None),
+        ("cuda", torch.float32, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_only_gpus_that_train_in_bf16_keep_the_residual_stream_in_it(device, dtype, wanted):
+    assert state.stream_dtype(runtime.Runtime(torch.device(device), dtype)) == wanted
+
+
 def test_compile_falls_back_to_eager_and_says_so(cfg, tmp_path, monkeypatch, capsys):
     def broken(model, **settings):
         def call(*args):

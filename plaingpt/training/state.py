@@ -64,6 +64,7 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
     """Move the model of a start to its device, or shard it, and give it its optimizers."""
     model = start.model
     model.transformer.recompute = plan.activation_checkpointing
+    model.transformer.stream_dtype = stream_dtype(rt)
     if plan.sharded:
         parallel.shard(model, rt)
     else:
@@ -95,6 +96,12 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
         skipped=start.skipped,
         progress=start.progress,
     )
+
+
+def stream_dtype(rt: Runtime) -> torch.dtype | None:
+    """The dtype of the residual stream in training, None for that of the weights: bf16 on GPUs
+    that train in it, because they spend much of a step reading and writing the stream."""
+    return torch.bfloat16 if (rt.device.type, rt.dtype) == ("cuda", torch.bfloat16) else None
 
 
 def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
