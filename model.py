@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, EPSILON, bias=config.bias)
         self.config = config
-        # of training
+        # for training
         self.recompute = False  # activation checkpointing: run blocks again in the backward pass
         self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: the weights'
 
