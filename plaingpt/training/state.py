@@ -100,7 +100,7 @@ def make_state(start: Start, tokenizer: Tokenizer, plan: Plan, rt: Runtime) -> T
 
 def stream_dtype(rt: Runtime) -> torch.dtype | None:
     """The dtype of the residual stream in training, None for that of the weights: bf16 on GPUs
-    that train in it, because they spend much of a step reading and writing the stream."""
+    that train in it, half the bytes to read and write in each block."""
     return torch.bfloat16 if (rt.device.type, rt.dtype) == ("cuda", torch.bfloat16) else None
 
 
