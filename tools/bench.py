@@ -13,7 +13,7 @@ import inspect
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # for python tools/bench.py
@@ -85,14 +85,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from plaingpt import runtime
 from plaingpt.text import sources
-from plaingpt.text.documents import PART, Reading, hash_records, open_streams, read_items
 from plaingpt.text.encoding import default_threads
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.text.validation import Validation
 from plaingpt.wording import byte_size, quantity
 from tools import bench_train
 from tools.processes import output_of
@@ -101,8 +97,15 @@ REPO = Path(__file__).parents[1]
 Table = dict[str, list[float]]  # figures by label
 # Not runtime.peak_memory_gib: it imports torch, which prepare.py does without.
 PREPARE = """
-import sys, prepare
+import sys, time, prepare
 from pathlib import Path
+from plaingpt.text.builder import SplitBuilder
+def run(builder, encode, run=SplitBuilder.run):
+    main, process = time.thread_time(), time.process_time()
+    run(builder, encode)
+    main, process = time.thread_time() - main, time.process_time() - process
+    print(f"processor time: {main} s in one thread, {process - main} s in others")
+SplitBuilder.run = run
 status = prepare.main()
 memory = Path("/proc/self/status")  # on Linux
 print(memory.read_text() if memory.exists() else "")
@@ -128,20 +131,19 @@ def bench_prepare(cfg: PrepareBench) -> Table:
         # The first run warms up and leaves the tokenizer.
         measure_prepare(source, folder / "data", cfg.tokenizer, workers)
         tokenizer = Tokenizer.load(folder / "data")
-        runs, alone, reading = [], [], []
+        runs, alone = [], []
         for _ in range(cfg.repeats):
-            reading.append(reading_rates(source, size))
             seconds = min(tiktoken_seconds(source, tokenizer, n) for n in {workers, cores})
             alone.append(size / 1e6 / seconds)
             runs.append(measure_prepare(source, folder / "data", cfg.tokenizer, workers))
-    ours = [size / 1e6 / seconds for seconds, _ in runs]
+    ours = [size / 1e6 / run.seconds for run in runs]
     return {
         "tiktoken alone, MB/s": alone,
         "prepare.py, MB/s": ours,
         "ratio": [mine / other for mine, other in zip(ours, alone)],
-        "reading alone, MB/s": [rate for rate, _ in reading],
-        "reading alone, thousand documents/s": [rate for _, rate in reading],
-        "peak memory of prepare.py, GiB": [peak for _, peak in runs],
+        "reading and writing in one thread, MB/s": [size / 1e6 / run.one for run in runs],
+        "threads that it can feed": [run.others / run.one for run in runs],
+        "peak memory of prepare.py, GiB": [run.peak for run in runs],
     }
 
 
@@ -176,19 +178,6 @@ def texts_of(path: Path) -> Iterator[str]:
             yield item.value["text"]
 
 
-def reading_rates(path: Path, size: int) -> tuple[float, float]:
-    """MB and thousands of documents that one thread reads, checks and hashes in a second."""
-    validation = Validation(0.05, 1337, math.inf, math.inf)
-    reading = Reading("text", "text", "refuse", validation)
-    began, documents = time.perf_counter(), 0
-    [stream] = open_streams((str(path),), (), reading)
-    for items in read_items(stream, reading):
-        hash_records(items, validation.seed)
-        documents += int(np.count_nonzero(items.table["kind"] != PART))
-    seconds = time.perf_counter() - began
-    return size / 1e6 / seconds, documents / 1e3 / seconds
-
-
 def tiktoken_seconds(path: Path, tokenizer: Tokenizer, threads: int) -> float:
     """Seconds in encode_ordinary_batch, in batches of about 4 MB; reading does not count."""
     seconds, batch, size = 0.0, [], 0
@@ -207,18 +196,25 @@ def timed_batch(batch: list[str], tokenizer: Tokenizer, threads: int) -> float:
     return time.perf_counter() - began
 
 
-def measure_prepare(
-    source: Path, data_dir: Path, tokenizer: str, threads: int
-) -> tuple[float, float]:
-    """Seconds and peak memory in GiB (NaN if unknown) of a process that prepares `source`."""
+class PrepareRun(NamedTuple):
+    """What a process that prepares a source takes."""
+
+    seconds: float
+    one: float  # processor time of the thread that reads and writes, in seconds
+    others: float  # and of those that encode, together
+    peak: float  # memory in GiB, NaN if unknown
+
+
+def measure_prepare(source: Path, data_dir: Path, tokenizer: str, threads: int) -> PrepareRun:
     shutil.rmtree(data_dir, ignore_errors=True)
     arguments = [f"--sources={source}", f"--data_dir={data_dir}", f"--tokenizer={tokenizer}"]
     command = [sys.executable, "-c", PREPARE, *arguments, f"--workers={threads}"]
     began = time.perf_counter()
     printed = output_of("prepare.py", command, REPO)
     seconds = time.perf_counter() - began
+    one, others = map(float, re.findall(r"([\d.e-]+) s in", printed))
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", printed, re.M)
-    return seconds, int(peak[1]) / 2**20 if peak else math.nan
+    return PrepareRun(seconds, one, others, int(peak[1]) / 2**20 if peak else math.nan)
 
 
 # --- train

@@ -43,8 +43,8 @@ def blocks_of(text: str) -> Iterator[str]:
 def last_cut(text: str) -> int:
     """The last place in a text where it may be cut, whatever follows it; 0 without one."""
     start = 0
-    for first in (max(1, len(text) - LONGEST_RUN), 1):
-        for border in BORDER.finditer(text, first):
+    for length in (100, LONGEST_RUN, len(text)):
+        for border in BORDER.finditer(text, max(1, len(text) - length)):
             start = border.start()
         if start:
             break

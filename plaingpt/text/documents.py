@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import filterfalse, pairwise
 from typing import Literal
 
 import numpy as np
@@ -233,7 +233,7 @@ def read_records(rows: Rows, before: Position, after: Position, reading: Reading
 def without_surrogates(texts: list[str]) -> list[str]:
     """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     try:
-        "".join(texts).encode()
+        "".join(filterfalse(str.isascii, texts)).encode()
     except UnicodeEncodeError:
         pairs = [text.encode("utf-16", "surrogatepass") for text in texts]
         return [text.decode("utf-16", "replace") for text in pairs]

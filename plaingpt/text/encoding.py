@@ -151,7 +151,7 @@ def pieces_of(texts: list[str]) -> Iterator[tuple[str, int, bool]]:
     """Texts, cut into pieces where they are long: each piece, the number of its text, and whether
     it is the last of it."""
     for number, text in enumerate(texts):
-        long = len(text) > cutting.BLOCK
+        long = len(text) > 2 * cutting.BLOCK  # longer than a piece of a text file
         *pieces, last = cutting.in_pieces(cutting.blocks_of(text)) if long else [text]
         yield from ((piece, number, False) for piece in pieces)
         yield last, number, True
