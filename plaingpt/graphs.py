@@ -3,7 +3,6 @@ to launch a small model's kernels one by one than the GPU takes to run them."""
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache as once
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ class Recorded:
     gives their logits (B, V). They are overwritten by the next call.
 
     There is a graph for each number of texts and for each span of the cache that attention sees.
-    All put their logits in the same place, so that many graphs take little more memory than one."""
+    All put their logits in the same place, and share their memory, since only one of them runs at a
+    time: many graphs take little more memory than one."""
 
     def __init__(self, cache: KVCache, vocab_size: int) -> None:
         self.cache = cache
@@ -28,6 +28,8 @@ class Recorded:
         self.logits = torch.empty(size, vocab_size, device=device)
         self.uses: Counter[tuple[int, int]] = Counter()
         self.graphs: dict[tuple[int, int], Forward] = {}
+        # Not one for the whole process: it ends with its last graph (pytorch issue 175276).
+        self.pool: Any = None
 
     def __call__(self, function: Forward, idx: Tensor) -> Tensor:
         cache = self.cache
@@ -42,7 +44,9 @@ class Recorded:
                 cache.end = end
                 return self.logits[: len(ids)].copy_(function(ids))
 
-            self.graphs[key] = recorded(forward, idx)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.device(idx.device):  # a thread begins with the first GPU
+                self.graphs[key] = recorded(forward, idx, self.pool)
             cache.lengths.copy_(lengths)
             cache.end = end
         logits = self.graphs[key](idx)
@@ -50,15 +54,16 @@ class Recorded:
         return logits
 
 
-def recorded(function: Forward, example: Tensor) -> Forward:
-    """The function as a CUDA graph, for arguments of the shape of `example`."""
+def recorded(function: Forward, example: Tensor, pool: Any) -> Forward:
+    """The function as a CUDA graph with memory of the `pool`, for arguments of the shape of
+    `example` on the current GPU."""
     given, graph = example.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function(given)  # libraries allocate what they need on their first call
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=memory(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function(given)
 
     def replay(argument: Tensor) -> Tensor:
@@ -67,9 +72,3 @@ def recorded(function: Forward, example: Tensor) -> Forward:
         return result
 
     return replay
-
-
-@once
-def memory() -> Any:
-    """Memory that all graphs share, since only one of them runs at a time."""
-    return torch.cuda.graph_pool_handle()

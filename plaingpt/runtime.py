@@ -110,12 +110,15 @@ def start(device: str = "auto", dtype: DType = "auto", stop: list[str] | None = 
     "auto" is the best that this machine has. Raises UserError for a device that it lacks.
     """
     rank, world_size = rank_and_size()
-    cpu.keep_freed_memory()
     name = best_device() if device == "auto" else device
     if name == "cuda" and world_size > 1:
         name = f"cuda:{from_environment('LOCAL_RANK')}"
     check_device(name)
     chosen = torch.device(name)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # for what names no device: streams, collectives
+    if chosen.type == "cpu":
+        cpu.keep_freed_memory()
     if world_size > 1:
         join(chosen)
     return Runtime(
@@ -131,8 +134,6 @@ def join(device: torch.device) -> None:
     """Form a process group with the rest of the run: NCCL between GPUs, gloo between CPUs."""
     if device.type == "mps":
         raise UserError("several processes need CUDA or the CPU, not mps: --device=cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         rank, world_size = from_environment("RANK"), from_environment("WORLD_SIZE")
         store, on_gpu = rendezvous(rank, world_size), device.type == "cuda"

@@ -170,9 +170,10 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_a_sharded_step_is_a_plain_one(cfg, one_process):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sharded_step_is_a_plain_one(cfg, one_process, compiled):
     """FSDP2 in a single process, under the device's own backend."""
-    rt, ends = Runtime(DEVICE, torch.bfloat16), []
+    cfg, rt, ends = replace(cfg, compile=compiled), Runtime(DEVICE, torch.bfloat16), []
     for sharded in (False, True):
         state, plan = state_of(cfg, rt, sharded)
         for seed in range(2):

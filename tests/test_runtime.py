@@ -48,10 +48,13 @@ def test_auto_is_the_best_that_the_machine_has(monkeypatch, machine, device, dty
 
 def test_a_named_device_and_dtype_are_used(monkeypatch):
     has(monkeypatch, gpus=2, capability=(7, 0), bf16_cpu=True)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert runtime.start("cpu") == Runtime(CPU, torch.bfloat16)
     assert runtime.start("cuda:1") == Runtime(torch.device("cuda:1"), torch.float16)
     assert runtime.start("cpu", "float32") == Runtime(CPU, torch.float32)
     assert runtime.start("auto", "bfloat16") == Runtime(CUDA, torch.bfloat16)
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(

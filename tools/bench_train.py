@@ -30,7 +30,7 @@ from plaingpt.runtime import Runtime
 from plaingpt.text.bpe import single_bytes
 from plaingpt.text.tokenizer import Tokenizer
 from plaingpt.training import devices, log, optim, run_folder, timing
-from plaingpt.training.state import worth_compiling
+from plaingpt.training.state import stream_dtype, worth_compiling
 from plaingpt.wording import quantity
 from tools.processes import output_of
 
@@ -161,11 +161,13 @@ def typical(name: str, values: list[float]) -> float:
 
 def parts_of_a_step(config: GPTConfig, sequences: int, rt: Runtime) -> dict[str, float]:
     """What a micro-step of `sequences` full windows and an update consist of, in this process."""
-    cpu.keep_freed_memory()  # as train.py does
+    if rt.device.type == "cpu":
+        cpu.keep_freed_memory()  # as train.py does
     tokens = sequences * config.block_size
     products = products_seconds(config, tokens, rt)
     attention = attention_seconds(config, sequences, rt)
     model = rt.place(GPT(config).init_weights(0))
+    model.transformer.stream_dtype = stream_dtype(rt)
     step_model = torch.compile(model, dynamic=False) if worth_compiling(rt) else model
     ids = torch.randint(config.vocab_size, (sequences, config.block_size), device=rt.device)
 

@@ -49,6 +49,7 @@ class Saver:
 
     def _save(self, snapshot: Snapshot, prune: bool) -> None:
         assert self.log
+        self.log.sync()
         folder = store.save(self.log.out_dir, snapshot)
         line = f"step {snapshot.state.step}: saved {folder}\n"
         print(line, end="")  # in one write, between those of other threads

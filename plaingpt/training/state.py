@@ -115,16 +115,22 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     if plan.compile is False or (plan.compile == "auto" and not worth_compiling(rt)):
         return model
     compiled = torch.compile(model, dynamic=False)
+    blocks = model.transformer.h if parallel.is_sharded(model) else []
+    for block in blocks:  # FSDP's hooks around them end a graph
+        block.forward = torch.compile(block.forward, dynamic=False)
     shape = (plan.micro_batch_size, model.config.block_size)
     tokens = torch.zeros(shape, dtype=torch.long, device=rt.device)
     mask = torch.ones(shape, device=rt.device) if plan.masked else None
     reason = ""
     try:
         with rt.autocast():
-            compiled(tokens, tokens.clone(), mask).backward()
             with torch.no_grad():
                 model.eval()
                 compiled(tokens, tokens.clone(), torch.ones(shape, device=rt.device))
+            model.train()
+            # After the evaluation, which leaves FSDP's outer weights gathered: zero_grad would miss
+            # the gradients of their shards.
+            compiled(tokens, tokens.clone(), mask).backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler, an unsupported platform, …: many kinds
@@ -133,6 +139,8 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     model.zero_grad(set_to_none=True)
     if not rt.any(bool(reason)):
         return cast(GPT, compiled)  # it has the attributes of the model
+    for block in blocks:
+        del block.forward  # the compiled one, so that it is its class's again
     reason = reason or "in another process"
     if plan.compile is True:
         raise UserError(f"--compile=true does not work here ({reason})")
@@ -152,6 +160,7 @@ def snapshot_of(state: TrainState, about: dict[str, Any], rt: Runtime) -> store.
     `about` holds the other fields of state.json.
     """
     model = state.model
+    # before the moments: state_dict shards again what an evaluation left gathered
     tensors = lora.adapter_tensors(model.weights()) if state.adapter else model.weights()
     weights = parallel.gather_to_main(tensors, rt)
     parameters = {

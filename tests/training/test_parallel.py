@@ -191,19 +191,23 @@ def compile_sharded(rank: int, port: int) -> None:
     rt = runtime.Runtime(torch.device("cpu"), torch.float32)
     plan = SimpleNamespace(compile=True, micro_batch_size=2, masked=False)
     counts = []
-    for layers in (2, 10):  # beyond 8 versions of a function, torch.compile gives up
+    x, y = (test_model.tokens(2, 16, seed=n) for n in range(2))
+    # beyond 8 versions of a function, torch.compile gives up
+    for layers, recompute in ((2, False), (10, False), (10, True)):
         counter = CompileCounter()
         torch.compile = functools.partial(really, backend=counter)
-        model = test_model.tiny(n_layer=layers).train()
+        plain, model = (test_model.tiny(n_layer=layers).train() for _ in range(2))
+        model.transformer.recompute = recompute
         parallel.shard(model, rt)
         step_model = maybe_compiled(model, plan, rt)
-        counts.append(counter.frame_count)
-        for seed in range(2):
-            x, y = (test_model.tokens(2, 16, seed=2 * seed + n) for n in range(2))
-            step_model(x, y, None).backward()
-        assert counter.frame_count == counts[-1]
+        counts.append((counter.frame_count, counter.op_count))
+        for each in (plain, step_model):
+            each(x, y, None).backward()
+        for wanted, found in zip(plain.parameters(), model.parameters()):
+            torch.testing.assert_close(parallel.full_tensor(found.grad), wanted.grad)
+        assert (counter.frame_count, counter.op_count) == counts[-1]
         torch._dynamo.reset()
-    assert counts[0] == counts[1] > 1
+    assert counts[0] == counts[1] == counts[2] and counts[0][1] > 20
 
 
 def gather_in_bf16(rank: int, port: int) -> None:
