@@ -22,10 +22,10 @@ from plaingpt.checkpoint import folders
 from plaingpt.checkpoint.folders import Best, RunStart
 from plaingpt.checksums import sealed
 from plaingpt.files import (
-    flush,
     Settings,
     as_record,
     atomic_file,
+    flush,
     open_regular,
     parse_json,
     read_json,

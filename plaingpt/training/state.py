@@ -1,7 +1,7 @@
 """What changes during a run: the model on its device, its optimizers, and its progress."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -115,7 +115,7 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     if plan.compile is False or (plan.compile == "auto" and not worth_compiling(rt)):
         return model
     compiled = torch.compile(model, dynamic=False)
-    blocks = model.transformer.h if parallel.is_sharded(model) else []
+    blocks: Iterable[Any] = model.transformer.h if parallel.is_sharded(model) else ()
     for block in blocks:  # FSDP's hooks around them end a graph
         block.forward = torch.compile(block.forward, dynamic=False)
     shape = (plan.micro_batch_size, model.config.block_size)
