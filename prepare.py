@@ -163,7 +163,7 @@ def build(cfg: PrepareConfig, folder: Path, group: Group, settings: Settings) ->
         progress = read_progress(partial, settings, {**local, **hub}, cfg.overwrite)
         if not progress.notes.streams:
             for stream in streams:
-                check_source(stream, reading, folder_of(cfg))
+                check_source(stream, reading)
     announce_left_out(cfg, streams)
     repairing = partial.exists()
     try:

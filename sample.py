@@ -184,6 +184,8 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Iterator[s
         if messages != asked:
             print("(the context is full: the oldest turns are dropped)", file=sys.stderr)
         answer = print_answer(generation.continuation(model, tokenizer, ids, sampling))
+        if not answer:
+            print("(the answer ended at its first token)", file=sys.stderr)
         if sampling.seed is not None:
             # A repeated question should not get the same answer.
             sampling = replace(sampling, seed=sampling.seed + 1)

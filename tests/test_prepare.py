@@ -633,7 +633,7 @@ def test_the_command_reports_what_it_made(texts, target, capsys):
         f"{texts}: 2 documents, {size + 2} tokens",
         f"train: 2 documents, {size} bytes, {size + 2} tokens ({size / (size + 2):.2f} bytes per "
         "token)",
-        "val: empty, but train.py needs some: use --val_fraction or --val_sources",
+        "val: empty, but train.py needs some: try --val_fraction, or more documents",
         f"wrote {target}, with a vocabulary of 257 ids",
     ]
 

@@ -633,6 +633,7 @@ def test_resuming_as_something_else_is_refused(cfg, tmp_path):
         ({"overwrite": True, "init_from": "resume"}, "does not combine with overwrite"),
         ({"plan_for": "8xH1000"}, "is not a known device"),
         ({"n_layer": 1025}, "n_layer is at most 1,024"),
+        ({"vocab_multiple": 65537}, "vocab_multiple is at most 65,536"),
         ({"n_embd": 2**40}, "n_embd and block_size 1,048,575"),
     ],
 )

@@ -56,6 +56,8 @@ def compare(cfg: CompareConfig) -> list[dict[str, str]]:
     problems = [] if cfg.runs else ["runs is empty"]
     if Path(cfg.out).suffix != ".png":
         problems.append(f"out={cfg.out!r} does not end with .png")
+    if not Path(cfg.out).parent.is_dir():
+        problems.append(f"the folder of {cfg.out} does not exist")
     configurator.validate(cfg, problems)
     runs = [read_run(Path(name)) for name in cfg.runs]
     rows = [figures(run) for run in runs]

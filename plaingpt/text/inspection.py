@@ -62,7 +62,7 @@ def report(manifest: Manifest) -> None:
     if not (splits.train and splits.train.bytes):
         print("train: empty, but train.py needs some: use more documents")
     if not (splits.val and splits.val.bytes):
-        print("val: empty, but train.py needs some: use --val_fraction or --val_sources")
+        print("val: empty, but train.py needs some: try --val_fraction, or more documents")
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:

@@ -1,6 +1,6 @@
 """
 A first look at each source: if nothing in it can become text, say why before anything is written,
-with the command that helps.
+with the settings that help.
 """
 
 import re
@@ -18,11 +18,11 @@ from plaingpt.wording import shorten
 LOOK = 1000  # bad records to skip in search of a good one
 
 
-def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
+def check_source(stream: Stream, reading: Reading) -> None:
     """Read a source as far as its first document.
 
     Raises UserError if the first LOOK records hold none, or if the first record is bad and bad
-    records are refused. `data_dir` is for the command in the message.
+    records are refused.
     """
     source, problem, count, kind = stream.source, "", 0, "has no records"
     for item, _ in source.items(Position(), reading.fields):
@@ -38,7 +38,7 @@ def check_source(stream: Stream, reading: Reading, data_dir: str) -> None:
             problem = f"{item.where}: {reason}"
             template, text_field = reading.template, reading.text_field
             if isinstance(item.value, dict) and not fits(template, item.value, text_field):
-                problem += remedy(item.value, source.name, data_dir)
+                problem += remedy(item.value)
             elif reading.bad_records == "refuse":
                 problem += " (--bad_records=skip leaves such records out)"
         if reading.bad_records == "refuse":
@@ -62,7 +62,7 @@ def what_is_wrong(row: Row, reading: Reading) -> str | None:
     return None
 
 
-def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:
+def remedy(record: dict[str, Any]) -> str:
     """The fields of a record, and how to make text of them."""
     names = ", ".join(map(repr, record)) or "none"
     said = f" (its fields: {shorten(names, 200)})"
@@ -81,5 +81,4 @@ def remedy(record: dict[str, Any], source: str, data_dir: str) -> str:
         )
     else:
         return said
-    command = ["python", "prepare.py", f"--sources={source}", *settings, f"--data_dir={data_dir}"]
-    return f"{said}; use {shlex.join(command)}"
+    return f"{said}; use {shlex.join(settings)}"

@@ -21,7 +21,7 @@ from plaingpt.checkpoint.folders import Progress, State
 from plaingpt.checkpoint.hugging_face import MAX_LAYERS, MAX_WIDTH, read_config
 from plaingpt.text.dataset import Dataset
 from plaingpt.text.recipe import GPT2_IDS, vocab_size_for
-from plaingpt.text.tokenizer import Tokenizer
+from plaingpt.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias", "tie_weights")  # what a checkpoint decides
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
@@ -91,6 +91,8 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
     widest = max(settings["n_embd"], settings["block_size"] or 0)
     if settings["n_layer"] > MAX_LAYERS or widest > MAX_WIDTH:
         raise UserError(f"n_layer is at most {MAX_LAYERS:,}, n_embd and block_size {MAX_WIDTH:,}")
+    if multiple > MAX_VOCAB_SIZE:
+        raise UserError(f"vocab_multiple is at most {MAX_VOCAB_SIZE:,}: token ids are uint16")
     try:
         return GPTConfig(
             vocab_size=math.ceil(vocab_size / multiple) * multiple,
