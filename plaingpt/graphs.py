@@ -28,7 +28,8 @@ class Recorded:
         self.logits = torch.empty(size, vocab_size, device=device)
         self.uses: Counter[tuple[int, int]] = Counter()
         self.graphs: dict[tuple[int, int], Forward] = {}
-        # Not one for the whole process: it ends with its last graph (pytorch issue 175276).
+        # Of memory; not one for the whole process, because it ends with its last graph (pytorch
+        # issue 175276).
         self.pool: Any = None
 
     def __call__(self, function: Forward, idx: Tensor) -> Tensor:
@@ -44,31 +45,29 @@ class Recorded:
                 cache.end = end
                 return self.logits[: len(ids)].copy_(function(ids))
 
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.device(idx.device):  # a thread begins with the first GPU
-                self.graphs[key] = recorded(forward, idx, self.pool)
+            self.graphs[key] = self.record(forward, idx)
             cache.lengths.copy_(lengths)
             cache.end = end
         logits = self.graphs[key](idx)
         cache.end += 1  # as the function does on the host; the graph does the rest
         return logits
 
+    def record(self, function: Forward, example: Tensor) -> Forward:
+        """The function as a CUDA graph, for arguments of the shape of `example`."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.device(example.device):  # a thread begins with the first GPU
+            given, graph = example.clone(), torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function(given)  # libraries allocate what they need on their first call
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                result = function(given)
 
-def recorded(function: Forward, example: Tensor, pool: Any) -> Forward:
-    """The function as a CUDA graph with memory of the `pool`, for arguments of the shape of
-    `example` on the current GPU."""
-    given, graph = example.clone(), torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(given)  # libraries allocate what they need on their first call
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = function(given)
+        def replay(argument: Tensor) -> Tensor:
+            given.copy_(argument)
+            graph.replay()
+            return result
 
-    def replay(argument: Tensor) -> Tensor:
-        given.copy_(argument)
-        graph.replay()
-        return result
-
-    return replay
+        return replay

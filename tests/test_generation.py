@@ -251,11 +251,11 @@ def test_drawing_ahead_changes_no_text(monkeypatch, ahead, stride, recording):
     """As a GPU does, here without one: a graph that is launched again is a function that is called
     again, and the arguments are those of the recording."""
 
-    def recorded(function, example):
+    def record(self, function, example):
         function(example)
         return function
 
-    monkeypatch.setattr(graphs, "recorded", recorded)
+    monkeypatch.setattr(graphs.Recorded, "record", record)
     monkeypatch.setattr(graphs, "WORTH", 2)
     model, found = tiny(vocab_size=257), {}
     for drawn_ahead in (1, ahead):
@@ -273,7 +273,7 @@ def test_drawing_ahead_changes_no_text(monkeypatch, ahead, stride, recording):
 
 
 def test_a_graph_recorded_at_the_end_of_a_span_serves_its_beginning(monkeypatch):
-    monkeypatch.setattr(graphs, "recorded", lambda function, example: function)
+    monkeypatch.setattr(graphs.Recorded, "record", lambda self, function, example: function)
     model, found = tiny(vocab_size=257), []
     for recorded in (False, True):
         batch = Batch(model, BYTES)
