@@ -205,6 +205,7 @@ def compile_sharded(rank: int, port: int) -> None:
             each(x, y, None).backward()
         for wanted, found in zip(plain.parameters(), model.parameters()):
             torch.testing.assert_close(parallel.full_tensor(found.grad), wanted.grad)
+        step_model(y, x, None).backward()
         assert (counter.frame_count, counter.op_count) == counts[-1]
         torch._dynamo.reset()
     assert counts[0] == counts[1] == counts[2] and counts[0][1] > 20
