@@ -218,8 +218,8 @@ def assist(cfg: PrepareConfig, folder: Path, group: Group, settings: Settings) -
 def encoder(cfg: PrepareConfig, reading: Reading, tokenizer: Tokenizer) -> Iterator[Encoder]:
     """A function that reads a stream and encodes it in threads."""
     threads = cfg.workers or default_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        yield lambda stream: encoded(stream, reading, tokenizer, pool, threads + 1)
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as hasher:
+        yield lambda stream: encoded(stream, reading, tokenizer, pool, hasher, threads + 1)
 
 
 def problems_of(cfg: PrepareConfig) -> Iterator[str]:

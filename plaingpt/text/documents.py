@@ -152,7 +152,7 @@ ITEM = np.dtype(
 @dataclass(frozen=True)
 class Items:
     """Consecutive items of a source, of records or of one text file, and their texts. The table has
-    neither tokens yet, nor bytes and digests of records."""
+    no tokens yet, and no bytes and digests until `hash_items`."""
 
     table: np.ndarray  # ITEM
     texts: list[str]
@@ -163,6 +163,7 @@ class Items:
     where: Callable[[int], str]  # the place of an item, for messages
     before: Position
     after: Position
+    digest: blake2b | None = None  # of the text file that they are part of, up to here
 
     @property
     def size(self) -> int:
@@ -191,18 +192,17 @@ def read_file(
     characters = 0
     place = before._replace(characters=done, read=before.read + done)
     for text in file.pieces():
-        content = text.encode()
-        digest.update(content)
         characters += len(text)
-        if characters > done:
-            table = np.array([(PART, held_out, 0, len(content), 0, characters)], ITEM)
-            after = before._replace(characters=characters, read=before.read + characters)
-            yield Items(table, [text], owner, one, one == 0, {}, places, place, after)
-            place = after
-    number = int.from_bytes(digest.digest(), "little")
-    table = np.array([(END, held_out, 0, 0, number, 0)], ITEM)
+        if characters <= done:
+            digest.update(text.encode())
+            continue
+        table = np.array([(PART, held_out, 0, 0, 0, characters)], ITEM)
+        after = before._replace(characters=characters, read=before.read + characters)
+        yield Items(table, [text], owner, one, one == 0, {}, places, place, after, digest)
+        place = after
+    table = np.array([(END, held_out, 0, 0, 0, 0)], ITEM)
     after = before._replace(items=before.items + 1, read=before.read + file.size)
-    yield Items(table, [""], owner, one, one == 1, {}, places, place, after)
+    yield Items(table, [""], owner, one, one == 1, {}, places, place, after, digest)
 
 
 def read_records(rows: Rows, before: Position, after: Position, reading: Reading) -> Items:
@@ -240,9 +240,16 @@ def without_surrogates(texts: list[str]) -> list[str]:
     return texts
 
 
-def hash_records(items: Items, seed: int) -> None:
-    """Fill in the bytes and the digests of records."""
+def hash_items(items: Items, seed: int) -> None:
+    """Fill in bytes and digests. The items of a text file must come in order."""
     table, key = items.table, b"%d" % seed
+    if items.digest:
+        content = items.texts[0].encode()
+        items.digest.update(content)
+        table["bytes"] = len(content)
+        if table["kind"][0] == END:
+            table["digest"] = int.from_bytes(items.digest.digest(), "little")
+        return
     good = table["kind"] == RECORD
     if not good.any():
         return
@@ -289,7 +296,7 @@ def sample_texts(streams: list[Stream], reading: Reading, max_bytes: int) -> Ite
 
 def training_texts(stream: Stream, reading: Reading) -> Iterator[str]:
     for items in read_items(stream, reading):
-        hash_records(items, reading.validation.seed)
+        hash_items(items, reading.validation.seed)
         held_out = are_held_out(items.table, items.before.items, stream.held_out)
         for text, owner in zip(items.texts, items.owners.tolist()):
             if text and not held_out[owner]:

@@ -19,7 +19,7 @@ from plaingpt.text.documents import (
     Items,
     Reading,
     Stream,
-    hash_records,
+    hash_items,
     read_items,
 )
 from plaingpt.text.sources import Position
@@ -102,13 +102,19 @@ def default_threads() -> int:
 
 
 def encoded(
-    stream: Stream, reading: Reading, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int
+    stream: Stream,
+    reading: Reading,
+    tokenizer: Tokenizer,
+    pool: ThreadPoolExecutor,
+    hasher: ThreadPoolExecutor,
+    ahead: int,
 ) -> Iterator[Encoded]:
-    """The items of a stream with their ids, in order; threads encode `ahead` chunks."""
+    """The items of a stream with their ids, in order; the threads of `pool` encode `ahead` chunks.
+    `hasher` has a single thread, because it must hash the parts of a file in order."""
     waiting: deque[tuple[list[Items], Future, list[tuple[Share, Future]]]] = deque()
     masked = reading.template != "text"
     for chunk in chunks(read_items(stream, reading), lambda items: items.size):
-        hashed = pool.submit(hash_all, chunk, reading.validation.seed)
+        hashed = hasher.submit(hash_all, chunk, reading.validation.seed)
         futures = [(each, pool.submit(encode, each, tokenizer, masked)) for each in shares(chunk)]
         waiting.append((chunk, hashed, futures))
         if len(waiting) > ahead:
@@ -159,7 +165,7 @@ def pieces_of(texts: list[str]) -> Iterator[tuple[str, int, bool]]:
 
 def hash_all(chunk: list[Items], seed: int) -> None:
     for items in chunk:
-        hash_records(items, seed)
+        hash_items(items, seed)
 
 
 def encode(

@@ -27,6 +27,13 @@ def write_jsonl(path, texts):
     return path
 
 
+def hashed_items(stream, reading=READING):
+    items = list(documents.read_items(stream, reading))
+    for each in items:
+        documents.hash_items(each, reading.validation.seed)
+    return items
+
+
 def kinds_of(items):
     return [kind for each in items for kind in each.table["kind"].tolist()]
 
@@ -35,23 +42,21 @@ def test_a_text_file_is_parts_and_an_end(tmp_path, tiny_text, monkeypatch):
     monkeypatch.setattr(cutting, "BLOCK", 5000)
     (tmp_path / "a.txt").write_text(tiny_text, encoding="utf-8")
     stream = stream_of(tmp_path / "a.txt")
-    *parts, end = documents.read_items(stream, READING)
+    *parts, end = hashed_items(stream)
     assert len(parts) > 3 and kinds_of([*parts, end]) == [PART] * len(parts) + [END]
     assert "".join(part.texts[0] for part in parts) == tiny_text
     assert sum(part.table["bytes"][0] for part in parts) == len(tiny_text.encode())
     assert end.after.items == 1 and end.after.characters == 0
     for number, part in enumerate(parts):  # reading resumes behind any of them
         stream.position = part.after
-        rest = [
-            (each.table.tobytes(), each.texts) for each in documents.read_items(stream, READING)
-        ]
+        rest = [(each.table.tobytes(), each.texts) for each in hashed_items(stream)]
         assert rest == [(each.table.tobytes(), each.texts) for each in [*parts[number + 1 :], end]]
 
 
 def encoded_items(path, reading, tokenizer, threads=1):
     """Each item of a file: its row of the table, its ids and mask."""
-    with ThreadPoolExecutor(threads) as pool:
-        for chunk in encoding.encoded(stream_of(path), reading, tokenizer, pool, 2):
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as hasher:
+        for chunk in encoding.encoded(stream_of(path), reading, tokenizer, pool, hasher, 2):
             for row, start, stop in zip(chunk.table, chunk.stops, chunk.stops[1:]):
                 yield row, chunk.ids[start:stop], chunk.mask is not None and chunk.mask[start:stop]
 
@@ -71,10 +76,9 @@ def test_a_record_is_one_item_whatever_its_length(tmp_path, tiny_text):
 
 def test_a_digest_tells_texts_apart_not_kinds_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one")
-    *_, end = documents.read_items(stream_of(tmp_path / "a.txt"), READING)
+    *_, end = hashed_items(stream_of(tmp_path / "a.txt"))
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    (records,) = documents.read_items(stream_of(path), READING)
-    documents.hash_records(records, READING.validation.seed)
+    (records,) = hashed_items(stream_of(path))
     one, two = records.table["digest"]
     assert end.table["digest"][0] == one != two
 
@@ -88,7 +92,7 @@ def test_the_digest_is_that_of_all_texts(texts, tmp_path):
     )
     reading = replace(READING, template="chat")
     (items,) = documents.read_items(stream_of(tmp_path / "a.jsonl"), reading)
-    documents.hash_records(items, 7)
+    documents.hash_items(items, 7)
     joined = b"\0".join(text.encode() for text in items.texts)
     digest = hashlib.blake2b(joined, digest_size=8, key=b"7").digest()
     assert items.table["digest"].tolist() == [0, int.from_bytes(digest, "little"), 0]
