@@ -67,14 +67,27 @@ def is_sharded(model: Any) -> bool:
 
 @contextlib.contextmanager
 def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
-    """Gather a sharded model, so that calls other than its own forward pass work, under autocast as
-    its weights may be bf16."""
+    """Gather a whole sharded model, so that it can be called in other ways than in training, under
+    autocast as its weights may be bf16.
+
+    Until the end the processes do not wait for one another, so each may call it as often as it
+    likes.
+    """
     if not is_sharded(model):
         yield
         return
+    blocks: list[Any] = list(model.transformer.h)
+    for block in blocks:
+        block.set_reshard_after_forward(False)
+        block.unshard()
     model.unshard()
     with rt.autocast():
         yield
+        with torch.no_grad():  # FSDP prefetches what was called last: the same in all processes
+            model.transformer(torch.zeros((1, 1), dtype=torch.long, device=rt.device))
+    for block in blocks:
+        block.set_reshard_after_forward(True)
+        block.reshard()
     model.reshard()
 
 

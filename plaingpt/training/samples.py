@@ -63,7 +63,7 @@ def print_samples(
     longest = max(len(prompt.ids) for prompt in prompts) + SAMPLE_TOKENS
     samples = []
     model.eval()
-    with parallel.unsharded(model, rt):  # a sharded model needs all processes
+    with parallel.unsharded(model, rt):
         batch = Batch(model, tokenizer, min(BATCH_SIZE, len(prompts)), longest)
         for prompt, text in zip(prompts, write_in_order(batch, texts)):
             samples.append(Sample(step, prompt.text, text.written))

@@ -74,13 +74,11 @@ def open_tasks(dataset: Dataset, settings: dict[str, Any], block_size: int) -> l
 
 def measure_tasks(model: GPT, tasks: list[Task], step: int, rt: Runtime) -> dict[str, float]:
     """Print and return the figures of the tasks, each under TASK/FIGURE. The processes share the
-    work, but for a sharded model: all of them take part in each of its forward passes.
+    work.
 
     A line says so where a model whose logits are not finite has no figures.
     """
     rt = replace(rt, progress=False)
-    if parallel.is_sharded(model):
-        rt = replace(rt, rank=0, world_size=1)
     found: dict[str, float] = {}
     model.eval()
     with parallel.unsharded(model, rt):

@@ -26,8 +26,8 @@ import train
 from plaingpt import runtime
 from plaingpt.checkpoint import adapters, folders, hugging_face, store
 from plaingpt.text.tokenizer import Tokenizer
-from plaingpt.training import parallel
-from plaingpt.training.samples import Prompt, print_samples
+from plaingpt.training import parallel, samples
+from plaingpt.training.samples import Prompt
 from plaingpt.training.state import maybe_compiled
 
 REPO = Path(__file__).parents[2]
@@ -233,8 +233,16 @@ def gather_in_bf16(rank: int, port: int) -> None:
         gradients = [parallel.full_tensor(p.grad) for p in model.parameters()]
         assert {g.dtype for g in gradients} == {torch.float32}
         found.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+        samples.SAMPLE_TOKENS = 3 + 4 * rank  # texts may differ in length
         prompts = [Prompt("ab", [1, 2]), Prompt("", [60])]
-        assert len(print_samples(model, Tokenizer.bytes(), prompts, 1, 1, rt)) == 2
+        assert len(samples.print_samples(model, Tokenizer.bytes(), prompts, 1, 1, rt)) == 2
+        with torch.no_grad(), parallel.unsharded(model, rt):
+            if rank:
+                model(x)
+        with rt.autocast():
+            again = model(x[rank:], y[rank:])
+        again.backward()
+        assert again.item() == loss.item()
     assert used == {torch.float32, torch.bfloat16}
     (loss, gradient), (other_loss, other_gradient) = found
     assert abs(loss - other_loss) < 0.005
@@ -249,7 +257,10 @@ def test_in_processes(work, count):
     """Matrices are shared out whatever their number and height. DDP compiles a model once, FSDP one
     block for all. What FSDP gathers in bf16 gives the same losses and gradients to rounding."""
     port = free_port()
-    processes = [workers.context.Process(target=work, args=(rank, port)) for rank in range(count)]
+    processes = [
+        workers.context.Process(target=work, args=(rank, port), daemon=True)
+        for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
