@@ -94,7 +94,7 @@ class Batch:
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.alternatives = alternatives
         check_memory(model, size, self.capacity)
-        recorded = device.type == "cuda" and not is_sharded(model)  # FSDP moves weights
+        recorded = device.type == "cuda" and not is_sharded(model)  # not with FSDP's hooks
         self.ahead, stride = (AHEAD, STRIDE) if recorded else (1, 1)
         self.cache = KVCache(model, size, self.capacity, stride)
         self.recorded = None

@@ -36,7 +36,7 @@ def mean_loss(
     `stoppable`, all processes must have the same number of batches."""
     was_training = model.training
     model.eval()
-    sums = []
+    sums = [torch.zeros(2, device=rt.device)]  # a process may have no batches
     for batch in batches:
         if stoppable and rt.stopping():
             model.train(was_training)

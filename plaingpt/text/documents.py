@@ -163,7 +163,7 @@ class Items:
     where: Callable[[int], str]  # the place of an item, for messages
     before: Position
     after: Position
-    digest: blake2b | None = None  # of the text file that they are part of, up to here
+    digest: blake2b | None = None  # running, shared by all items of their text file
 
     @property
     def size(self) -> int:
@@ -241,7 +241,7 @@ def without_surrogates(texts: list[str]) -> list[str]:
 
 
 def hash_items(items: Items, seed: int) -> None:
-    """Fill in bytes and digests. The items of a text file must come in order."""
+    """Fill in bytes and digests. The items of a text file must come in order, each once."""
     table, key = items.table, b"%d" % seed
     if items.digest:
         content = items.texts[0].encode()

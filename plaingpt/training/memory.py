@@ -65,8 +65,7 @@ def memory_gib(plan: Plan) -> float:
     if half:
         activations += 2 * sizes.total  # copies of the weights, kept for the backward pass
     saving = 8 * sizes.trained if on_cpu else 0  # transposed, and as bytes
-    whole = (2 if half else 4) * sizes.matrices * plan.sharded  # to write samples
-    most = max(gradients + max(activations, update), saving, whole)
+    most = max(gradients + max(activations, update), saving)
     process = (PROCESS + NUMBA * (plan.config.vocab_size >= LARGE)) * on_cpu
     return (process + kept + most) / 2**30
 

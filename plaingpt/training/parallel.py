@@ -67,11 +67,11 @@ def is_sharded(model: Any) -> bool:
 
 @contextlib.contextmanager
 def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
-    """Gather a whole sharded model, so that it can be called in other ways than in training, under
-    autocast as its weights may be bf16.
+    """Gather all of a sharded model, so that it can be called in ways other than training's, under
+    autocast as its weights may be bf16, and without compiling anew for other shapes.
 
-    Until the end the processes do not wait for one another, so each may call it as often as it
-    likes.
+    All processes must enter and leave it, after a first step or evaluation. In between they do not
+    wait for one another.
     """
     if not is_sharded(model):
         yield
@@ -81,14 +81,15 @@ def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
         block.set_reshard_after_forward(False)
         block.unshard()
     model.unshard()
-    with rt.autocast():
-        yield
-        with torch.no_grad():  # FSDP prefetches what was called last: the same in all processes
-            model.transformer(torch.zeros((1, 1), dtype=torch.long, device=rt.device))
-    for block in blocks:
-        block.set_reshard_after_forward(True)
-        block.reshard()
-    model.reshard()
+    try:
+        with rt.autocast(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(True)
+        # Shards everything again, and forgets these calls: the next backward pass would prefetch
+        # what was called last, which may differ between the processes.
+        model.reset_iter_state()
 
 
 def full_tensor(tensor: Any) -> Tensor:

@@ -108,7 +108,7 @@ def maybe_compiled(model: GPT, plan: Plan, rt: Runtime) -> GPT:
     """The model as steps and evaluations call it, tried once; "auto" compiles on GPUs.
 
     It is tried with what a step and an evaluation give it, and outside of DDP: otherwise the first
-    step would compile again, and in pieces. Tasks and samples keep the plain module, because their
+    step would compile again, and in pieces. Tasks and samples are not compiled, because their
     shapes vary. Raises UserError if compiling is asked for and fails, and OutOfMemoryError; "auto"
     says what failed and trains without it.
     """

@@ -99,7 +99,8 @@ def test_two_processes_train_as_one(run_of, cfg, tmp_path):  # noqa: F811
     items = [{"context": "a", "choices": ["b" * n, "cd"], "answer": 0} for n in range(1, 8)]
     (tmp_path / "items.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in items))
     (tmp_path / "text.txt").write_text("some text " * 9)
-    tasks = (f"{tmp_path}/items.jsonl", f"{tmp_path}/text.txt")
+    (tmp_path / "window.txt").write_text("short")
+    tasks = tuple(f"{tmp_path}/{name}" for name in ("items.jsonl", "text.txt", "window.txt"))
     base = run_of("base", max_steps=1)
     train.train(base)
     variants: dict[str, dict] = {
@@ -205,6 +206,8 @@ def compile_sharded(rank: int, port: int) -> None:
             each(x, y, None).backward()
         for wanted, found in zip(plain.parameters(), model.parameters()):
             torch.testing.assert_close(parallel.full_tensor(found.grad), wanted.grad)
+        with torch.no_grad(), parallel.unsharded(model, rt):
+            model.transformer(x[:, :5])
         step_model(y, x, None).backward()
         assert (counter.frame_count, counter.op_count) == counts[-1]
         torch._dynamo.reset()
