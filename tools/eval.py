@@ -1,7 +1,7 @@
 """
 Measure what a model is worth: perplexity, multiple choice, cloze, answers to instructions.
 
-    python -m tools.eval                                            # out/stdlib on data/stdlib
+    python -m tools.eval                                            # out/stdlib on its data
     python -m tools.eval --checkpoint=gpt2 --tasks=hellaswag,lambada_openai --json=gpt2.json
     python -m tools.eval --checkpoint=gpt2 --text=wiki.test.raw --stride=512
     python -m tools.eval --checkpoint=out/instruct --data_dir=data/mine --tasks=perplexity,answers
@@ -69,7 +69,7 @@ Address = Annotated[str, Range("an address like http://127.0.0.1:8000/v1", is_ad
 @dataclass(frozen=True)
 class EvalConfig:
     checkpoint: PathName = "out/stdlib"  # a run (last step), RUN/best, a step, gpt2, hf:OWNER/NAME
-    data_dir: Folder = "data/stdlib"  # what prepare.py wrote
+    data_dir: Folder | None = None  # what prepare.py wrote; None: what the run was trained on
     tasks: tuple[PathName, ...] = ("perplexity",)  # also hellaswag, …: see above
     text: PathName | None = None  # a file for perplexity to read, instead of data_dir
     stride: PositiveInt | None = None  # between windows of perplexity; None: they do not overlap
@@ -99,7 +99,7 @@ import torch
 
 from model import GPT
 from plaingpt import packing, runtime
-from plaingpt.checkpoint import store
+from plaingpt.checkpoint import folders, store
 from plaingpt.evaluation import choices, core, items, judge, perplexity, questions
 from plaingpt.evaluation.answers import read_answers
 from plaingpt.evaluation.judge import Judge
@@ -123,10 +123,12 @@ def score(cfg: EvalConfig) -> list[Result]:
     rt = runtime.start(cfg.device, cfg.dtype)
     if cfg.quantize:
         rt = replace(rt, dtype=torch.float32)  # no autocast: compiled blocks take float32
-    data = dataset.open_dataset(cfg.data_dir) if needs_data(cfg) else None
+    data = None
+    if needs_data(cfg):
+        data = dataset.open_dataset(cfg.data_dir or trained_on(cfg.checkpoint, rt))
     model, tokenizer = store.load(cfg.checkpoint)
     if data and data.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{cfg.checkpoint} and {cfg.data_dir} have different tokenizers")
+        raise UserError(f"{cfg.checkpoint} and {data.folder} have different tokenizers")
     if cfg.stride and cfg.stride > model.config.block_size:
         raise UserError(f"stride={cfg.stride} exceeds the context, {model.config.block_size:,}")
     names = sorted(cfg.tasks, key=lambda name: name == "answers")  # which packs the model
@@ -192,6 +194,19 @@ def problems_of(cfg: EvalConfig) -> Iterator[str]:
             read_answers(cfg.answers)
         except UserError as problem:
             yield f"answers={cfg.answers} exists and holds something else ({problem})"
+
+
+def trained_on(checkpoint: str, rt: runtime.Runtime) -> str:
+    """The data of the run that saved a checkpoint. Raises UserError for a model from elsewhere."""
+    folder = folders.find(checkpoint)
+    known = (folder / "state.json").exists() and folders.read_state(folder).settings.get("data_dir")
+    if not known:
+        raise UserError(
+            f"{checkpoint} does not say what it was trained on: give --data_dir or --text"
+        )
+    if rt.is_main:
+        print(f"data_dir = {known!r}, which {checkpoint} was trained on")
+    return str(known)
 
 
 def needs_data(cfg: EvalConfig) -> bool:

@@ -98,6 +98,8 @@ def experiment(cfg: ExperimentConfig, file: Path) -> str:
     results = experiment_results.read(runs, records)
     if not results:
         raise UserError(f"{records} has no run of {file} yet; without --table they are trained")
+    if untrained := len(runs) - len(results):
+        print(f"{untrained} of {quantity(len(runs), 'run')} not trained yet", file=sys.stderr)
     text = experiment_results.table(results, len(set(cfg.seeds)))
     summary = runpy.run_path(str(file)).get("summary")
     if summary and len(results) == len(runs):

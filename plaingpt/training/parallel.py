@@ -67,8 +67,8 @@ def is_sharded(model: Any) -> bool:
 
 @contextlib.contextmanager
 def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
-    """Gather all of a sharded model, so that it can be called in ways other than training's, under
-    autocast as its weights may be bf16, and without compiling anew for other shapes.
+    """Gather all of a sharded model, so that it can be called in ways other than training's: under
+    autocast if its weights are bf16, and without compiling anew for other shapes.
 
     All processes must enter and leave it, after a first step or evaluation. In between they do not
     wait for one another.
@@ -82,7 +82,9 @@ def unsharded(model: Any, rt: Runtime) -> Iterator[None]:
         block.unshard()
     model.unshard()
     try:
-        with rt.autocast(), torch.compiler.set_stance("force_eager"):
+        rounded = gathered_dtype(rt) != torch.float32
+        autocast = rt.autocast() if rounded else contextlib.nullcontext()
+        with autocast, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for block in blocks:

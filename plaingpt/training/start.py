@@ -75,8 +75,9 @@ def ways_on(settings: Settings) -> str:
             "--init_from=resume continues it, --overwrite deletes it and starts over, "
             "--out_dir=OTHER leaves it alone"
         )
-    name = shlex.quote(f"out/{Path(settings['data_dir']).name}")
-    return f"a model trained on {trained_on}; leave it alone with --out_dir={name}"
+    other = f"out/{Path(settings['data_dir']).name}"
+    name = "OTHER" if folders.step_folders(other) else shlex.quote(other)
+    return f"a model trained on {trained_on}; --out_dir={name} leaves it alone"
 
 
 def outline(config: GPTConfig) -> GPT:

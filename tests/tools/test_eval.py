@@ -66,10 +66,11 @@ def figures_of(*arguments, **settings):
 
 def test_the_loss_equals_that_of_training(run, capsys):
     last, out_dir, data_dir = run
-    scores = figures_of(out_dir, data_dir, device="cpu")
+    scores = figures_of(out_dir, device="cpu")  # on what it was trained on
     assert scores["loss"] == pytest.approx(last["val_loss"], abs=1e-3)
     assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["loss"])
-    assert f"{scores['loss']:.4f} nats per token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{scores['loss']:.4f} nats per token" in out and f"data_dir = '{data_dir}'" in out
     fewer = figures_of(out_dir, data_dir, limit=3, device="cpu")
     assert fewer["tokens"] == 3 * 16 < scores["tokens"]
 
@@ -160,6 +161,10 @@ def test_answers_are_kept_and_judged(taught, tmp_path, monkeypatch, capsys):
         (["--judge=http://a b/v1"], "judge must be an address like http://"),
         (["--limit=0"], "limit must be at least 1"),
         (["--data_dir=nowhere"], "there is no data in nowhere"),
+        (
+            ["--data_dir=None", "--checkpoint=foreign"],
+            "foreign does not say what it was trained on",
+        ),
         (["--checkpoint=nowhere"], "nowhere does not exist"),
     ],
 )
@@ -167,6 +172,7 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, me
     _, out_dir, data_dir = run
     monkeypatch.chdir(tmp_path)
     Path("b.judged.jsonl").mkdir()
+    shutil.copytree(f"{out_dir}/best", "foreign", ignore=shutil.ignore_patterns("state.json"))
     Path("x.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
     command = [f"--checkpoint={out_dir}", f"--data_dir={data_dir}", "--device=cpu"]
     assert eval.main([*command, *arguments]) == 2

@@ -238,7 +238,11 @@ def gather_in_bf16(rank: int, port: int) -> None:
         found.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
         samples.SAMPLE_TOKENS = 3 + 4 * rank  # texts may differ in length
         prompts = [Prompt("ab", [1, 2]), Prompt("", [60])]
-        assert len(samples.print_samples(model, Tokenizer.bytes(), prompts, 1, 1, rt)) == 2
+        written = [
+            samples.print_samples(each, Tokenizer.bytes(), prompts, 1, 1, rt)
+            for each in (model, test_model.tiny(vocab_size=257))
+        ]
+        assert len(written[0]) == 2 and (used != {torch.float32} or written[0] == written[1])
         with torch.no_grad(), parallel.unsharded(model, rt):
             if rank:
                 model(x)
