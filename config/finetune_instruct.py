@@ -10,7 +10,7 @@ Your own checkpoint, on data prepared with its tokenizer:
     python prepare.py config/data_alpaca.py --sources=mine.json --tokenizer=out/stdlib/step_001750 \
         --data_dir=data/mine
     python train.py config/finetune_instruct.py --init_from=out/stdlib --data_dir=data/mine \
-        --learning_rate=3e-3 --epochs=10
+        --learning_rate=1e-2 --epochs=10
 
 Hardware: one GPU with 16 GB; a CPU takes hours for GPT-2, minutes for the quick start's model.
 Tokens: 3 epochs over the 5 million tokens of Stanford's 52,002 records.
