@@ -19,9 +19,9 @@ from torch import Tensor
 
 from plaingpt.kernels import (
     INT32,
+    LANES,
     NUMBERS,
     PARALLEL,
-    SUMS,
     exp,
     f32,
     float_of_bits,
@@ -30,6 +30,7 @@ from plaingpt.kernels import (
 )
 
 PARTS = 64  # that the rows are divided into; a free thread takes the next
+SUMS = 4 * LANES  # partial sums of a row
 SIGN, OTHERS = np.int32(31), np.int32(0x7FFFFFFF)
 
 
@@ -82,19 +83,36 @@ def in_float32(logits, targets, weights, losses):
             losses[n] = differentiate(logits[n], targets[n], weights[n])
 
 
-@jit(SUMS)
+@jit(NUMBERS)
 def differentiate(x, target, weight):
     """The loss of a row of logits x (V,), which then holds the gradient."""
-    largest, total = maximum(x), f32(0)
+    largest = maximum(x)
     wanted = x[target] - largest
     for v in range(len(x)):
         x[v] = exp(x[v] - largest)  # nan if a logit is nan or inf
-        total += x[v]
+    total = sum_of(x)
     x[target] -= total
     factor = weight / total
     for v in range(len(x)):
         x[v] *= factor
     return weight * (math.log(total) - wanted)
+
+
+@jit(NUMBERS)
+def sum_of(x):
+    """The sum of x (V,), always in the same order. If LLVM may choose one, code that has just been
+    compiled rounds differently from the same code in Numba's cache, and no run can be repeated."""
+    sums = np.zeros(SUMS, f32)
+    whole = len(x) // SUMS * SUMS
+    for start in range(0, whole, SUMS):
+        for lane in range(SUMS):
+            sums[lane] += x[start + lane]
+    total = f32(0)
+    for lane in range(SUMS):
+        total += sums[lane]
+    for v in range(whole, len(x)):
+        total += x[v]
+    return total
 
 
 @jit(NUMBERS)
