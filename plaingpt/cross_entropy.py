@@ -30,7 +30,7 @@ from plaingpt.kernels import (
 )
 
 PARTS = 64  # that the rows are divided into; a free thread takes the next
-SUMS = 4 * LANES  # partial sums of a row
+WIDTH = 4 * LANES  # sums side by side
 SIGN, OTHERS = np.int32(31), np.int32(0x7FFFFFFF)
 
 
@@ -102,13 +102,13 @@ def differentiate(x, target, weight):
 def sum_of(x):
     """The sum of x (V,), always in the same order. If LLVM may choose one, code that has just been
     compiled rounds differently from the same code in Numba's cache, and no run can be repeated."""
-    sums = np.zeros(SUMS, f32)
-    whole = len(x) // SUMS * SUMS
-    for start in range(0, whole, SUMS):
-        for lane in range(SUMS):
+    sums = np.zeros(WIDTH, f32)
+    whole = len(x) // WIDTH * WIDTH
+    for start in range(0, whole, WIDTH):
+        for lane in range(WIDTH):
             sums[lane] += x[start + lane]
     total = f32(0)
-    for lane in range(SUMS):
+    for lane in range(WIDTH):
         total += sums[lane]
     for v in range(whole, len(x)):
         total += x[v]
